@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Pre-train a speech encoder without labels, on LibriSpeech or on a folder of one's own audio.
+
+    python train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech
+    torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech
+    python train.py hparams/bestrq.yaml --data_folder /path/to/audio --corpus folder
+
+A run that was stopped goes on when the same command is given again. What governs what:
+
+    the method and the model    `model` of the YAML
+    the data                    --data_folder, --corpus, --train_splits, --valid_splits, --extra_folders,
+                                --min_seconds, --max_seconds, --resample, --max_unreadable
+    the size of an update       --max_batch_seconds x --grad_accumulation_factor x devices
+    the length of the run       --optimizer_step_limit (updates)
+    precision, compilation      --precision fp32|bf16|fp16, --compile
+    what is kept                best and last checkpoint in save/, the encoder of the best validation in encoder/,
+                                those of --encoder_at_steps in encoder@<update>/
+    checkpoints in an epoch     --ckpt_interval_steps (updates) or --ckpt_interval_minutes
+    the log                     --log_interval (updates): log.txt, train_log.jsonl, tensorboard/
+"""
+
+import logging
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import run_on_main
+
+from speechbrain_bestrq.audio import AudioTable, WaveformDataset, make_loader
+from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
+from speechbrain_bestrq.corpora import prepare_folder, prepare_librispeech
+from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.pretraining import PretrainingBrain
+from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(hparams: dict) -> dict[str, Path]:
+    """Write the manifests of the corpus, or find them written."""
+    common = {
+        "data_folder": hparams["data_folder"],
+        "save_folder": Path(hparams["output_folder"]) / "manifests",
+        "sample_rate": hparams["sample_rate"],
+        "resample": hparams["resample"],
+        "max_unreadable": hparams["max_unreadable"],
+        "extra_folders": hparams["extra_folders"],
+    }
+    if hparams["corpus"] == "librispeech":
+        splits = {"train_splits": hparams["train_splits"], "valid_splits": hparams["valid_splits"]}
+        return prepare_librispeech(**common, **splits)
+    if hparams["corpus"] == "folder":
+        return prepare_folder(**common, seed=hparams["seed"])
+    raise InputError(f"corpus is librispeech or folder, not {hparams['corpus']!r}.")
+
+
+def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_size: int):
+    """Make the loaders of training and validation, the audio to measure statistics on, and what to tell of the data."""
+    rate = hparams["sample_rate"]
+    limits = {"min_seconds": hparams["min_seconds"], "max_seconds": hparams["max_seconds"]}
+    train_table = AudioTable.from_manifest(read_manifest(manifests["train"]), rate, **limits)
+    valid_table = AudioTable.from_manifest(read_manifest(manifests["valid"]), rate, **limits)
+    model = hparams["model"]
+    batch_samples = round(hparams["max_batch_seconds"] * rate)
+    ranks = {"rank": rank, "world_size": world_size}
+
+    train_sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"], **ranks)
+    logger.info(train_sampler.describe())
+    valid_sampler = PaddedBatchSampler(valid_table.lengths, batch_samples, **ranks)
+
+    def waveforms(table: AudioTable, seed: int, rank: int) -> WaveformDataset:
+        return WaveformDataset(table, model.masking, model.speech_encoder.num_frames, seed, rank)
+
+    loader = {"num_workers": hparams["num_workers"], "pin_memory": torch.cuda.is_available()}
+    train_loader = make_loader(waveforms(train_table, hparams["seed"], rank), train_sampler, **loader)
+    # validation masks do not depend on the seed, nor on the number of ranks
+    valid_loader = make_loader(waveforms(valid_table, 0, 0), valid_sampler, **loader)
+
+    def statistics_audio() -> list[tuple[torch.Tensor, None]]:
+        sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"])
+        batches, hours = [], 0.0
+        for batch in make_loader(waveforms(train_table, hparams["seed"], 0), sampler):
+            batches.append((batch.wavs, batch.wav_lens))
+            hours += batch.seconds / 3600
+            if hours >= hparams["statistics_hours"]:
+                break
+        logger.info("Measuring the statistics of %.2f hours of training audio.", hours)
+        return batches
+
+    facts = {
+        "corpus": corpus_name(hparams["data_folder"], default=hparams["corpus"]),
+        "train_hours": train_table.hours,
+        "train_utterances": len(train_table),
+        "valid_hours": valid_table.hours,
+        "command": command_line(),
+    }
+    return train_loader, valid_loader, statistics_audio, facts
+
+
+def main(arguments: list[str]) -> None:
+    """Prepare, train."""
+    hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
+    manifests = run_on_main(prepare, args=[hparams])
+    ranks = (0, 1)
+    if torch.distributed.is_initialized():
+        ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    train_loader, valid_loader, statistics_audio, facts = dataio_prepare(hparams, manifests, *ranks)
+
+    sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+    brain = PretrainingBrain(
+        modules={"model": hparams["model"]},
+        opt_class=hparams["optimizer"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+        run_facts=facts,
+    )
+    brain.measure(statistics_audio)
+    brain.fit(hparams["epoch_counter"], train_loader, valid_loader)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,211 @@
+"""What a run has cost and what it has learned: counters, codebook use, one log line."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Dense bf16/fp16 rates of the vendors' datasheets, FLOP/s, by a part of the device's name.
+DATASHEET_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 990e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+}
+
+
+def datasheet_flops(device_name: str, precision: str) -> float | None:
+    """Look up a device's dense matrix rate.
+
+    Arguments
+    ---------
+    device_name : str
+        As ``torch.cuda.get_device_name()`` gives it.
+    precision : str
+        "bf16" or "fp16"; float32 has no one rate (TF32 or not), nor has a CPU.
+
+    Returns
+    -------
+    float or None
+        FLOP/s; None if unknown: then a run logs its rate and no utilisation.
+
+    Example
+    -------
+    >>> datasheet_flops("NVIDIA H200", "bf16"), datasheet_flops("cpu", "fp32")
+    (989000000000000.0, None)
+    """
+    if precision not in ("bf16", "fp16"):
+        return None
+    return next((flops for name, flops in DATASHEET_FLOPS.items() if name in device_name), None)
+
+
+def code_statistics(counts: Tensor) -> dict[str, Tensor]:
+    """Summarise how labels are spread over a codebook.
+
+    Arguments
+    ---------
+    counts : Tensor
+        How often each code was the label, shape (num_codebooks, codebook_size).
+
+    Returns
+    -------
+    dict
+        Means over the codebooks, as scalars: "unigram_entropy" (nats; the cross-entropy
+        of the best guess that does not look at the audio), "code_perplexity",
+        "codes_used", "commonest_share".
+
+    Example
+    -------
+    >>> statistics = code_statistics(torch.tensor([[2.0, 2.0, 0.0, 0.0]]))
+    >>> {name: round(float(value), 4) for name, value in statistics.items()}
+    {'unigram_entropy': 0.6931, 'code_perplexity': 2.0, 'codes_used': 2.0, 'commonest_share': 0.5}
+    """
+    shares = counts.double() / counts.sum(1, keepdim=True).clamp(min=1).double()
+    entropy = -torch.special.xlogy(shares, shares).sum(1)
+    return {
+        "unigram_entropy": entropy.mean(),
+        "code_perplexity": entropy.exp().mean(),
+        "codes_used": (counts > 0).double().sum(1).mean(),
+        "commonest_share": shares.max(1).values.mean(),
+    }
+
+
+class LateReader:
+    """Reads device values back without making the device or the host wait.
+
+    Example
+    -------
+    >>> reader = LateReader()
+    >>> reader.submit({"step": 1}, {"loss": torch.tensor(2.0)})
+    >>> list(reader.ready())
+    [{'step': 1, 'loss': 2.0}]
+    """
+
+    def __init__(self):
+        self._pending: deque[tuple[dict[str, Any], list[str], Tensor, torch.cuda.Event | None]] = deque()
+
+    def submit(self, known: dict[str, Any], values: dict[str, Tensor]) -> None:
+        """Start copying scalars to the host.
+
+        Arguments
+        ---------
+        known : dict
+            What the host knows already; returned with the values.
+        values : dict of Tensor
+            Scalars on one device.
+        """
+        stacked = torch.stack([value.double() for value in values.values()])
+        event = None
+        if stacked.is_cuda:
+            host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            host.copy_(stacked, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            stacked = host
+        self._pending.append((known, list(values), stacked, event))
+
+    def ready(self, wait: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield, in order, what has arrived.
+
+        Arguments
+        ---------
+        wait : bool
+            Wait for all that is under way.
+
+        Yields
+        ------
+        dict
+            What was known and the values, as floats.
+        """
+        while self._pending:
+            known, names, host, event = self._pending[0]
+            if event is not None and not event.query():
+                if not wait:
+                    return
+                event.synchronize()
+            self._pending.popleft()
+            yield {**known, **dict(zip(names, host.tolist(), strict=True))}
+
+
+class JsonLines:
+    """A log of one JSON object a line.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file; appended to.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> log = JsonLines(Path(tempfile.mkdtemp()) / "log.jsonl")
+    >>> log.append({"step": 1, "loss": 2.5}); log.append({"step": 2, "loss": float("nan")})
+    >>> log.read()
+    [{'step': 1, 'loss': 2.5}, {'step': 2, 'loss': None}]
+    >>> log.truncate(after_step=1); log.read()
+    [{'step': 1, 'loss': 2.5}]
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Write one line; what is not finite becomes null (JSON has no NaN)."""
+        finite = {
+            key: None if isinstance(value, float) and not abs(value) < float("inf") else value
+            for key, value in entry.items()
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all whole lines; a last line cut short by a kill is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def truncate(self, after_step: int) -> None:
+        """Drop what a resumed run is going to log again: entries after a step."""
+        if not self.path.exists():
+            return
+        kept = [entry for entry in self.read() if entry["step"] <= after_step]
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        os.replace(beside, self.path)
+
+
+def format_line(entry: dict[str, Any]) -> str:
+    """Put a log entry into one line of text.
+
+    Arguments
+    ---------
+    entry : dict
+        Names and values; None is left out.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> format_line({"event": "train", "step": 100, "loss": 6.54321, "utilisation": None, "learning_rate": 8e-06})
+    'train | step 100 | loss 6.543 | learning_rate 8e-06'
+    """
+
+    def text(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    parts = [f"{name} {text(value)}" for name, value in entry.items() if name != "event" and value is not None]
+    return " | ".join([str(entry.get("event", "log")), *parts])

@@ -1,0 +1,168 @@
+"""Self-attention with positions: rotary, or relative as in Transformer-XL."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head self-attention with rotary positions (RoFormer, arXiv 2104.09864).
+
+    Queries and keys are rotated by their frame's position, so that their product
+    depends on the distance alone; the rest is PyTorch's fused attention, scaled by
+    ``1 / sqrt(d_head)``, which needs no (B, H, T, T) tensor.
+
+    Arguments
+    ---------
+    d_model : int
+        Size of input and output.
+    num_heads : int
+        Heads; ``d_model / num_heads`` must be even.
+    dropout : float
+        Of the attention weights.
+    base : float
+        Of the rotation frequencies.
+    table_frames : int
+        Positions tabulated at first; the table grows when a longer input comes.
+
+    Example
+    -------
+    >>> RotaryAttention(16, 2)(torch.randn(3, 10, 16)).shape
+    torch.Size([3, 10, 16])
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, dropout: float = 0.0, base: float = 10000.0, table_frames: int = 2048
+    ):
+        super().__init__()
+        if d_model % num_heads or d_model // num_heads % 2:
+            raise ValueError(f"d_model / num_heads must be an even integer, not {d_model} / {num_heads}.")
+        self.num_heads, self.d_head = num_heads, d_model // num_heads
+        self.dropout, self.base = dropout, base
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model)
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self._tabulate(table_frames)
+
+    def _tabulate(self, frames: int) -> None:
+        frequencies = self.base ** -(torch.arange(0, self.d_head, 2, device=self.cos.device).double() / self.d_head)
+        angles = torch.arange(frames, device=self.cos.device)[:, None] * frequencies
+        self.cos, self.sin = angles.cos().float(), angles.sin().float()
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotate the pairs (i, i + d_head / 2) of (B, T, H, d_head)."""
+        frames = x.shape[1]
+        cos, sin = self.cos[:frames, None], self.sin[:frames, None]
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Arguments
+        ---------
+        x : Tensor
+            Shape (B, T, d_model).
+        valid : Tensor, optional
+            Keys that may be attended to, boolean, shape (B, T); None for all.
+
+        Returns
+        -------
+        Tensor
+            Shape (B, T, d_model).
+        """
+        if x.shape[1] > len(self.cos):
+            self._tabulate(2 * x.shape[1])
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.d_head)).unbind(2)
+        attended = scaled_dot_product_attention(
+            self._rotate(query).transpose(1, 2),
+            self._rotate(key).transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=None if valid is None else valid[:, None, None],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class RelativeAttention(nn.Module):
+    """Multi-head self-attention with relative positions (Transformer-XL, arXiv 1901.02860).
+
+    As SpeechBrain's ``RelPosMHAXL``, with its scale ``1 / sqrt(d_model)`` and its
+    position table (past and future frames at one distance share a row): with its
+    weights the output is the same. The scores of content come from the fused
+    attention; only those of position are a (B, H, T, T) tensor.
+
+    Arguments
+    ---------
+    d_model : int
+        Size of input and output.
+    num_heads : int
+        Heads.
+    dropout : float
+        Of the attention weights.
+    table_frames : int
+        Positions tabulated at first; the table grows when a longer input comes.
+
+    Example
+    -------
+    >>> RelativeAttention(16, 2)(torch.randn(3, 10, 16)).shape
+    torch.Size([3, 10, 16])
+    """
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float = 0.0, table_frames: int = 2048):
+        super().__init__()
+        if d_model % num_heads or d_model % 2:
+            raise ValueError(f"d_model must be even and a multiple of num_heads, not {d_model} and {num_heads}.")
+        self.num_heads, self.d_head, self.dropout = num_heads, d_model // num_heads, dropout
+        self.scale = 1.0 / math.sqrt(d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.position = nn.Linear(d_model, d_model, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(num_heads, self.d_head))
+        self.position_bias = nn.Parameter(torch.zeros(num_heads, self.d_head))
+        self.out = nn.Linear(d_model, d_model)
+        self.register_buffer("table", torch.empty(0, d_model), persistent=False)
+        self._tabulate(table_frames)
+
+    def _tabulate(self, frames: int) -> None:
+        """Sinusoids of the distances frames - 1 ... 0 ... frames - 1, shape (2 frames - 1, d_model)."""
+        device, d_model = self.table.device, self.table.shape[1]
+        rates = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float32, device=device) * -(math.log(1e4) / d_model))
+        angles = torch.arange(1 - frames, frames, dtype=torch.float32, device=device).abs()[:, None] * rates
+        self.table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Attend: see :meth:`RotaryAttention.forward`."""
+        frames, longest = x.shape[1], (len(self.table) + 1) // 2
+        if frames > longest:
+            longest = 2 * frames
+            self._tabulate(longest)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.d_head)).unbind(2)
+        position = self.position(self.table[longest - frames : longest - 1 + frames])
+        position = position.unflatten(-1, (self.num_heads, self.d_head))
+        by_distance = torch.einsum("bthd,phd->bhtp", (query + self.position_bias.to(query.dtype)) * self.scale, position)
+        bias = _shift(by_distance)
+        if valid is not None:
+            bias = bias.masked_fill(~valid[:, None, None], -torch.inf)
+        attended = scaled_dot_product_attention(
+            (query + self.content_bias.to(query.dtype)).transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def _shift(by_distance: Tensor) -> Tensor:
+    """Turn scores by distance (B, H, T, 2 T - 1) into scores by key (B, H, T, T).
+
+    Row t wants columns T - 1 - t ... 2 T - 2 - t: with one column put before,
+    reading the same memory in rows of T moves each row by one more.
+    """
+    batch, heads, frames, distances = by_distance.shape
+    moved = pad(by_distance, (1, 0)).view(batch, heads, distances + 1, frames)
+    return moved[:, :, 1:].reshape(batch, heads, frames, distances)[..., :frames]

@@ -1,0 +1,245 @@
+"""BEST-RQ: predict the quantized features behind a mask (arXiv 2202.01855, 2405.04296)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speechbrain_bestrq.encoder import SpeechEncoder
+from speechbrain_bestrq.frontend import valid_frames
+from speechbrain_bestrq.masking import MaskedFrames, SpanMasking
+from speechbrain_bestrq.pretrained import encoder_config
+from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
+
+#: Label of the indices that only fill up a batch's fixed number of targets.
+IGNORED = -100
+
+
+@dataclass
+class PretrainingOutput:
+    """What a pre-training model returns for a batch."""
+
+    loss: Tensor
+    """Mean over the masked frames, a scalar with its graph; zero if there is none."""
+    num_targets: int
+    """Masked frames: the weight of the loss among other batches."""
+    shape: tuple[int, int]
+    """Utterances and encoder frames of the batch."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over the batch, on the device and without graph."""
+
+
+class BestRQ(nn.Module):
+    """BEST-RQ pre-training model.
+
+    The normalised features of the masked frames are replaced by noise; the encoder
+    sees the rest, and a linear head predicts, for masked frames only, the labels that
+    the quantizer gave to the clean features (four stacked frames each).
+
+    Arguments
+    ---------
+    speech_encoder : SpeechEncoder
+        What is trained, and kept afterwards.
+    quantizer : RandomProjectionQuantizer
+        Gives the labels.
+    masking : SpanMasking
+        Draws the masks that :meth:`forward` is not given.
+    noise_deviation : float
+        Standard deviation of the filler, in normalised feature space.
+
+    Example
+    -------
+    >>> from speechbrain_bestrq.encoder import ConformerEncoder
+    >>> from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+    >>> model = BestRQ(
+    ...     SpeechEncoder(
+    ...         LogMel(normalize="utterance"),
+    ...         ConvSubsampling(d_model=16),
+    ...         ConformerEncoder(d_model=16, num_layers=2, num_heads=2, d_ffn=32),
+    ...     ),
+    ...     RandomProjectionQuantizer(320, codebook_size=64),
+    ...     SpanMasking(prob=0.6, span=1, grid=True),
+    ... )
+    >>> output = model(torch.randn(2, 16000))
+    >>> output.loss.shape, output.num_targets
+    (torch.Size([]), 30)
+    >>> hidden, lengths = model.encode(torch.randn(2, 16000), torch.tensor([1.0, 0.5]))
+    >>> hidden.shape
+    torch.Size([3, 2, 25, 16])
+    """
+
+    def __init__(
+        self,
+        speech_encoder: SpeechEncoder,
+        quantizer: RandomProjectionQuantizer,
+        masking: SpanMasking,
+        noise_deviation: float = 0.1,
+    ):
+        super().__init__()
+        frontend = speech_encoder.frontend
+        if quantizer.input_dim != frontend.stack * frontend.num_mels:
+            raise ValueError(
+                f"the quantizer's input_dim is {quantizer.input_dim}, but {frontend.stack} stacked frames of "
+                f"{frontend.num_mels} features are {frontend.stack * frontend.num_mels}."
+            )
+        self.speech_encoder, self.quantizer, self.masking = speech_encoder, quantizer, masking
+        self.noise_deviation = noise_deviation
+        self.head = nn.Linear(speech_encoder.encoder.d_model, quantizer.num_codebooks * quantizer.codebook_size)
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        wavs: Tensor,
+        wav_lens: Tensor | None = None,
+        *,
+        mask: MaskedFrames | Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> PretrainingOutput:
+        """Compute the loss of a batch.
+
+        Arguments
+        ---------
+        wavs : Tensor
+            Waveforms in [-1, 1], shape (B, N).
+        wav_lens : Tensor, optional
+            Relative lengths, shape (B,); None when nothing is padded.
+        mask : MaskedFrames or Tensor, optional
+            Masked encoder frames; a boolean (B, T) makes the host wait for a GPU. Drawn
+            by ``masking`` if left out.
+        noise : Tensor, optional
+            Filler, shape (B, 4 T, num_mels); drawn if left out.
+        generator : torch.Generator, optional
+            Draws the noise, and a mask that was left out; on the device of ``wavs``.
+
+        Returns
+        -------
+        PretrainingOutput
+            With the metrics "correct" (hits over the masked frames and codebooks),
+            "label_counts" and "frames".
+        """
+        features, feature_lengths = self.speech_encoder.frontend(wavs, wav_lens)
+        batch, long, _ = features.shape
+        factor = self.speech_encoder.subsampling.factor
+        frames = long // factor
+        lengths = None if feature_lengths is None else feature_lengths // factor
+        if mask is None:
+            every = torch.full((batch,), frames, device=wavs.device) if lengths is None else lengths
+            mask = self.masking(every, frames, generator)
+        elif isinstance(mask, Tensor):
+            mask = MaskedFrames.from_mask(mask)
+        if mask.mask.shape != (batch, frames):
+            raise ValueError(f"the mask has shape {tuple(mask.mask.shape)}, but the batch {(batch, frames)} frames.")
+
+        labels = self._label(features, mask, factor)
+        if noise is None:
+            noise = torch.randn(features.shape, generator=generator, device=wavs.device) * self.noise_deviation
+        hidden_frames = mask.mask.repeat_interleave(factor, dim=1, output_size=long)[..., None]
+        hidden = self.speech_encoder.encode_features(torch.where(hidden_frames, noise, features), lengths)[-1]
+
+        logits = self.head(hidden.flatten(0, 1).index_select(0, mask.indices.clamp(min=0)))
+        logits = logits.view(-1, self.quantizer.codebook_size)
+        targets = max(mask.count, 1) * self.quantizer.num_codebooks
+        loss = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum") / targets
+        metrics = self._metrics(logits, labels, batch, frames, lengths)
+        return PretrainingOutput(loss, mask.count, (batch, frames), metrics)
+
+    def _label(self, features: Tensor, mask: MaskedFrames, factor: int) -> Tensor:
+        """Labels of the masked frames, int64, shape (K, num_codebooks); IGNORED where indices fill up."""
+        stacked = features.unflatten(1, (-1, factor)).flatten(2)
+        indices = mask.indices.clamp(min=0)
+        if self.quantizer.pointwise:
+            labels = self.quantizer(stacked.flatten(0, 1).index_select(0, indices))
+        else:
+            labels = self.quantizer(stacked).flatten(0, 1).index_select(0, indices)
+        return labels.masked_fill((mask.indices < 0)[:, None], IGNORED)
+
+    @torch.no_grad()
+    def _metrics(
+        self, logits: Tensor, labels: Tensor, batch: int, frames: int, lengths: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Sums over the batch, without a wait for the device."""
+        real = (labels != IGNORED).float()
+        counts = torch.zeros(self.quantizer.num_codebooks, self.quantizer.codebook_size, device=labels.device)
+        counts.scatter_add_(1, labels.clamp(min=0).t(), real.t())
+        return {
+            "correct": (logits.argmax(-1) == labels.flatten()).sum(),
+            "label_counts": counts,
+            "frames": torch.full((), batch * frames, device=labels.device) if lengths is None else lengths.sum(),
+        }
+
+    @property
+    def labels_per_target(self) -> int:
+        """Labels of a masked frame."""
+        return self.quantizer.num_codebooks
+
+    @property
+    def measured(self) -> bool:
+        """Whether all statistics of the training audio are there."""
+        return self.speech_encoder.frontend.measured and self.quantizer.measured
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Set the statistics that labels rest on, once, before the first step.
+
+        Arguments
+        ---------
+        batches : sequence of (wavs, wav_lens)
+            Training audio. Gone through twice: the quantizer's whitening is that of
+            normalised features.
+        """
+        frontend = self.speech_encoder.frontend
+        if frontend.normalize == "global":
+            frontend.measure(batches)
+        if self.quantizer.whiten is not None:
+            self.quantizer.fit_whitening(self._stacked_frames(batches))
+
+    def _stacked_frames(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
+        """What the quantizer gets, without padding, shape (frames, input_dim)."""
+        frontend = self.speech_encoder.frontend
+        for wavs, wav_lens in batches:
+            features, lengths = frontend(wavs.to(self.head.weight.device), wav_lens)
+            stacked = features.unflatten(1, (-1, frontend.stack)).flatten(2)
+            if lengths is None:
+                yield stacked.flatten(0, 1)
+            else:
+                yield stacked[valid_frames(lengths // frontend.stack, stacked.shape[1])]
+
+    def signature(self) -> dict[str, Any]:
+        """Describe, as plain JSON, what a checkpoint must agree with to be loaded."""
+        quantizer = self.quantizer
+        return {
+            "model": type(self).__name__,
+            **encoder_config(self.speech_encoder),
+            "quantizer": {
+                name: getattr(quantizer, name)
+                for name in ("codebook_dim", "codebook_size", "num_codebooks", "seed", "normalize", "whiten")
+            },
+        }
+
+    def encode(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states of unmasked speech: see :meth:`SpeechEncoder.forward`."""
+        return self.speech_encoder(wavs, wav_lens)
+
+    def flops(self, utterances: int, frames: int, targets: int) -> float:
+        """Floating-point operations of one training step (forward and twice that backward), analytic.
+
+        Arguments
+        ---------
+        utterances, frames : int
+            Shape of the batch in encoder frames.
+        targets : int
+            Masked frames.
+
+        Returns
+        -------
+        float
+            Matrix products and convolutions of the encoder and the head; the front end
+            and the quantizer, which have no backward pass, are under 0.3 %.
+        """
+        encoder = self.speech_encoder.encoder.flops(utterances, frames)
+        subsampling = self.speech_encoder.subsampling.flops(utterances * frames)
+        return 3.0 * (encoder + subsampling + 2.0 * targets * self.head.weight.numel())

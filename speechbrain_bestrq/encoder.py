@@ -1,0 +1,307 @@
+"""Encoders: sequences of frames in, the hidden states of every layer out."""
+
+import torch
+from torch import Tensor, nn
+
+from speechbrain_bestrq.attention import RelativeAttention, RotaryAttention
+from speechbrain_bestrq.frontend import ConvSubsampling, LogMel, valid_frames
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, two linear layers with an activation between, dropout after each.
+
+    Arguments
+    ---------
+    d_model, d_ffn : int
+        Sizes outside and inside.
+    dropout : float
+        After the activation and at the end.
+
+    Example
+    -------
+    >>> FeedForward(8, 32, 0.1)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float):
+        super().__init__(
+            nn.LayerNorm(d_model),
+            nn.Linear(d_model, d_ffn),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(d_ffn, d_model),
+            nn.Dropout(dropout),
+        )
+
+
+class ConvolutionModule(nn.Module):
+    """The Conformer's convolution: gated pointwise, depthwise, LayerNorm, pointwise.
+
+    LayerNorm stands where the Conformer (arXiv 2005.08100) has BatchNorm, as in
+    SpeechBrain: no utterance depends on the others.
+
+    Arguments
+    ---------
+    d_model : int
+        Channels.
+    kernel_size : int
+        Of the depthwise convolution, frames; odd.
+    dropout : float
+        At the end.
+
+    Example
+    -------
+    >>> ConvolutionModule(8, 3, 0.1)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, d_model: int, kernel_size: int, dropout: float):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {kernel_size}.")
+        self.norm = nn.LayerNorm(d_model)
+        self.gate = nn.Linear(d_model, 2 * d_model)
+        self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, padding=kernel_size // 2, groups=d_model)
+        self.inner_norm = nn.LayerNorm(d_model)
+        self.activation = nn.GELU()
+        self.out = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Convolve (B, T, d_model); ``valid`` (B, T) marks the frames that others may see."""
+        x = nn.functional.glu(self.gate(self.norm(x)), dim=-1)
+        if valid is not None:
+            x = x.masked_fill(~valid[..., None], 0.0)
+        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        return self.dropout(self.out(self.activation(self.inner_norm(x))))
+
+
+class ConformerLayer(nn.Module):
+    """Half a feed-forward, self-attention, convolution, half a feed-forward, LayerNorm.
+
+    Arguments
+    ---------
+    d_model, num_heads, d_ffn, kernel_size : int
+        Sizes.
+    dropout : float
+        Everywhere.
+    attention : str
+        "rotary" or "relative".
+
+    Example
+    -------
+    >>> ConformerLayer(8, 2, 32, 3, 0.1, "rotary")(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, d_model: int, num_heads: int, d_ffn: int, kernel_size: int, dropout: float, attention: str):
+        super().__init__()
+        kinds = {"rotary": RotaryAttention, "relative": RelativeAttention}
+        if attention not in kinds:
+            raise ValueError(f"attention is one of {', '.join(kinds)}, not {attention!r}.")
+        self.feed_forward1 = FeedForward(d_model, d_ffn, dropout)
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = kinds[attention](d_model, num_heads, dropout)
+        self.convolution = ConvolutionModule(d_model, kernel_size, dropout)
+        self.feed_forward2 = FeedForward(d_model, d_ffn, dropout)
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Transform (B, T, d_model); ``valid`` (B, T) marks the frames that others may see."""
+        x = x + 0.5 * self.feed_forward1(x)
+        x = x + self.attention(self.attention_norm(x), valid)
+        x = x + self.convolution(x, valid)
+        return self.norm(x + 0.5 * self.feed_forward2(x))
+
+
+class _Skip(torch.autograd.Function):
+    """The identity on x; the parameters of a dropped layer get a gradient of zero.
+
+    So every parameter is in the graph at every step, and DDP, which waits for each,
+    needs no search for unused ones.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = (
+            torch.zeros_like(parameter) if needed else None
+            for parameter, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        )
+        return gradient, *zeros
+
+
+class ConformerEncoder(nn.Module):
+    """Conformer layers (arXiv 2005.08100) under a final LayerNorm.
+
+    Arguments
+    ---------
+    d_model : int
+        Size of the hidden states.
+    num_layers, num_heads, d_ffn : int
+        Layers, attention heads, size inside the feed-forward modules.
+    kernel_size : int
+        Of the depthwise convolutions, frames; odd.
+    dropout : float
+        Everywhere.
+    layer_drop : float
+        Probability to skip a layer in training. A skipped layer's hidden state is
+        its input: their number stays the same.
+    attention : str
+        "rotary": rotary positions in PyTorch's fused attention. "relative":
+        Transformer-XL's, equal to SpeechBrain's ``ConformerEncoder`` with
+        ``RelPosMHAXL`` (see :func:`speechbrain_bestrq.convert.conformer_from_speechbrain`).
+
+    Example
+    -------
+    >>> encoder = ConformerEncoder(d_model=16, num_layers=3, num_heads=2, d_ffn=32, kernel_size=3)
+    >>> states = encoder(torch.randn(2, 10, 16), lengths=torch.tensor([10, 7]))
+    >>> len(states), states[-1].shape
+    (4, torch.Size([2, 10, 16]))
+    """
+
+    def __init__(
+        self,
+        d_model: int = 576,
+        num_layers: int = 12,
+        num_heads: int = 9,
+        d_ffn: int = 2048,
+        kernel_size: int = 31,
+        dropout: float = 0.1,
+        layer_drop: float = 0.0,
+        attention: str = "rotary",
+    ):
+        super().__init__()
+        self.config = dict(
+            d_model=d_model,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            d_ffn=d_ffn,
+            kernel_size=kernel_size,
+            dropout=dropout,
+            layer_drop=layer_drop,
+            attention=attention,
+        )
+        self.d_model, self.layer_drop = d_model, layer_drop
+        self.layers = nn.ModuleList(
+            ConformerLayer(d_model, num_heads, d_ffn, kernel_size, dropout, attention) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.apply(_initialize)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """Encode.
+
+        Arguments
+        ---------
+        x : Tensor
+            Shape (B, T, d_model).
+        lengths : Tensor, optional
+            Valid frames of each utterance, shape (B,); None when nothing is padded,
+            which lets attention run without a mask.
+
+        Returns
+        -------
+        list of Tensor
+            num_layers + 1 hidden states of shape (B, T, d_model): the input, each
+            layer's output, the last one after the final norm. What stands in the
+            padding means nothing.
+        """
+        # a row of attention without any key would be NaN
+        valid = None if lengths is None else valid_frames(lengths.clamp(min=1), x.shape[1])
+        kept = torch.ones(len(self.layers), dtype=torch.bool)
+        if self.training and self.layer_drop:
+            kept = torch.rand(len(self.layers)) >= self.layer_drop
+        states = [x]
+        for layer, keep in zip(self.layers, kept.tolist(), strict=True):
+            states.append(layer(states[-1], valid) if keep else _Skip.apply(states[-1], *layer.parameters()))
+        states[-1] = self.norm(states[-1])
+        return states
+
+    def flops(self, utterances: int, frames: int) -> float:
+        """Multiply-adds (two operations each) of a forward pass over (utterances, frames)."""
+        matrices = sum(weight.numel() for weight in self.parameters() if weight.ndim > 1)
+        position = 0
+        if self.config["attention"] == "relative":
+            # projected once for the 2 T - 1 distances, and a second product with the queries
+            position = len(self.layers) * (2 * frames - 1) * self.d_model**2 * (1 - utterances * frames / (2 * frames - 1))
+            position += utterances * len(self.layers) * frames * (2 * frames - 1) * self.d_model
+        attention = utterances * len(self.layers) * 2 * frames**2 * self.d_model
+        return 2.0 * (utterances * frames * matrices + attention + position)
+
+
+def _initialize(module: nn.Module) -> None:
+    """Xavier weights and zero biases, as SpeechBrain's transformers."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class SpeechEncoder(nn.Module):
+    """Waveforms in, hidden states out: what pre-training trains and downstream tasks take.
+
+    Arguments
+    ---------
+    frontend : LogMel
+        Features.
+    subsampling : ConvSubsampling
+        Feature frames to encoder frames.
+    encoder : nn.Module
+        Maps (B, T, d_model) and lengths to a list of hidden states.
+
+    Example
+    -------
+    >>> speech_encoder = SpeechEncoder(
+    ...     LogMel(normalize="utterance"),
+    ...     ConvSubsampling(d_model=16),
+    ...     ConformerEncoder(d_model=16, num_layers=2, num_heads=2, d_ffn=32),
+    ... )
+    >>> hidden, lengths = speech_encoder(torch.randn(2, 16000), torch.tensor([1.0, 0.5]))
+    >>> hidden.shape, lengths.tolist()
+    (torch.Size([3, 2, 25, 16]), [25, 12])
+    """
+
+    def __init__(self, frontend: LogMel, subsampling: ConvSubsampling, encoder: nn.Module):
+        super().__init__()
+        if frontend.stack != subsampling.factor:
+            raise ValueError(f"the front end's stack ({frontend.stack}) must be the subsampling's {subsampling.factor}.")
+        self.frontend, self.subsampling, self.encoder = frontend, subsampling, encoder
+
+    def num_frames(self, samples: int | Tensor) -> int | Tensor:
+        """Encoder frames of so many samples."""
+        return self.frontend.num_frames(samples) // self.subsampling.factor
+
+    def encode_features(self, features: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """Encode features (B, 4 T, F); ``lengths`` counts encoder frames, None when nothing is padded."""
+        return self.encoder(self.subsampling(features, lengths), lengths)
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode waveforms.
+
+        Arguments
+        ---------
+        wavs : Tensor
+            In [-1, 1], shape (B, N).
+        wav_lens : Tensor, optional
+            Relative lengths, shape (B,); None when nothing is padded.
+
+        Returns
+        -------
+        hidden : Tensor
+            Shape (L + 1, B, T, d_model): the input of the first layer and each
+            layer's output, the last one after the final norm; zero in the padding.
+        lengths : Tensor
+            Frames of each utterance, int64, shape (B,).
+        """
+        features, lengths = self.frontend(wavs, wav_lens)
+        if lengths is None:
+            hidden = torch.stack(self.encode_features(features))
+            return hidden, torch.full((len(wavs),), hidden.shape[2], device=hidden.device)
+        lengths = lengths // self.subsampling.factor
+        hidden = torch.stack(self.encode_features(features, lengths))
+        return hidden.masked_fill(~valid_frames(lengths, hidden.shape[2])[..., None], 0.0), lengths

@@ -1,0 +1,15 @@
+"""The error that is the user's to mend."""
+
+
+class InputError(ValueError):
+    """Something given by the user cannot be used.
+
+    The message is one line: it names the file, the folder or the key, says what
+    is wrong with it, and what to do. Command lines print it without a traceback.
+
+    Example
+    -------
+    >>> raise InputError("data_folder '/nowhere' does not exist: give the path of your corpus.")
+    Traceback (most recent call last):
+    speechbrain_bestrq.errors.InputError: data_folder '/nowhere' does not exist: give the path of your corpus.
+    """

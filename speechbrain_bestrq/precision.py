@@ -1,0 +1,38 @@
+"""Where float32 has to stay float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Switch autocast and reduced-precision float32 products (TF32, bf16) off.
+
+    The front end and the quantizer run under it: labels have to be a function of
+    the audio, not of the precision that the encoder happens to train in. (In bf16
+    about 1 % of BEST-RQ's labels change.)
+
+    Arguments
+    ---------
+    device_type : str
+        "cpu", "cuda"...: whose autocast to switch off.
+
+    Example
+    -------
+    >>> product = torch.eye(2) @ torch.eye(2)
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision("cpu"):
+    ...     (torch.eye(2) @ torch.eye(2)).dtype
+    torch.float32
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    previous = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, previous, strict=True):
+            backend.fp32_precision = precision

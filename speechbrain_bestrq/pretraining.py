@@ -1,0 +1,553 @@
+"""The Brain of pre-training: BEST-RQ and whatever else has its model's interface."""
+
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.checkpoints import ckpt_recency
+from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from speechbrain_bestrq.accounting import JsonLines, LateReader, code_statistics, datasheet_flops, format_line
+from speechbrain_bestrq.audio import PretrainingBatch
+from speechbrain_bestrq.bestrq import PretrainingOutput
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.model_card import write_card
+from speechbrain_bestrq.pretrained import save_encoder
+
+logger = logging.getLogger(__name__)
+
+#: Share of the label histogram that stays from one update to the next: a memory of some hundred updates.
+HISTOGRAM_MEMORY = 0.995
+
+#: Sums over the batches of an update, in the order of the tensor that ranks add up.
+SUMS = ("targets", "loss", "correct", "frames", "seconds")
+
+
+class PretrainingBrain(sb.Brain):
+    """Trains a pre-training model, on one device or several.
+
+    The model is ``modules["model"]``: ``forward(wavs, wav_lens, mask=, generator=)``
+    returns a :class:`~speechbrain_bestrq.bestrq.PretrainingOutput`.
+
+    * The gradient of an update is that of the mean loss over all masked frames of all
+      its micro-batches on all ranks: each micro-batch adds the *sum* of its losses,
+      and the total is divided by the total number of masked frames.
+    * A batch carries its mask and the seeds of its noise and its dropout, which are
+      functions of (seed, rank, epoch, batch): a resumed run repeats nothing and needs
+      no generator's state.
+    * The finite check is made on the device, on the norm of the gradients that all
+      ranks share: an update that is not finite is skipped by all alike, and counted.
+    * Nothing is read back from the device but the log line, late.
+
+    Arguments
+    ---------
+    modules, opt_class, hparams, run_opts, checkpointer
+        As for :class:`speechbrain.Brain`. ``opt_class`` makes a fused optimizer.
+        Of ``hparams``: ``lr_schedule``, ``output_folder``, ``log_interval`` (updates),
+        ``optimizer_step_limit``, ``encoder_at_steps``, ``seed``.
+    run_facts : dict
+        What run.json and the encoder's card tell of the data (corpus, hours...).
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        opt_class: Any,
+        hparams: dict[str, Any],
+        run_opts: Any,
+        checkpointer: Any,
+        run_facts: dict[str, Any],
+    ):
+        super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
+        if self.optimizer_step_limit is not None:
+            # a run option without a default arrives as text
+            self.optimizer_step_limit = int(self.optimizer_step_limit)
+        self.model: nn.Module = self.modules["model"]
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.run_facts = {**run_facts, **self._machine_facts()}
+        self.folder = Path(self.hparams.output_folder)
+        self.log = JsonLines(self.folder / "train_log.jsonl")
+        self.reader = LateReader()
+        self.generator = torch.Generator(device=self.device)
+        self.tensorboard = None
+        self.bar = None
+        self.best_valid_loss = float("inf")
+        self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
+        self.device_seconds_before, self.started = 0.0, time.perf_counter()
+        # a micro-batch of this many masked frames weighs 1, so that summed losses keep their scale in fp16
+        self.nominal_targets = 1000.0
+        self.histogram, self.window_sums, self.update_sums = None, self._zero_sums(), self._zero_sums()
+        self.gradient_norm, self.shown_loss = torch.zeros((), device=self.device), torch.zeros(())
+        self._start_clock()
+        if checkpointer is not None:
+            checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
+
+    def _machine_facts(self) -> dict[str, Any]:
+        cuda = self.device_type == "cuda"
+        return {
+            "model": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "precision": self.precision,
+            "world_size": self.world_size,
+            "updates_planned": self.optimizer_step_limit,
+            "seed": self.hparams.seed,
+            "versions": {"torch": torch.__version__, "speechbrain": sb.__version__},
+        }
+
+    # ---------------------------------------------------------------- start
+
+    def measure(self, batches: Any) -> None:
+        """Set the model's statistics of the training audio; a run that is resumed has them.
+
+        Arguments
+        ---------
+        batches : callable
+            Returns a list of (wavs, wav_lens); called on the main process only, and
+            only if there is something to measure.
+        """
+        if self.model.measured or (self.checkpointer is not None and self.checkpointer.find_checkpoint() is not None):
+            return
+        if if_main_process():
+            self.model.measure(batches())
+        if self.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+            # loading what one holds lets the modules notice their statistics
+            self.model.load_state_dict(self.model.state_dict())
+
+    def fit(self, epoch_counter: Any, train_set: DataLoader, valid_set: DataLoader | None = None) -> None:
+        """Train; see :meth:`speechbrain.Brain.fit`.
+
+        Arguments
+        ---------
+        epoch_counter : iterable
+            Counts epochs; a recoverable of the checkpointer.
+        train_set : DataLoader
+            Over a :class:`~speechbrain_bestrq.batching.LadderBatchSampler`.
+        valid_set : DataLoader, optional
+            Over a :class:`~speechbrain_bestrq.batching.PaddedBatchSampler`.
+        """
+        self.sampler = train_set.batch_sampler
+        if self.checkpointer is not None:
+            self.checkpointer.add_recoverable("sampler", self.sampler, _load_state, _save_state)
+            newest = self.checkpointer.find_checkpoint()
+            if newest is not None and newest.meta["step"] >= (self.optimizer_step_limit or float("inf")):
+                logger.info("This run is done: %s holds update %d.", newest.path, newest.meta["step"])
+                return
+        self.show_bar = not self.noprogressbar and if_main_process()
+        # the progress bar is our own: it reads nothing back from the device
+        super().fit(epoch_counter, train_set, valid_set, progressbar=False)
+        self._write_log_lines(wait=True)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def on_fit_start(self) -> None:
+        """Refuse a foreign checkpoint, then load it; open the logs."""
+        checkpoint = None if self.checkpointer is None else self.checkpointer.find_checkpoint()
+        if checkpoint is not None:
+            check_signature(self.model.signature(), checkpoint.meta.get("signature", "{}"), checkpoint.path)
+        super().on_fit_start()
+        if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")
+        self.optimizer_parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if if_main_process():
+            self.log.truncate(after_step=self.optimizer_step)
+            facts = json.dumps(self.run_facts, indent=2)
+            (self.folder / "run.json").write_text(facts + "\n", encoding="utf-8")
+            self.tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=self.optimizer_step + 1)
+        ddp_barrier()
+        self.started = time.perf_counter()
+
+    def _compile(self) -> None:
+        """Compile each encoder layer by itself: one small graph for all layers, in place."""
+        if not self.compile:
+            return
+        # a recompilation for each shape of the ladder, at most; the default stops compiling after 8
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        dynamic = True if self.compile_using_dynamic_shape_tracing else None
+        for layer in self.model.speech_encoder.encoder.layers:
+            layer.compile(mode=self.compile_mode, fullgraph=self.compile_using_fullgraph, dynamic=dynamic)
+
+    def _wrap_distributed(self) -> None:
+        """One module, one DDP. Every rank makes the same buffers itself: none is sent at each step."""
+        if self.world_size > 1:
+            devices = [torch.device(self.device)] if self.device_type == "cuda" else None
+            self.modules["model"] = DistributedDataParallel(
+                self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    # ---------------------------------------------------------------- a step
+
+    def compute_forward(self, batch: PretrainingBatch, stage: sb.Stage) -> PretrainingOutput:
+        """Call the model with the batch's own mask and noise."""
+        # validation calls the bare model: its ranks may have unequal numbers of batches
+        model = self.modules["model"] if stage == sb.Stage.TRAIN else self.model
+        self.generator.manual_seed(batch.noise_seed)
+        return model(batch.wavs, batch.wav_lens, mask=batch.masked, generator=self.generator)
+
+    def compute_objectives(self, predictions: PretrainingOutput, batch: PretrainingBatch, stage: sb.Stage) -> Tensor:
+        """Return the mean loss over the batch's masked frames."""
+        return predictions.loss
+
+    def fit_batch(self, batch: PretrainingBatch) -> Tensor:
+        """Add a micro-batch's gradient; update after the last of ``grad_accumulation_factor`` or of the epoch."""
+        self.window_wait += time.perf_counter() - self.batch_asked_for
+        last = self.step % self.grad_accumulation_factor == 0 or self.step == len(self.sampler)
+        self.on_fit_batch_start(batch, last)
+        batch = batch.to(self.device)
+        torch.manual_seed(batch.dropout_seed)
+        with self.no_sync(not last):
+            with self.training_ctx:
+                output = self.compute_forward(batch, sb.Stage.TRAIN)
+                loss = self.compute_objectives(output, batch, sb.Stage.TRAIN)
+            self.scaler.scale(loss * (output.num_targets / self.nominal_targets)).backward()
+        self._add_up(self.update_sums, output, batch)
+        if last:
+            self.optimizers_step()
+        self.sampler.position = self.step
+        self.window_flops += self.model.flops(*output.shape, output.num_targets)
+        self.on_fit_batch_end(batch, output, loss, last)
+        self.batch_asked_for = time.perf_counter()
+        return self.shown_loss
+
+    @torch.no_grad()
+    def optimizers_step(self) -> None:
+        """Scale the gradients to the mean over all targets, clip them, update if they are finite."""
+        update = self.optimizer_step + 1
+        rate = self.hparams.lr_schedule(update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums = self.update_sums
+        if self.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.optimizer_parameters if p.grad is not None]
+        # DDP has divided by the ranks
+        scale = (self.world_size * self.nominal_targets / sums[0].clamp(min=1)).float()
+        norm = torch.nn.utils.get_total_norm(gradients) * scale
+        if self.max_grad_norm > 0:
+            scale = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
+        finite = norm.isfinite()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # what GradScaler does for fused optimizers: the kernel itself skips the update
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer_step = update
+        self.window_sums += torch.where(finite, sums, 0.0)
+        self.totals += torch.stack([sums[4], (~finite).double()])
+        self.gradient_norm = norm
+        self.update_sums = self._zero_sums()
+
+    def on_fit_batch_end(self, batch: PretrainingBatch, outputs: PretrainingOutput, loss: Tensor, should_step: bool) -> None:
+        """After an update: the log line, the progress bar, the encoder of this step."""
+        if not should_step:
+            return
+        self.window_updates += 1
+        if self.optimizer_step % self.hparams.log_interval == 0:
+            self._submit_log_line()
+        self._write_log_lines(wait=False)
+        if self.bar is not None:
+            self.bar.update()
+        if self.optimizer_step in self.hparams.encoder_at_steps:
+            self._save_encoder(f"encoder@{self.optimizer_step}")
+
+    def _zero_sums(self) -> Tensor:
+        return torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+
+    def _add_up(self, sums: Tensor, output: PretrainingOutput, batch: PretrainingBatch) -> None:
+        """Add a batch to the sums, and its labels to the histogram, on the device."""
+        metrics = output.metrics
+        targets = output.num_targets
+        values = torch.stack(
+            [
+                torch.full_like(sums[0], targets),
+                output.loss.detach().double() * targets,
+                metrics["correct"].double() / self.model.labels_per_target,
+                metrics["frames"].double(),
+                torch.full_like(sums[0], batch.seconds),
+            ]
+        )
+        sums += values
+        if self.histogram is None:
+            self.histogram = torch.zeros_like(metrics["label_counts"])
+        memory = HISTOGRAM_MEMORY if self.model.training else 1.0
+        self.histogram.mul_(memory).add_(metrics["label_counts"])
+
+    # ---------------------------------------------------------------- logging
+
+    def _start_clock(self) -> None:
+        """Start measuring speed, since the last log line or since a stage began."""
+        self.window_started = self.batch_asked_for = time.perf_counter()
+        self.window_wait, self.window_flops, self.window_updates = 0.0, 0.0, 0
+        self.clocked_seconds = self.totals[0].clone()
+
+    @property
+    def device_hours(self) -> float:
+        """Hours that all devices have been held, whether they computed or waited."""
+        return (self.device_seconds_before + (time.perf_counter() - self.started) * self.world_size) / 3600
+
+    def _averages(self, sums: Tensor, histogram: Tensor) -> dict[str, Tensor]:
+        """Loss and label statistics of sums that ranks share and a histogram that they do not yet."""
+        if self.world_size > 1:
+            histogram = histogram.clone()
+            torch.distributed.all_reduce(histogram)
+        averages = dict(zip(SUMS, sums.unbind(), strict=True))
+        targets = averages["targets"].clamp(min=1)
+        codes = code_statistics(histogram)
+        loss = averages["loss"] / targets
+        return {
+            "loss": loss,
+            "accuracy": averages["correct"] / targets,
+            **codes,
+            "gain": codes["unigram_entropy"] - loss,
+            "mask_ratio": averages["targets"] / averages["frames"].clamp(min=1),
+        }
+
+    def _submit_log_line(self) -> None:
+        """Start reading back what has happened since the last line; a collective of all ranks."""
+        seconds = time.perf_counter() - self.window_started
+        flops = self.window_flops / seconds
+        peak = datasheet_flops(self.run_facts["device"], self.precision)
+        left = max((self.optimizer_step_limit or self.optimizer_step) - self.optimizer_step, 0)
+        known = {
+            "event": "train",
+            "step": self.optimizer_step,
+            "epoch": self.sampler.epoch,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "window_seconds": seconds,
+            "window_updates": self.window_updates,
+            "device_hours": self.device_hours,
+            "gflops_per_second": flops / 1e9,
+            "utilisation": None if peak is None else flops / peak,
+            "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.device_type == "cuda" else _peak_host_gb(),
+            "data_wait_share": self.window_wait / seconds,
+            "eta_hours": left * seconds / self.window_updates / 3600,
+        }
+        values = {
+            **self._averages(self.window_sums, self.histogram),
+            "gradient_norm": self.gradient_norm,
+            "audio_seconds": self.totals[0] - self.clocked_seconds,
+            "audio_hours": self.totals[0] / 3600,
+            "skipped_updates": self.totals[1],
+        }
+        self.reader.submit(known, values)
+        self.window_sums = self._zero_sums()
+        self._start_clock()
+
+    def _write_log_lines(self, wait: bool) -> None:
+        """Write the lines whose values have arrived."""
+        for entry in self.reader.ready(wait):
+            updates = entry.pop("window_updates")
+            entry["audio_seconds_per_second"] = entry.pop("audio_seconds") / entry.pop("window_seconds")
+            entry["skipped_updates"] = int(entry["skipped_updates"])
+            if entry["mask_ratio"] == 0 and entry["skipped_updates"]:
+                raise RuntimeError(
+                    f"none of the last {updates} updates up to {entry['step']} had finite gradients: lower the "
+                    "learning rate, lengthen the warm-up, or train in bf16 or fp32; then start again to resume."
+                )
+            self.shown_loss = torch.tensor(entry["loss"])
+            if self.bar is not None:
+                shown = {"loss": entry["loss"], "accuracy": entry["accuracy"], "gain": entry["gain"]}
+                speed = f"{entry['audio_seconds_per_second']:.0f} s/s"
+                self.bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()}, audio=speed, refresh=False)
+            self._write(entry)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        """Write one entry as text, as JSON and to TensorBoard."""
+        if not if_main_process():
+            return
+        logger.info(format_line(entry))
+        self.log.append(entry)
+        for name, value in entry.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.tensorboard.add_scalar(f"{entry['event']}/{name}", value, entry["step"])
+
+    # ---------------------------------------------------------------- stages
+
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
+        """Set the sampler to its epoch; start the sums of a validation."""
+        if stage == sb.Stage.TRAIN:
+            self.sampler.set_epoch(epoch)
+            self.step = self.sampler.position  # an epoch that was begun goes on
+            self._start_clock()
+            if self.show_bar and self.bar is None:
+                self.bar = tqdm(
+                    total=self.optimizer_step_limit, initial=self.optimizer_step, unit="update", dynamic_ncols=True
+                )
+        else:
+            self.stage_started = time.perf_counter()
+            self.valid_sums, self.train_histogram = self._zero_sums(), self.histogram
+            self.histogram = None
+
+    @torch.no_grad()
+    def evaluate_batch(self, batch: PretrainingBatch, stage: sb.Stage) -> Tensor:
+        """Add a batch to the sums of the validation."""
+        batch = batch.to(self.device)
+        with self.evaluation_ctx:
+            output = self.compute_forward(batch, stage)
+        self._add_up(self.valid_sums, output, batch)
+        return torch.zeros(())
+
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
+        """After training: the log lines. After validation: its line, the checkpoint, the best encoder."""
+        if stage == sb.Stage.TRAIN:
+            self._write_log_lines(wait=True)
+            return
+        histogram, self.histogram = self.histogram, self.train_histogram
+        if histogram is None:  # a rank without a batch of its own
+            histogram = torch.zeros_like(self.train_histogram)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(self.valid_sums)
+        values = {name: float(value) for name, value in self._averages(self.valid_sums, histogram).items()}
+        audio_hours = float(self.totals[0]) / 3600
+        entry = {"event": "valid", "step": self.optimizer_step, "epoch": epoch, **values, "audio_hours": audio_hours}
+        entry |= {"device_hours": self.device_hours, "seconds": time.perf_counter() - self.stage_started}
+        self._write(entry)
+        best = values["loss"] < self.best_valid_loss
+        self.best_valid_loss = min(values["loss"], self.best_valid_loss)
+        # a run that ends amid an epoch can be continued there
+        self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), valid_loss=values["loss"])
+        if best:
+            self._save_encoder("encoder", entry)
+        if self.bar is not None and self._optimizer_step_limit_exceeded:
+            self.bar.close()
+
+    # ---------------------------------------------------------------- saving
+
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
+        """Between updates only: every ``ckpt_interval_steps`` updates, or after ``ckpt_interval_minutes``.
+
+        Time is looked at with the log lines, so that ranks talk no more often than that.
+        """
+        if self.checkpointer is None or self.window_updates and self.ckpt_interval_minutes > 0:
+            return False
+        between_updates = self.step % self.grad_accumulation_factor == 0 or self.step == len(self.sampler)
+        if not between_updates or self.step == len(self.sampler):  # the end of the epoch saves anyway
+            return False
+        if self.ckpt_interval_steps > 0:
+            return self.optimizer_step % self.ckpt_interval_steps == 0
+        return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+
+    def _save_intra_epoch_ckpt(self) -> None:
+        self._save_checkpoint(end_of_epoch=False)
+
+    def _save_checkpoint(self, end_of_epoch: bool, **meta: float) -> None:
+        """Save; keep the newest and the best."""
+        if self.checkpointer is None:
+            return
+        signature = json.dumps(self.model.signature(), sort_keys=True)
+        self.checkpointer.save_checkpoint(
+            meta={"step": self.optimizer_step, "signature": signature, **meta}, end_of_epoch=end_of_epoch
+        )
+        kept = {"num_to_keep": 1, "min_keys": ["valid_loss"], "importance_keys": [ckpt_recency]}
+        run_on_main(self.checkpointer.delete_checkpoints, kwargs=kept)
+
+    def _save_progress(self, _brain: Any, path: Path) -> None:
+        """Save the counters that SpeechBrain does not know of: a collective of all ranks."""
+        histogram = self.histogram.clone()
+        if self.world_size > 1:
+            torch.distributed.all_reduce(histogram)
+        if if_main_process():
+            state = {
+                "totals": self.totals,
+                "window_sums": self.window_sums,
+                "histogram": histogram,
+                "device_seconds": self.device_hours * 3600,
+                "best_valid_loss": self.best_valid_loss,
+            }
+            torch.save(state, path)
+
+    def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.totals, self.window_sums = state["totals"], state["window_sums"]
+        # histograms are added up over the ranks: the first holds what all had
+        self.histogram = state["histogram"] * (self.rank == 0)
+        self.device_seconds_before, self.best_valid_loss = state["device_seconds"], state["best_valid_loss"]
+
+    def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> None:
+        """Write the artefact of this step."""
+        if not if_main_process():
+            return
+        facts = {
+            **self.run_facts,
+            "step": self.optimizer_step,
+            "audio_hours": float(self.totals[0]) / 3600,
+            "device_hours": self.device_hours,
+            "validation": entry,
+        }
+        card = write_card(facts, [line for line in self.log.read() if line["event"] == "valid"])
+        save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
+
+
+def check_signature(ours: dict[str, Any], saved: str, folder: Path) -> None:
+    """Refuse a checkpoint of another model.
+
+    Arguments
+    ---------
+    ours : dict
+        The model's ``signature()``.
+    saved : str
+        The checkpoint's, as JSON.
+    folder : Path
+        The checkpoint.
+
+    Raises
+    ------
+    InputError
+        Naming the settings that differ.
+
+    Example
+    -------
+    >>> check_signature({"encoder": {"d_model": 8}}, '{"encoder": {"d_model": 16}}', Path("save/CKPT"))
+    Traceback (most recent call last):
+    speechbrain_bestrq.errors.InputError: save/CKPT is of another model (encoder.d_model: 16 there, 8 here): \
+give another output_folder, or the settings it was trained with.
+    """
+    here, there = _flat(ours), _flat(json.loads(saved))
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if names:
+        differences = ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
+        raise InputError(
+            f"{folder} is of another model ({differences}): give another output_folder, "
+            "or the settings it was trained with."
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _save_state(recoverable: Any, path: Path) -> None:
+    """A checkpoint hook for small states of plain types."""
+    if if_main_process():
+        Path(path).write_text(json.dumps(recoverable.state_dict()), encoding="utf-8")
+
+
+def _load_state(recoverable: Any, path: Path, end_of_epoch: bool) -> None:
+    recoverable.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _peak_host_gb() -> float:
+    """The most memory this process has held, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,192 @@
+"""BEST-RQ's targets: a random projection and the nearest entry of a random codebook."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize as unit_norm
+
+from speechbrain_bestrq.precision import full_precision
+
+#: Scores held at a time: chunks of frames so that (frames, codes) in float32 stays near 16 MB.
+CHUNK_SCORES = 2**22
+
+#: Directions of less than this share of the greatest variance are not blown up by whitening.
+MINIMUM_VARIANCE_SHARE = 1e-6
+
+
+class RandomProjectionQuantizer(nn.Module):
+    """Nearest codes of randomly projected frames (BEST-RQ, arXiv 2202.01855, section 3.1).
+
+    The projection is Xavier-uniform, the codebook standard normal on the unit
+    sphere; both are buffers, drawn by a generator of their own from ``seed`` and
+    never trained. Labels are computed in float32 whatever the precision around, in
+    chunks of frames. As codes and projected frames have unit length, the nearest code
+    is the one with the greatest product; and as the length of a frame scales all its
+    products alike, ``normalize="feature"`` needs no division at all.
+
+    Arguments
+    ---------
+    input_dim : int
+        Size of a frame: stacked features (4 x 80).
+    codebook_dim, codebook_size : int
+        Size and number of codes.
+    num_codebooks : int
+        Independent projections and codebooks.
+    seed : int
+        Of projections and codebooks.
+    normalize : str
+        "feature": projected frames to unit length, as the paper's equation 1.
+        "time": each projected dimension to unit length over the utterance, as the runs
+        behind arXiv 2405.04296 did; wants (B, T, input_dim) with zeros in the padding.
+    whiten : int, optional
+        Project the input onto so many principal components scaled to unit variance
+        first (``input_dim`` keeps all). :meth:`fit_whitening` measures them
+        once; they are folded into ``projection`` and ``offset``.
+
+    Attributes
+    ----------
+    projection : Tensor
+        Shape (num_codebooks, input_dim, codebook_dim).
+    offset : Tensor
+        Subtracted after the projection, shape (num_codebooks, codebook_dim).
+    codebooks : Tensor
+        Shape (num_codebooks, codebook_size, codebook_dim).
+
+    Example
+    -------
+    >>> quantizer = RandomProjectionQuantizer(320, num_codebooks=2, seed=1)
+    >>> quantizer(torch.randn(3, 50, 320)).shape
+    torch.Size([3, 50, 2])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        codebook_dim: int = 16,
+        codebook_size: int = 8192,
+        num_codebooks: int = 1,
+        seed: int = 0,
+        normalize: str = "feature",
+        whiten: int | None = None,
+    ):
+        super().__init__()
+        if normalize not in ("feature", "time"):
+            raise ValueError(f"normalize is 'feature' or 'time', not {normalize!r}.")
+        if whiten is not None and not 1 <= whiten <= input_dim:
+            raise ValueError(f"whiten is the number of components kept, 1 to input_dim = {input_dim}, not {whiten}.")
+        self.input_dim, self.codebook_dim, self.codebook_size = input_dim, codebook_dim, codebook_size
+        self.num_codebooks, self.seed, self.normalize, self.whiten = num_codebooks, seed, normalize, whiten
+        projection, codebooks = self._draw()
+        unknown = 0.0 if whiten is None else torch.nan
+        self.register_buffer("projection", projection)
+        self.register_buffer("offset", torch.full((num_codebooks, codebook_dim), unknown, device="cpu"))
+        self.register_buffer("codebooks", codebooks)
+        self.measured = whiten is None
+        self.register_load_state_dict_post_hook(_note_measured)
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Draw projections and codebooks, on the CPU so that every machine has the same."""
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        shape = (self.num_codebooks, self.input_dim, self.codebook_dim)
+        bound = (6.0 / (self.input_dim + self.codebook_dim)) ** 0.5
+        projection = torch.rand(shape, generator=generator, device="cpu") * (2 * bound) - bound
+        shape = (self.num_codebooks, self.codebook_size, self.codebook_dim)
+        codebooks = unit_norm(torch.randn(shape, generator=generator, device="cpu"), dim=-1)
+        return projection, codebooks
+
+    def extra_repr(self) -> str:
+        """Settings, for printing."""
+        names = ("input_dim", "codebook_dim", "codebook_size", "num_codebooks", "seed", "normalize", "whiten")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a frame's labels depend on that frame alone."""
+        return self.normalize == "feature"
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Label frames.
+
+        Arguments
+        ---------
+        x : Tensor
+            Shape (B, T, input_dim); with ``normalize="feature"`` any number of
+            leading dimensions will do.
+
+        Returns
+        -------
+        Tensor
+            int64, shape (B, T, num_codebooks).
+
+        Raises
+        ------
+        RuntimeError
+            If a whitening is wanted and none has been measured or loaded.
+        """
+        if not self.measured:
+            raise RuntimeError("the quantizer's whitening has not been measured: call fit_whitening() or load a state_dict.")
+        with full_precision(x.device.type):
+            return torch.stack([self._label(x.float(), book) for book in range(self.num_codebooks)], dim=-1)
+
+    def _label(self, x: Tensor, book: int) -> Tensor:
+        """Labels of one codebook, in the shape of x without its last dimension."""
+        projected = x @ self.projection[book] - self.offset[book]
+        if self.normalize == "time":
+            projected = unit_norm(projected, dim=-2)
+        codes = self.codebooks[book].t()
+        frames = max(CHUNK_SCORES // self.codebook_size, 1)
+        labels = [(chunk @ codes).argmax(dim=-1) for chunk in projected.flatten(0, -2).split(frames)]
+        return torch.cat(labels).view(x.shape[:-1])
+
+    @torch.no_grad()
+    def fit_whitening(self, batches: Iterable[Tensor]) -> None:
+        """Measure the whitening on training audio, once, and fold it into the projection.
+
+        With mean m and the first ``whiten`` principal components V of variances L the
+        projection P becomes ``V L^-1/2 V' P``, and m times it the offset: a random
+        projection of whitened frames, in the shape of the plain one.
+
+        Arguments
+        ---------
+        batches : iterable of Tensor
+            Frames as the quantizer gets them, shape (..., input_dim), without padding.
+
+        Raises
+        ------
+        ValueError
+            If no whitening is wanted, or there are fewer frames than dimensions.
+
+        Example
+        -------
+        >>> quantizer = RandomProjectionQuantizer(8, codebook_size=64, whiten=4)
+        >>> quantizer.fit_whitening([torch.randn(100, 8)])
+        >>> quantizer(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 1])
+        """
+        if self.whiten is None:
+            raise ValueError("this quantizer does not whiten: build it with whiten=<number of components>.")
+        count = 0
+        total = torch.zeros(self.input_dim, dtype=torch.float64)
+        products = torch.zeros(self.input_dim, self.input_dim, dtype=torch.float64)
+        for batch in batches:
+            frames = batch.reshape(-1, self.input_dim).double().cpu()
+            count += len(frames)
+            total += frames.sum(0)
+            products += frames.t() @ frames
+        if count < self.input_dim:
+            raise ValueError(f"{count} frames are too few to whiten {self.input_dim} dimensions.")
+        mean = total / count
+        variances, components = torch.linalg.eigh(products / count - mean.outer(mean))
+        variances, components = variances[-self.whiten :], components[:, -self.whiten :]
+        scale = variances.clamp(min=MINIMUM_VARIANCE_SHARE * float(variances[-1])).rsqrt()
+        projection = (components * scale) @ components.t() @ self._draw()[0].double()
+        self.projection.copy_(projection)
+        self.offset.copy_(mean @ projection)
+        self.measured = True
+
+
+def _note_measured(quantizer: RandomProjectionQuantizer, _incompatible_keys: object) -> None:
+    """A whitening that came with a state_dict counts as measured; the NaN of an unmeasured one does not."""
+    quantizer.measured = bool(quantizer.offset.isfinite().all())
