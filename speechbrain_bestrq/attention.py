@@ -142,8 +142,8 @@ class RelativeAttention(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.d_head)).unbind(2)
         position = self.position(self.table[longest - frames : longest - 1 + frames])
         position = position.unflatten(-1, (self.num_heads, self.d_head))
-        by_distance = torch.einsum("bthd,phd->bhtp", (query + self.position_bias.to(query.dtype)) * self.scale, position)
-        bias = _shift(by_distance)
+        biased = (query + self.position_bias.to(query.dtype)) * self.scale
+        bias = _shift(torch.einsum("bthd,phd->bhtp", biased, position))
         if valid is not None:
             bias = bias.masked_fill(~valid[:, None, None], -torch.inf)
         attended = scaled_dot_product_attention(

@@ -225,13 +225,13 @@ class ConformerEncoder(nn.Module):
     def flops(self, utterances: int, frames: int) -> float:
         """Multiply-adds (two operations each) of a forward pass over (utterances, frames)."""
         matrices = sum(weight.numel() for weight in self.parameters() if weight.ndim > 1)
-        position = 0
-        if self.config["attention"] == "relative":
-            # projected once for the 2 T - 1 distances, and a second product with the queries
-            position = len(self.layers) * (2 * frames - 1) * self.d_model**2 * (1 - utterances * frames / (2 * frames - 1))
-            position += utterances * len(self.layers) * frames * (2 * frames - 1) * self.d_model
         attention = utterances * len(self.layers) * 2 * frames**2 * self.d_model
-        return 2.0 * (utterances * frames * matrices + attention + position)
+        if self.config["attention"] == "relative":
+            distances, projection = 2 * frames - 1, self.d_model**2
+            matrices -= len(self.layers) * projection  # not for each frame, but once for each distance,
+            attention += len(self.layers) * distances * projection
+            attention += utterances * len(self.layers) * frames * distances * self.d_model  # and with each query
+        return 2.0 * (utterances * frames * matrices + attention)
 
 
 def _initialize(module: nn.Module) -> None:
@@ -269,7 +269,9 @@ class SpeechEncoder(nn.Module):
     def __init__(self, frontend: LogMel, subsampling: ConvSubsampling, encoder: nn.Module):
         super().__init__()
         if frontend.stack != subsampling.factor:
-            raise ValueError(f"the front end's stack ({frontend.stack}) must be the subsampling's {subsampling.factor}.")
+            raise ValueError(
+                f"the front end's stack must be the subsampling's {subsampling.factor}, not {frontend.stack}."
+            )
         self.frontend, self.subsampling, self.encoder = frontend, subsampling, encoder
 
     def num_frames(self, samples: int | Tensor) -> int | Tensor:

@@ -183,8 +183,9 @@ class SpanMasking:
         """
         mask = span_mask(lengths, max_length, self.prob, self.span, self.min_spans, self.grid, generator)
         share, frames = self.expected_share, len(lengths) * max_length
-        # the frames of one span are masked together: a sum of frames / span independent parts
-        deviation = 0.0 if self.grid else math.sqrt(frames * self.span * share * (1.0 - share))
-        # every utterance may be rounded up by one span
-        capacity = math.ceil(frames * share + 4.0 * deviation) + self.span * len(lengths)
+        if self.grid:  # every utterance may be rounded up by one span
+            spare = self.span * len(lengths)
+        else:  # the frames of one span are masked together: a sum of frames / span independent parts
+            spare = 4.0 * math.sqrt(frames * self.span * share * (1.0 - share))
+        capacity = math.ceil(frames * share + spare)
         return MaskedFrames.from_mask(mask, min(capacity, frames))

@@ -255,7 +255,9 @@ class PretrainingBrain(sb.Brain):
         self.gradient_norm = norm
         self.update_sums = self._zero_sums()
 
-    def on_fit_batch_end(self, batch: PretrainingBatch, outputs: PretrainingOutput, loss: Tensor, should_step: bool) -> None:
+    def on_fit_batch_end(
+        self, batch: PretrainingBatch, outputs: PretrainingOutput, loss: Tensor, should_step: bool
+    ) -> None:
         """After an update: the log line, the progress bar, the encoder of this step."""
         if not should_step:
             return
@@ -336,7 +338,7 @@ class PretrainingBrain(sb.Brain):
             "device_hours": self.device_hours,
             "gflops_per_second": flops / 1e9,
             "utilisation": None if peak is None else flops / peak,
-            "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.device_type == "cuda" else _peak_host_gb(),
+            "peak_memory_gb": _peak_memory_gb(self.device_type),
             "data_wait_share": self.window_wait / seconds,
             "eta_hours": left * seconds / self.window_updates / 3600,
         }
@@ -548,6 +550,8 @@ def _load_state(recoverable: Any, path: Path, end_of_epoch: bool) -> None:
     recoverable.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def _peak_host_gb() -> float:
-    """The most memory this process has held, GB."""
+def _peak_memory_gb(device_type: str) -> float:
+    """The most memory that tensors have held on the GPU, or this process without one, GB."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

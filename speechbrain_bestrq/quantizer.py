@@ -126,7 +126,7 @@ class RandomProjectionQuantizer(nn.Module):
             If a whitening is wanted and none has been measured or loaded.
         """
         if not self.measured:
-            raise RuntimeError("the quantizer's whitening has not been measured: call fit_whitening() or load a state_dict.")
+            raise RuntimeError("the whitening has not been measured: call fit_whitening() or load a state_dict.")
         with full_precision(x.device.type):
             return torch.stack([self._label(x.float(), book) for book in range(self.num_codebooks)], dim=-1)
 

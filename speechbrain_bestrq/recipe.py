@@ -1,12 +1,15 @@
 """What the ``main`` of every recipe does: options, YAML, one-line errors."""
 
+import difflib
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
 import torch
+import yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
@@ -43,21 +46,33 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
         named = {name: run_opts[name] for name in run_opts.overridden_args}
         run_opts = RunOptions.from_dictionary({**named, "distributed_backend": "gloo"})
     sb.utils.distributed.ddp_init_group(run_opts)
-    try:
-        with open(hparams_file, encoding="utf-8") as file:
-            return hparams_file, run_opts, overrides, load_hyperpyyaml(file, overrides)
-    except FileNotFoundError as error:
-        if error.filename != hparams_file:
-            raise
-        raise InputError(f"{hparams_file} does not exist: give the path of a YAML, such as hparams/bestrq.yaml.") from None
-    except ValueError as error:
-        message = " ".join(str(error).split())
-        if "PLACEHOLDER" in message:
-            key = message.split("'")[1] if "'" in message else message
-            raise InputError(f"{hparams_file}: {key} is left open: give it on the command line, --{key} <value>.") from None
-        raise
-    except KeyError as error:
-        raise InputError(f"{hparams_file}: {' '.join(str(error.args[0]).split())}") from None
+    if not Path(hparams_file).is_file():
+        raise InputError(f"{hparams_file} does not exist: give the path of a YAML, such as hparams/bestrq.yaml.")
+    text = Path(hparams_file).read_text(encoding="utf-8")
+    _check_open_keys(hparams_file, text, overrides)
+    return hparams_file, run_opts, overrides, load_hyperpyyaml(text, overrides)
+
+
+def _check_open_keys(hparams_file: str, text: str, overrides: str) -> None:
+    """Refuse an unknown key on the command line and a placeholder that it leaves, before anything is built."""
+    document = _plain(text)
+    given = _plain(overrides)
+    for key in given:
+        if key not in document:
+            close = difflib.get_close_matches(key, document, n=1)
+            hint = f": did you mean --{close[0]}?" if close else ": see the keys there."
+            raise InputError(f"--{key} is no key of {hparams_file}{hint}")
+    for key, value in document.items():
+        if value == "!PLACEHOLDER" and key not in given:
+            raise InputError(f"{hparams_file}: {key} is left open: give it on the command line, --{key} <value>.")
+
+
+def _plain(text: str) -> dict[str, Any]:
+    """The top level of a YAML; a placeholder is its tag, other tagged values are None."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if node is None:
+        return {}
+    return {key.value: value.tag if value.tag == "!PLACEHOLDER" else None for key, value in node.value}
 
 
 def run_recipe(main: Callable[[list[str]], None]) -> None:

@@ -232,7 +232,7 @@ def _panels(log: RunLog) -> list[_Panel]:
                 _Line("FLOPs utilisation", train, _field("utilisation"), _OTHER, "--", right=True),
             ],
             from_zero=True,
-            right_title="share",
+            right_title="share of time, of peak",
         ),
     ]
 

@@ -1,6 +1,5 @@
 """Preparation of corpora: manifests, LibriSpeech, folders of any audio."""
 
-import json
 import logging
 import os
 import subprocess
@@ -15,6 +14,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain_bestrq.corpora import (
     _audio_files,
     corpus_name,
+    manifest,
     prepare_folder,
     prepare_librispeech,
     read_manifest,
@@ -386,15 +386,23 @@ class TestPreparedOnce:
         for key in whole:
             assert again[key].read_bytes() == whole[key].read_bytes()
 
-    def test_kill_between_manifest_and_summary(self, librispeech, save, caplog):
-        manifests = prepare(librispeech, save)
-        path = save / "train.csv.json"
-        summary = json.loads(path.read_text())
-        path.write_text(json.dumps({key: summary[key] for key in ("corpus", "recipe")} | {"complete": False}))
-        manifests["train"].write_text("ID,duration,wav\n")  # as another recipe left it
-        caplog.set_level(logging.INFO)
-        assert len(read_manifest(prepare(librispeech, save)["train"])) == 8
-        assert "already prepared" not in caplog.text
+    @pytest.mark.parametrize("before", [False, True])
+    def test_interruption_between_manifest_and_summary(self, librispeech, save, monkeypatch, before):
+        if before:
+            prepare(librispeech, save)
+            write_audio(librispeech / "train-clean-100" / "19" / "1" / "19-1-0002.flac")
+        write = manifest._write_summary
+
+        def interrupted(path, summary):
+            if summary["complete"]:
+                raise KeyboardInterrupt
+            write(path, summary)
+
+        monkeypatch.setattr(manifest, "_write_summary", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(librispeech, save)
+        monkeypatch.setattr(manifest, "_write_summary", write)
+        assert len(read_manifest(prepare(librispeech, save)["train"])) == 8 + before
 
     def test_killed_process(self, librispeech, save):
         script = (
@@ -509,6 +517,13 @@ class TestUnreadable:
         with pytest.raises(InputError) as error:
             prepare_folder(tmp_path / "audio", save, max_unreadable=10)
         assert_one_line(error, "none of the 1 audio files", tmp_path / "audio" / "a.wav")
+
+    @pytest.mark.parametrize("options", [{"format": "FLAC"}, {"format": "MP3"}])
+    def test_end_that_is_missing(self, tmp_path, options):
+        path = write_audio(tmp_path / "audio", seconds=3.0, **options)
+        assert _audio_files.probe_audio(str(path)).problem == ""
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+        assert _audio_files.probe_audio(str(path)).problem != ""
 
     def test_header_without_a_length(self, tmp_path):
         path = write_audio(tmp_path / "stream.flac")

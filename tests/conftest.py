@@ -1,0 +1,58 @@
+"""Small models and batches that several tests share."""
+
+import pytest
+import torch
+
+from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
+from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+
+
+@pytest.fixture
+def make_speech_encoder():
+    """Return a function that builds a tiny speech encoder in eval mode, with weights of every kind away from zero."""
+
+    def make(attention="rotary", normalize="utterance", num_layers=2, dropout=0.0, layer_drop=0.0, seed=0):
+        torch.manual_seed(seed)
+        speech_encoder = SpeechEncoder(
+            LogMel(normalize=normalize),
+            ConvSubsampling(d_model=16, channels=(8, 4), dropout=dropout),
+            ConformerEncoder(
+                d_model=16,
+                num_layers=num_layers,
+                num_heads=2,
+                d_ffn=32,
+                kernel_size=7,
+                dropout=dropout,
+                layer_drop=layer_drop,
+                attention=attention,
+            ),
+        )
+        with torch.no_grad():
+            for parameter in speech_encoder.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+        if normalize == "global":
+            speech_encoder.frontend.measure([(torch.randn(2, 16000) * 0.1, None)])
+        return speech_encoder.eval()
+
+    return make
+
+
+@pytest.fixture
+def padded_with_junk():
+    """Return a function that makes utterances of given lengths and one batch of them, with loud noise as padding."""
+
+    def make(samples, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        utterances = [0.1 * torch.randn(count, generator=generator) for count in samples]
+        batch = 50.0 * torch.randn(len(samples), max(samples), generator=generator)
+        for row, utterance in zip(batch, utterances, strict=True):
+            row[: len(utterance)] = utterance
+        return utterances, batch, torch.tensor(samples) / max(samples)
+
+    return make
+
+
+@pytest.fixture
+def relative_difference():
+    """Return the measure of the project's tolerances: max|a - b| / max|a|."""
+    return lambda a, b: float(((a - b).abs().max() / a.abs().max()).detach())

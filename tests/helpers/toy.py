@@ -1,0 +1,419 @@
+"""A pre-training run small enough for a test: its corpus, model, Brain and ranks.
+
+Tests get this module from the fixture ``toy``; the processes of :func:`train_ranks` run it as a script.
+"""
+
+import multiprocessing
+import os
+import runpy
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import soundfile
+import speechbrain as sb
+import torch
+from speechbrain.utils.epoch_loop import EpochCounter
+
+from speechbrain_bestrq.accounting import JsonLines
+from speechbrain_bestrq.audio import AudioTable, PretrainingBatch, WaveformDataset, make_loader
+from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
+from speechbrain_bestrq.bestrq import BestRQ
+from speechbrain_bestrq.checkpointing import AtomicCheckpointer
+from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
+from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+from speechbrain_bestrq.masking import SpanMasking
+from speechbrain_bestrq.pretraining import PretrainingBrain
+from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
+from speechbrain_bestrq.schedules import WarmupNoam
+
+RATE = 16000
+
+
+def write_noise(folder, seconds, seed=0):
+    """White noise, a file for each duration."""
+    generator = np.random.default_rng(seed)
+    waves = [0.1 * generator.standard_normal(round(duration * RATE)) for duration in seconds]
+    return write_waves(folder, waves)
+
+
+def write_tones(folder, count, seconds=1.0, seed=0):
+    """One of four tones throughout each file, in a little noise: what is masked can be told from what is not."""
+    generator = np.random.default_rng(seed)
+    clock = np.arange(round(seconds * RATE)) / RATE
+    waves = [
+        0.3 * np.sin(2 * np.pi * 400 * 2.0 ** generator.integers(4) * clock)
+        + 0.01 * generator.standard_normal(len(clock))
+        for _ in range(count)
+    ]
+    return write_waves(folder, waves)
+
+
+def write_waves(folder, waves):
+    """Write waveforms as 0.wav, 1.wav... and return the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    for number, wave in enumerate(waves):
+        soundfile.write(folder / f"{number}.wav", wave, RATE, subtype="FLOAT")
+    return folder
+
+
+def make_table(folder):
+    """The utterances of a folder that :func:`write_waves` wrote."""
+    paths = sorted(Path(folder).glob("*.wav"), key=lambda path: int(path.stem))
+    seconds = [soundfile.info(path).frames / RATE for path in paths]
+    return AudioTable([path.stem for path in paths], map(str, paths), seconds, RATE)
+
+
+def make_model(
+    dropout=0.0,
+    layer_drop=0.0,
+    d_model=16,
+    num_layers=2,
+    attention="rotary",
+    normalize="utterance",
+    codebook_size=32,
+    quantizer_seed=0,
+    prob=0.3,
+    span=2,
+    grid=False,
+    model_seed=0,
+):
+    """A BEST-RQ model whose weights are a function of ``model_seed``."""
+    torch.manual_seed(model_seed)
+    return BestRQ(
+        SpeechEncoder(
+            LogMel(normalize=normalize),
+            ConvSubsampling(d_model=d_model, channels=(4, 4), dropout=dropout),
+            ConformerEncoder(
+                d_model,
+                num_layers,
+                num_heads=2,
+                d_ffn=32,
+                kernel_size=3,
+                dropout=dropout,
+                layer_drop=layer_drop,
+                attention=attention,
+            ),
+        ),
+        RandomProjectionQuantizer(320, codebook_size=codebook_size, seed=quantizer_seed),
+        SpanMasking(prob, span, grid=grid),
+    )
+
+
+class RecordingDataset(WaveformDataset):
+    """Remembers which utterances were asked for, without loading workers."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.seen = []
+
+    def __getitems__(self, plan):
+        """Read a batch and note its utterances."""
+        self.seen.append((plan.epoch, plan.indices.tolist()))
+        return super().__getitems__(plan)
+
+
+def make_dataset(table, model, seed=1, rank=0):
+    """The recording dataset of a table."""
+    return RecordingDataset(table, model.masking, model.speech_encoder.num_frames, seed, rank)
+
+
+class ReadyBatches(torch.utils.data.Dataset):
+    """Batches that are there already, as a dataset."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getitems__(self, plan):
+        """Give the batch of a number."""
+        return self.batches[plan]
+
+
+class InOrder(torch.utils.data.Sampler):
+    """Goes through ready batches; what the Brain asks of a sampler."""
+
+    def __init__(self, count):
+        self.count, self.epoch, self.position = count, 0, 0
+
+    def set_epoch(self, epoch):
+        """Start an epoch."""
+        self.epoch, self.position = epoch, 0
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return iter(range(self.position, self.count))
+
+    def state_dict(self):
+        """The place in the epoch."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state):
+        """Go there."""
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def make_batch(model, waves, seed=1, rank=0, number=0):
+    """A batch of waveforms of any lengths, padded, with the masks and seeds of a rank."""
+    lengths = torch.tensor([len(wave) for wave in waves])
+    wavs = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(wave).float() for wave in waves], batch_first=True)
+    longest = wavs.shape[1]
+    step = (seed, rank, number)
+    generator = torch.Generator().manual_seed(1000 * seed + 100 * rank + number)
+    frames = model.speech_encoder.num_frames
+    return PretrainingBatch(
+        wavs=wavs,
+        wav_lens=None if (lengths == longest).all() else lengths / longest,
+        masked=model.masking(frames(lengths), frames(longest), generator),
+        noise_seed=hash(step) % 2**31,
+        dropout_seed=hash(step) % 2**30,
+        number=number,
+        seconds=float(lengths.sum()) / RATE,
+        cut_seconds=0.0,
+    )
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """What ends a run early, as a kill would."""
+
+
+class ToyBrain(PretrainingBrain):
+    """Can be stopped, and remembers the masks it trained on."""
+
+    stop_after = None
+
+    def on_fit_start(self):
+        """Start remembering."""
+        super().on_fit_start()
+        self.trained = []
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Remember; stop."""
+        super().on_fit_batch_end(batch, outputs, loss, should_step)
+        self.trained.append(batch.masked.mask)
+        if should_step and self.optimizer_step == self.stop_after:
+            raise Stopped
+
+
+def make_brain(
+    output,
+    model,
+    *,
+    updates=6,
+    epochs=1000,
+    accumulation=1,
+    checkpoint_every=0,
+    log_interval=1,
+    encoder_at_steps=(),
+    max_grad_norm=0.0,
+    optimizer="AdamW",
+    peak=1e-3,
+    warmup=4,
+    vector_decay=True,
+    weight_decay=0.01,
+    checkpoints=True,
+    train_hours=0.5,
+    **hparams,
+):
+    """A Brain with its epoch counter, ``brain.counter``."""
+    counter = EpochCounter(epochs)
+    checkpointer = None
+    if checkpoints:
+        recoverables = {"model": model, "counter": counter}
+        checkpointer = AtomicCheckpointer(checkpoints_dir=Path(output) / "save", recoverables=recoverables)
+    Path(output).mkdir(parents=True, exist_ok=True)
+
+    def optimizer_class(parameters):
+        options = {"lr": peak, "weight_decay": weight_decay, "fused": True}
+        if optimizer == "AdamW":
+            options |= {"betas": (0.9, 0.98), "eps": 1e-9}
+        return getattr(torch.optim, optimizer)(parameters, **options)
+
+    brain = ToyBrain(
+        modules={"model": model},
+        opt_class=optimizer_class,
+        hparams={
+            "output_folder": str(output),
+            "lr_schedule": WarmupNoam(peak, warmup),
+            "log_interval": log_interval,
+            "optimizer_step_limit": updates,
+            "encoder_at_steps": encoder_at_steps,
+            "seed": 1,
+            "grad_accumulation_factor": accumulation,
+            "ckpt_interval_steps": checkpoint_every,
+            "max_grad_norm": max_grad_norm,
+            "remove_vector_weight_decay": not vector_decay,
+            "noprogressbar": True,
+            **hparams,
+        },
+        run_opts={"device": "cpu", "distributed_backend": "gloo"},
+        checkpointer=checkpointer,
+        run_facts={
+            "corpus": "Toy",
+            "train_hours": train_hours,
+            "train_utterances": 3,
+            "valid_hours": 0.1,
+            "command": "python train.py toy.yaml",
+        },
+    )
+    brain.counter = counter
+    return brain
+
+
+def ready_loader(batches):
+    """A loader of ready batches."""
+    return torch.utils.data.DataLoader(
+        ReadyBatches(batches), batch_sampler=InOrder(len(batches)), collate_fn=lambda batch: batch
+    )
+
+
+def fit_batches(output, model, batches, **settings):
+    """Train on ready batches, one epoch, and return the Brain."""
+    brain = make_brain(output, model, epochs=1, **{"updates": None, "checkpoints": False, **settings})
+    brain.fit(brain.counter, ready_loader(batches))
+    return brain
+
+
+def ranks_now():
+    """Rank and number of processes."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def train(
+    output,
+    train_folder,
+    valid_folder=None,
+    *,
+    seed=1,
+    workers=0,
+    max_batch_seconds=5.0,
+    stop_after=None,
+    model=None,
+    **settings,
+):
+    """Train as the recipe does; return the Brain and what it did."""
+    rank, world_size = ranks_now()
+    model = make_model(**(model or {}))
+    table = make_table(train_folder)
+    samples = round(max_batch_seconds * RATE)
+    sampler = LadderBatchSampler(table.lengths, samples, seed=seed, rank=rank, world_size=world_size)
+    dataset = make_dataset(table, model, seed, rank)
+    loader, valid_loader = make_loader(dataset, sampler, workers), None
+    if valid_folder is not None:
+        valid_table = make_table(valid_folder)
+        valid_sampler = PaddedBatchSampler(valid_table.lengths, samples, rank=rank, world_size=world_size)
+        valid_loader = make_loader(make_dataset(valid_table, model, 0, 0), valid_sampler, workers)
+    brain = make_brain(output, model, **settings)
+    brain.stop_after = stop_after
+    brain.measure(lambda: [(batch.wavs, batch.wav_lens) for batch in make_loader(dataset, sampler)])
+    dataset.seen.clear()
+    try:
+        brain.fit(brain.counter, loader, valid_loader)
+        stopped = False
+    except Stopped:
+        stopped = True
+    return SimpleNamespace(brain=brain, model=model, sampler=sampler, seen=dataset.seen, stopped=stopped)
+
+
+def log_lines(output, event="train"):
+    """The training or validation entries of a run's log."""
+    return [entry for entry in JsonLines(Path(output) / "train_log.jsonl").read() if entry["event"] == event]
+
+
+def losses(output):
+    """(step, loss) of the training lines."""
+    return [(entry["step"], entry["loss"]) for entry in log_lines(output)]
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def train_ranks(scratch, calls, count=2, timeout=120):
+    """Run functions of this module in several processes of one gloo group.
+
+    ``calls`` is a (name, arguments) for each rank, or one for all. Returns what each rank returned; an error in
+    any, or no answer in time, fails.
+    """
+    scratch = Path(scratch)
+    scratch.mkdir(parents=True)
+    calls = [calls] * count if isinstance(calls, tuple) else calls
+    # processes are forked from a server that has all modules and never trained: no time is spent on imports
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["speechbrain_bestrq.pretraining"])
+    processes = []
+    for rank, call in enumerate(calls):
+        task = {"rank": rank, "count": count, "scratch": str(scratch), "call": call}
+        process = context.Process(target=runpy.run_path, args=(__file__, {"task": task}, "__rank__"))
+        process.start()
+        processes.append(process)
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0.0))
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    reports = [scratch / f"rank{rank}.pt" for rank in range(count)]
+    results = [torch.load(report, weights_only=False) if report.exists() else {} for report in reports]
+    errors = [f"rank {rank}: {result['error']}" for rank, result in enumerate(results) if result.get("error")]
+    assert not errors, "\n".join(errors)
+    assert not late, f"{len(late)} ranks gave no answer within {timeout} s"
+    return [result["returned"] for result in results]
+
+
+def run_rank(task):
+    """Join the group, run the call, write down what it returned."""
+    rank, count, scratch = task["rank"], task["count"], Path(task["scratch"])
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), GLOO_SOCKET_IFNAME="lo")
+    report = {}
+    try:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{scratch / 'store'}", rank=rank, world_size=count
+        )
+        name, arguments = task["call"]
+        report["returned"] = globals()[name](**arguments)
+    except BaseException:
+        report["error"] = traceback.format_exc()
+    torch.save(report, scratch / f"rank{rank}.pt")
+    # a rank whose partner failed must not wait for it
+    os._exit(0)
+
+
+def rank_train(**settings):
+    """What a rank of a run did, as plain values."""
+    result = train(**settings)
+    rank, _ = ranks_now()
+    return {
+        "state": result.model.state_dict(),
+        "seen": result.seen,
+        "batches": len(result.sampler),
+        "trained": getattr(result.brain, "trained", []),
+        "main": sb.utils.distributed.if_main_process(),
+        "rank": rank,
+        "steps": result.brain.optimizer_step,
+    }
+
+
+def rank_fit_waves(output, waves, model=None, nan_updates=(), **settings):
+    """Train on this rank's own waveforms, a list of utterances for each update."""
+    rank, _ = ranks_now()
+    network = make_model(**(model or {}))
+    batches = [make_batch(network, one, rank=rank, number=number) for number, one in enumerate(waves)]
+    brain = fit_batches(output, network, batches, **settings)
+    return {
+        "state": network.state_dict(),
+        "optimizer": brain.optimizer.state_dict(),
+        "skipped": int(brain.totals[1]),
+        "masks": [batch.masked.mask for batch in batches],
+    }
+
+
+if __name__ == "__rank__":
+    run_rank(task)  # noqa: F821 - given by runpy

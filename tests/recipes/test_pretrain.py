@@ -1,0 +1,184 @@
+"""The pre-training recipe as a user runs it: every YAML, on one device and two, and with bad input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.pretrained import load_encoder
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain"
+PARAMETERS = {
+    "bestrq": 90_033_888,
+    "bestrq_paper": 80_447_520,
+    "bestrq_small": 6_853_536,
+    "bestrq_large": 390_674_400,
+}
+TOY = (
+    "--d_model=16 --num_layers=1 --num_heads=2 --d_ffn=32 --kernel_size=3 --codebook_size=64 --max_batch_seconds=8 "
+    "--grad_accumulation_factor=2 --min_seconds=0.5 --num_workers=0 --log_interval=1 --optimizer_step_limit=2 "
+    "--encoder_at_steps=[1] --noprogressbar --device=cpu"
+).split()
+
+
+def write_librispeech(folder: Path, splits=("train-clean-100", "dev-clean"), utterances=6) -> Path:
+    """Noise of a few seconds in LibriSpeech's layout."""
+    generator = np.random.default_rng(0)
+    for speaker, split in enumerate(splits, start=100):
+        chapter = folder / split / str(speaker) / "1"
+        chapter.mkdir(parents=True)
+        names = [f"{speaker}-1-{number:04d}" for number in range(utterances)]
+        for number, name in enumerate(names):
+            soundfile.write(chapter / f"{name}.flac", 0.1 * generator.standard_normal(16000 + 8000 * number), 16000)
+        (chapter / f"{speaker}-1.trans.txt").write_text("".join(f"{name} SO IT IS\n" for name in names))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def librispeech(tmp_path_factory):
+    return write_librispeech(tmp_path_factory.mktemp("corpus") / "LibriSpeech")
+
+
+@pytest.fixture(scope="module")
+def train():
+    """The recipe's train.py as a module."""
+    spec = importlib.util.spec_from_file_location("pretrain_train", RECIPE / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(name, librispeech, output_folder, *more):
+    given = [f"--data_folder={librispeech}", f"--output_folder={output_folder}", "--train_splits=[train-clean-100]"]
+    return [str(RECIPE / "hparams" / f"{name}.yaml"), *given, *TOY, *more]
+
+
+def read_log(output_folder):
+    return [json.loads(line) for line in (Path(output_folder) / "train_log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_full_size_model_has_the_stated_number_of_parameters(name):
+    with open(RECIPE / "hparams" / f"{name}.yaml") as file, torch.device("meta"):
+        hparams = load_hyperpyyaml(file, {"data_folder": "none"})
+    assert sum(parameter.numel() for parameter in hparams["model"].parameters()) == PARAMETERS[name]
+    header = file_header(name)
+    assert f"hparams/{name}.yaml --data_folder" in header, "the header lacks its launch command"
+    assert f"{PARAMETERS[name] / 1e6:.1f}"[:3] in header, "the header states another number of parameters"
+
+
+def file_header(name):
+    return (RECIPE / "hparams" / f"{name}.yaml").read_text().split("\n\n")[0]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_two_steps_at_toy_size_leave_logs_checkpoint_and_encoder(name, train, librispeech, tmp_path):
+    train.main(arguments(name, librispeech, tmp_path))
+    log = read_log(tmp_path)
+    assert [line["step"] for line in log if line["event"] == "train"] == [1, 2]
+    assert all(np.isfinite(line["loss"]) for line in log)
+    assert [line["event"] for line in log][-1] == "valid"
+    assert len(list((tmp_path / "save").glob("CKPT+*"))) == 1
+    assert list((tmp_path / "tensorboard").iterdir())
+    for folder in ("encoder", "encoder@1"):
+        hidden, lengths = load_encoder(tmp_path / folder)(torch.randn(1, 16000))
+        assert hidden.shape == (2, 1, 25, 16)
+        assert lengths.tolist() == [25]
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert "LibriSpeech" in card
+    assert "| updates | 2 |" in card
+
+
+def test_a_run_that_is_done_says_so_and_changes_nothing(train, librispeech, tmp_path, caplog):
+    train.main(arguments("bestrq_small", librispeech, tmp_path))
+    before = (tmp_path / "train_log.jsonl").read_text()
+    train.main(arguments("bestrq_small", librispeech, tmp_path))
+    assert (tmp_path / "train_log.jsonl").read_text() == before
+    assert "This run is done" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_folder_of_any_audio_is_a_corpus(train, tmp_path):
+    generator = np.random.default_rng(0)
+    for number, (name, rate) in enumerate((("a b.wav", 8000), ("c,d.flac", 44100), ("é.ogg", 16000), ("f.wav", 22050))):
+        path = tmp_path / "audio" / f"speaker{number}" / name
+        path.parent.mkdir(parents=True)
+        soundfile.write(path, 0.1 * generator.standard_normal(3 * rate), rate)
+    output = tmp_path / "run"
+    train.main(arguments("bestrq_small", tmp_path / "audio", output, "--corpus=folder"))
+    assert read_log(output)[-1]["event"] == "valid"
+    assert json.loads((output / "run.json").read_text())["train_utterances"] == 3
+
+
+def test_torchrun_on_two_devices_trains_and_ends(librispeech, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=127.0.0.1:0", str(RECIPE / "train.py")]
+    command += arguments("bestrq_small", librispeech, tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = read_log(tmp_path)
+    assert [line["step"] for line in log if line["event"] == "train"] == [1, 2]
+    assert json.loads((tmp_path / "run.json").read_text())["world_size"] == 2
+
+
+BAD_INPUT = {
+    "no data folder": (["--data_folder=/nowhere"], r"/nowhere"),
+    "unknown corpus": (["--corpus=tedlium"], r"corpus is librispeech or folder"),
+    "missing split": (["--valid_splits=[dev-other]"], r"dev-other"),
+    "unknown key": (["--learning_rat=1"], r"learning_rat"),
+    "batch bound below the longest utterance": (["--max_batch_seconds=2"], r"max_batch_seconds"),
+    "all too short": (["--min_seconds=20"], r"min_seconds"),
+    "other rate refused": (["--sample_rate=8000", "--resample=False"], r"resample"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line_before_anything_is_written(case, train, librispeech, tmp_path):
+    more, message = BAD_INPUT[case]
+    output = tmp_path / "run"
+    with pytest.raises(InputError, match=message) as caught:
+        train.main(arguments("bestrq_small", librispeech, output, *more))
+    assert "\n" not in str(caught.value)
+    assert not (output / "train_log.jsonl").exists()
+    assert not (output / "save").exists()
+
+
+def test_placeholder_left_open_is_one_line_on_stderr_and_exit_status_2(tmp_path):
+    command = [sys.executable, str(RECIPE / "train.py"), str(RECIPE / "hparams" / "bestrq_small.yaml"), "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "--data_folder" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_unreadable_and_empty_audio_is_named_and_skipped_up_to_the_limit(train, tmp_path):
+    corpus = write_librispeech(tmp_path / "LibriSpeech")
+    chapter = corpus / "train-clean-100" / "100" / "1"
+    (chapter / "100-1-0900.flac").write_bytes(b"")
+    (chapter / "100-1-0901.flac").write_text("this is no audio")
+    with pytest.raises(InputError, match=r"100-1-090\d\.flac.*max_unreadable"):
+        train.main(arguments("bestrq_small", corpus, tmp_path / "strict", "--max_unreadable=1"))
+    train.main(arguments("bestrq_small", corpus, tmp_path / "lenient", "--max_unreadable=2"))
+    assert json.loads((tmp_path / "lenient" / "run.json").read_text())["train_utterances"] == 6
+
+
+def test_another_models_checkpoint_is_refused_and_left_alone(train, librispeech, tmp_path):
+    train.main(arguments("bestrq_small", librispeech, tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "save").rglob("*")}
+    more = ("--num_layers=2", "--optimizer_step_limit=4")
+    with pytest.raises(InputError, match=r"encoder\.num_layers: 1 there, 2 here"):
+        train.main(arguments("bestrq_small", librispeech, tmp_path, *more))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "save").rglob("*")} == before

@@ -1,0 +1,44 @@
+"""What the YAML says is not overwritten by the defaults of options that nobody gave."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain"
+
+
+class Reached(Exception):  # noqa: N818 - not an error
+    """The Brain was made."""
+
+
+@pytest.mark.parametrize("given", [{}, {"precision": "fp32", "max_grad_norm": "3.0"}], ids=["YAML", "command line"])
+def test_the_yamls_settings_reach_the_brain(toy, tmp_path, monkeypatch, given):
+    """Trap: ``hparams.update(run_opts)`` puts option defaults over the YAML: bf16 -> fp32, accumulation 2 -> 1.
+
+    Mutation: in train.py, main, before ``brain = PretrainingBrain(`` add ``hparams.update(run_opts.as_dict())``.
+    """
+    spec = importlib.util.spec_from_file_location("train", RECIPE / "train.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    made = []
+
+    class Brain(recipe.PretrainingBrain):
+        def measure(self, batches):
+            made.append(self)
+            raise Reached
+
+    monkeypatch.setattr(recipe, "PretrainingBrain", Brain)
+    yaml = (RECIPE / "hparams" / "bestrq_small.yaml").read_text(encoding="utf-8")
+    for old, new in (("\nprecision: fp32", "\nprecision: bf16"), ("accumulation_factor: 1", "accumulation_factor: 2")):
+        assert old in yaml
+        yaml = yaml.replace(old, new)
+    (tmp_path / "toy.yaml").write_text(yaml, encoding="utf-8")
+    audio = toy.write_noise(tmp_path / "audio", [0.8] * 12)
+    arguments = {"data_folder": audio, "corpus": "folder", "output_folder": tmp_path / "run", "num_workers": 0, **given}
+    with pytest.raises(Reached):
+        recipe.main([str(tmp_path / "toy.yaml"), *(f"--{name}={value}" for name, value in arguments.items())])
+    (brain,) = made
+    assert brain.precision == given.get("precision", "bf16")
+    assert brain.max_grad_norm == float(given.get("max_grad_norm", 5.0))
+    assert brain.grad_accumulation_factor == 2 and brain.ckpt_interval_steps == 500

@@ -1,0 +1,69 @@
+"""The number of hidden states, the plainness of a checkpoint's meta, the shares of a validation, compilation."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from speechbrain_bestrq.batching import PaddedBatchSampler
+
+
+def test_hidden_states_are_as_many_in_training_and_end_with_the_norm(toy):
+    """Trap: with layer drop the hidden states vary in number, and they leave out the final norm.
+
+    Mutations: in encoder.py, ConformerEncoder.forward, ``for layer, keep in zip(...):`` -> the same with ``if not keep:
+    continue`` under it; ``states[-1] = self.norm(states[-1])`` -> ``states[-1] = states[-1]``.
+    """
+    encoder = toy.make_model(layer_drop=0.5).speech_encoder.encoder.train()
+    torch.nn.init.constant_(encoder.norm.bias, 3.0)
+    torch.manual_seed(1)
+    for _ in range(8):
+        states = encoder(torch.randn(2, 9, 16))
+        assert len(states) == 3
+        torch.testing.assert_close(states[-1].mean(-1), torch.full((2, 9), 3.0))
+    # a dropped layer's parameters are in the graph all the same
+    states[-1].sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_a_checkpoints_meta_holds_plain_types(toy, tmp_path):
+    """Trap: a tensor or a NumPy number in the meta cannot be read back.
+
+    Mutation: in pretraining.py, PretrainingBrain.on_stage_end, ``{name: float(value) for`` -> ``{name: value for``.
+    """
+    folder = toy.write_noise(tmp_path / "audio", [0.6, 0.7])
+    toy.train(tmp_path / "run", folder, folder, epochs=1)
+    (path,) = (tmp_path / "run" / "save").glob("CKPT*/CKPT.yaml")
+    text = path.read_text(encoding="utf-8")
+    meta = yaml.safe_load(text)
+    assert "!!" not in text
+    assert type(meta["valid_loss"]) is float and type(meta["step"]) is int and type(meta["signature"]) is str
+
+
+def test_ranks_share_a_validation():
+    """Trap: validation runs whole on every rank.
+
+    Mutation: in batching.py, PaddedBatchSampler.__iter__, ``range(self.rank, len(self._bounds) - 1,
+    self.world_size)`` -> ``range(len(self._bounds) - 1)``.
+    """
+    lengths = np.random.default_rng(1).integers(16000, 64000, 41)
+    shares = [list(PaddedBatchSampler(lengths, 160000, rank=rank, world_size=3)) for rank in range(3)]
+    heard = [index for share in shares for plan in share for index in plan.indices.tolist()]
+    assert sorted(heard) == list(range(41))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("option", "dynamic"), [(False, None), (True, True)])
+def test_compilation_may_find_out_what_is_dynamic(toy, tmp_path, monkeypatch, option, dynamic):
+    """Trap: the option's default, False, forbids dynamic shapes and compiles anew for each of them.
+
+    Mutation: in pretraining.py, PretrainingBrain._compile, ``True if self.compile_using_dynamic_shape_tracing else
+    None`` -> ``self.compile_using_dynamic_shape_tracing``.
+    """
+    given = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **named: given.append(named["dynamic"]))
+    brain = toy.make_brain(
+        tmp_path, toy.make_model(), checkpoints=False, compile=True, compile_using_dynamic_shape_tracing=option
+    )
+    brain._compile()
+    assert given == [dynamic, dynamic]

@@ -1,0 +1,35 @@
+"""A checkpoint that was not saved to its end is not there."""
+
+import pytest
+import torch
+
+from speechbrain_bestrq.checkpointing import AtomicCheckpointer
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
+    """Trap: the meta file is written first, and half a checkpoint passes for a whole one.
+
+    Mutation: in checkpointing.py, AtomicCheckpointer._unfinished, ``path.with_name(...)`` -> ``path``.
+    """
+    model = torch.nn.Linear(2, 2)
+    checkpointer = AtomicCheckpointer(checkpoints_dir=tmp_path / "save", recoverables={"model": model})
+    whole = checkpointer.save_checkpoint(meta={"step": 1})
+    saved = model.weight.detach().clone()
+
+    def killed(path, *arguments):
+        raise Killed
+
+    checkpointer.add_recoverable("late", torch.nn.Linear(1, 1), custom_save_hook=lambda _, path: killed(path))
+    torch.nn.init.zeros_(model.weight)
+    with pytest.raises(Killed):
+        checkpointer.save_checkpoint(meta={"step": 2})
+
+    restarted = AtomicCheckpointer(checkpoints_dir=tmp_path / "save", recoverables={"model": model})
+    assert restarted.recover_if_possible().path == whole.path
+    assert torch.equal(model.weight, saved)
+    # and what was left over is gone
+    assert [path.name for path in (tmp_path / "save").iterdir()] == [whole.path.name]

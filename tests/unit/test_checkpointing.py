@@ -1,0 +1,120 @@
+"""A checkpoint is whole or not there."""
+
+import pytest
+import torch
+
+from speechbrain_bestrq.checkpointing import UNFINISHED, AtomicCheckpointer
+
+
+class Killed(BaseException):
+    """Stands for a kill in the middle of saving."""
+
+
+class Fragile:
+    """Something to save that dies half-way through when told to."""
+
+    def __init__(self):
+        self.state, self.dies = 0, False
+
+    def save(self, _instance, path):
+        path.write_text(str(self.state))
+        if self.dies:
+            raise Killed
+
+    def load(self, _instance, path, _end_of_epoch):
+        self.state = int(path.read_text())
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that starts a run: its checkpointer, its model and what may die."""
+
+    def make():
+        model, fragile = torch.nn.Linear(2, 2), Fragile()
+        checkpointer = AtomicCheckpointer(
+            checkpoints_dir=tmp_path / "save",
+            recoverables={"model": model, "fragile": fragile},
+            custom_save_hooks={"fragile": fragile.save},
+            custom_load_hooks={"fragile": fragile.load},
+        )
+        return checkpointer, model, fragile
+
+    return make
+
+
+def names(checkpointer):
+    return sorted(checkpoint.path.name for checkpoint in checkpointer.list_checkpoints())
+
+
+@pytest.mark.parametrize("name", [None, "second"])
+def test_a_kill_while_saving_leaves_the_earlier_checkpoint_and_no_other(start, name):
+    checkpointer, model, fragile = start()
+    fragile.state = 5
+    first = checkpointer.save_checkpoint(meta={"step": 1}, name="first")
+    weight = model.weight.detach().clone()
+    fragile.state, fragile.dies = 6, True
+    torch.nn.init.zeros_(model.weight)
+    with pytest.raises(Killed):
+        checkpointer.save_checkpoint(meta={"step": 2}, name=name)
+    assert names(checkpointer) == ["CKPT+first"]
+
+    resumed, model, fragile = start()
+    assert names(resumed) == ["CKPT+first"]
+    assert resumed.recover_if_possible().path == first.path
+    assert fragile.state == 5
+    assert torch.equal(model.weight, weight)
+
+
+def test_what_a_kill_left_over_is_removed_at_the_next_start(start, tmp_path):
+    checkpointer, _, fragile = start()
+    checkpointer.save_checkpoint(name="first")
+    fragile.dies = True
+    with pytest.raises(Killed):
+        checkpointer.save_checkpoint(name="second")
+    assert list((tmp_path / "save").glob(f"{UNFINISHED}+*"))
+    start()
+    assert [path.name for path in (tmp_path / "save").iterdir()] == ["CKPT+first"]
+
+
+def test_a_kill_while_saving_under_a_name_again_keeps_the_old_one(start):
+    checkpointer, _, fragile = start()
+    fragile.state = 5
+    checkpointer.save_checkpoint(meta={"step": 1}, name="last")
+    fragile.state, fragile.dies = 6, True
+    with pytest.raises(Killed):
+        checkpointer.save_checkpoint(meta={"step": 2}, name="last")
+    resumed, _, fragile = start()
+    assert resumed.recover_if_possible().meta["step"] == 1
+    assert fragile.state == 5
+
+
+def test_a_name_used_again_replaces_the_old_one(start):
+    checkpointer, _, fragile = start()
+    for step in (1, 2):
+        fragile.state = 10 * step
+        checkpointer.save_checkpoint(meta={"step": step}, name="last")
+    assert names(checkpointer) == ["CKPT+last"]
+    resumed, _, fragile = start()
+    assert resumed.recover_if_possible().meta["step"] == 2
+    assert fragile.state == 20
+
+
+def test_what_is_returned_is_where_it_says(start):
+    checkpointer, _, _ = start()
+    checkpoint = checkpointer.save_checkpoint(meta={"loss": 2.0})
+    assert checkpoint.path.name.startswith("CKPT+")
+    assert set(checkpoint.paramfiles) == {"model", "fragile"}
+    assert all(path.is_file() and path.parent == checkpoint.path for path in checkpoint.paramfiles.values())
+    assert checkpoint.meta["loss"] == 2.0
+    assert checkpointer.find_checkpoint().path == checkpoint.path
+
+
+def test_best_and_last_are_kept_and_the_rest_deleted(start):
+    checkpointer, _, _ = start()
+    for step, loss in enumerate((3.0, 1.0, 2.0, 4.0)):
+        checkpointer.save_and_keep_only(
+            meta={"loss": loss, "step": step}, name=f"step{step}", min_keys=["loss"], num_to_keep=1
+        )
+    assert names(checkpointer) == ["CKPT+step1", "CKPT+step3"]
+    assert checkpointer.find_checkpoint(min_key="loss").meta["step"] == 1
+    assert checkpointer.find_checkpoint().meta["step"] == 3

@@ -1,0 +1,175 @@
+"""What is installed, and what the Makefile does."""
+
+import ast
+import configparser
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import speechbrain_bestrq
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "speechbrain_bestrq"
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def run_make(folder, *words, **variables):
+    """Run make as from a shell of its own, also when the tests themselves were started by make."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    command = ["make", *words, *(f"{name}={value}" for name, value in variables.items())]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+# slow: some registries do not offer metadata by itself, and pip then fetches whole wheels
+@pytest.mark.slow
+def test_pip_resolves_torch_and_torchaudio_of_one_release(tmp_path):
+    # a copy: building the metadata in place would write into the tree
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / PACKAGE.name).mkdir()
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / PACKAGE.name)
+    report = tmp_path / "report.json"
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--no-input"]
+    done = subprocess.run([*pip, "--report", report, tmp_path], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = {item["metadata"]["name"].lower(): item["metadata"] for item in json.loads(report.read_text())["install"]}
+    torch, torchaudio = found["torch"]["version"], found["torchaudio"]["version"]
+    # torchaudio is built for one minor release of torch, and for one CUDA: no "+cpu" on one side only
+    assert torch.split(".")[:2] == torchaudio.split(".")[:2]
+    assert torch.partition("+")[2] == torchaudio.partition("+")[2]
+    assert found["speechbrain"]["version"].startswith("1.1.")
+
+
+def test_torch_and_torchaudio_have_one_bound_of_one_minor_release(settings):
+    # a range would let pip leave an older torch where it is, and set another release's torchaudio beside it
+    bounds = dict(re.findall(r"^(torch|torchaudio)==(\d+\.\d+)\.\*$", settings["options"]["install_requires"], re.M))
+    assert set(bounds) == {"torch", "torchaudio"} and bounds["torch"] == bounds["torchaudio"]
+
+
+def test_every_import_is_a_declared_dependency(settings):
+    declared = set(re.findall(r"^[a-z_]+", settings["options"]["install_requires"], re.M))
+    assert "torch" in declared
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            roots = {name.partition(".")[0] for name in names}
+            unknown = roots - declared - sys.stdlib_module_names - {PACKAGE.name}
+            assert not unknown, f"{path} imports {unknown}, which setup.cfg does not require"
+
+
+def test_every_folder_of_modules_is_a_package():
+    # setuptools leaves a folder without __init__.py out of the installation, and says nothing
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+def test_installed_metadata():
+    metadata = importlib.metadata.metadata("speechbrain_bestrq")
+    assert metadata["Version"] == speechbrain_bestrq.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="sb-bestrq")
+    assert script.load() is importlib.import_module("speechbrain_bestrq.cli").main
+
+
+def test_pyproject_has_the_build_system_only():
+    tables = re.findall(r"^\[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert tables == ["build-system"]
+
+
+# --- Makefile ---
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A tree with the Makefile, and a .venv whose Python only notes what it is asked to do."""
+    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    python = binaries / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> calls\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def installations(checkout):
+    return (checkout / "calls").read_text().count("-m pip install")
+
+
+def test_setup_installs_once_and_again_after_a_change(checkout):
+    assert run_make(checkout, "setup").returncode == 0
+    assert "--editable .[test]" in (checkout / "calls").read_text()
+    assert run_make(checkout, "setup").returncode == 0
+    assert installations(checkout) == 1
+    stamp = (checkout / ".venv" / ".installed").stat().st_mtime
+    os.utime(checkout / "setup.cfg", (stamp + 10, stamp + 10))
+    assert run_make(checkout, "setup").returncode == 0
+    assert installations(checkout) == 2
+
+
+def test_setup_that_failed_is_done_again(checkout):
+    python = checkout / ".venv" / "bin" / "python"
+    working = python.read_text()
+    python.write_text('#!/bin/sh\necho "$@" >> calls\ncase "$*" in *install*) exit 1;; esac\n')
+    assert run_make(checkout, "setup").returncode != 0
+    python.write_text(working)
+    assert run_make(checkout, "setup").returncode == 0
+    assert installations(checkout) == 2
+
+
+@pytest.mark.parametrize("python", ["false", "no-such-python"])
+def test_setup_refuses_an_old_or_missing_python_in_one_line(checkout, python):
+    shutil.rmtree(checkout / ".venv")
+    done = run_make(checkout, "test", PYTHON=python)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("make:")]
+    assert len(lines) == 1 and lines[0].startswith(f"{python} is not Python 3.10 or newer: name one that is")
+    assert not (checkout / ".venv").exists()
+
+
+def test_slow_tests_run_by_test_all_only(checkout):
+    run_make(checkout, "test")
+    run_make(checkout, "test-all")
+    short, whole = [line for line in (checkout / "calls").read_text().splitlines() if "pytest" in line]
+    assert short == "-m pytest -m not slow" and whole == "-m pytest"
+
+
+def test_clean_deletes_what_was_made_and_nothing_else(checkout):
+    for folder in ("build", "package/__pycache__", ".ruff_cache", ".venv/lib/__pycache__", "results"):
+        (checkout / folder).mkdir(parents=True)
+    assert run_make(checkout, "clean").returncode == 0
+    left = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_dir()}
+    assert left == {".venv", ".venv/bin", ".venv/lib", ".venv/lib/__pycache__", "package", "results"}
+
+
+@pytest.mark.parametrize(("failing", "calls"), [("none", ["lint", "test"]), ("lint", ["lint"])])
+def test_ci_lints_then_tests_and_stops_at_a_failure(tmp_path, failing, calls):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    (tmp_path / "bin").mkdir()
+    make = tmp_path / "bin" / "make"
+    make.write_text(f'#!/bin/sh\npwd >> "$CALLS"\necho "$1" >> "$CALLS"\n[ "$1" != {failing} ]\n')
+    make.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{make.parent}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run([tmp_path / ".ci" / "run"], cwd="/", env=environment, timeout=60)
+    assert (done.returncode == 0) == (failing == "none")
+    lines = (tmp_path / "calls").read_text().splitlines()
+    assert lines[1::2] == calls and set(lines[::2]) == {str(tmp_path)}
