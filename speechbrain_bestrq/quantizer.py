@@ -41,8 +41,10 @@ class RandomProjectionQuantizer(nn.Module):
         behind arXiv 2405.04296 did; wants (B, T, input_dim) with zeros in the padding.
     whiten : int, optional
         Project the input onto so many principal components scaled to unit variance
-        first (``input_dim`` keeps all). :meth:`fit_whitening` measures them
-        once; they are folded into ``projection`` and ``offset``.
+        first (at least ``codebook_dim``; ``input_dim`` keeps all), and make the random
+        projection orthonormal, so that what meets the codebook has unit variance in
+        every direction. :meth:`fit_whitening` measures it once; it is folded into
+        ``projection`` and ``offset``.
 
     Attributes
     ----------
@@ -73,8 +75,8 @@ class RandomProjectionQuantizer(nn.Module):
         super().__init__()
         if normalize not in ("feature", "time"):
             raise ValueError(f"normalize is 'feature' or 'time', not {normalize!r}.")
-        if whiten is not None and not 1 <= whiten <= input_dim:
-            raise ValueError(f"whiten is the number of components kept, 1 to input_dim = {input_dim}, not {whiten}.")
+        if whiten is not None and not codebook_dim <= whiten <= input_dim:
+            raise ValueError(f"whiten is the number of components kept, {codebook_dim} to {input_dim}, not {whiten}.")
         self.input_dim, self.codebook_dim, self.codebook_size = input_dim, codebook_dim, codebook_size
         self.num_codebooks, self.seed, self.normalize, self.whiten = num_codebooks, seed, normalize, whiten
         projection, codebooks = self._draw()
@@ -144,9 +146,10 @@ class RandomProjectionQuantizer(nn.Module):
     def fit_whitening(self, batches: Iterable[Tensor]) -> None:
         """Measure the whitening on training audio, once, and fold it into the projection.
 
-        With mean m and the first ``whiten`` principal components V of variances L the
-        projection P becomes ``V L^-1/2 V' P``, and m times it the offset: a random
-        projection of whitened frames, in the shape of the plain one.
+        With mean m, the first ``whiten`` principal components V of variances L and the
+        drawn projection P, the projection becomes ``V L^-1/2 Q``, where the columns of Q
+        are those of ``V' P`` made orthonormal, and m times it the offset. (A projection
+        that is not orthonormal would stretch some directions again.)
 
         Arguments
         ---------
@@ -160,7 +163,7 @@ class RandomProjectionQuantizer(nn.Module):
 
         Example
         -------
-        >>> quantizer = RandomProjectionQuantizer(8, codebook_size=64, whiten=4)
+        >>> quantizer = RandomProjectionQuantizer(8, codebook_dim=4, codebook_size=64, whiten=6)
         >>> quantizer.fit_whitening([torch.randn(100, 8)])
         >>> quantizer(torch.randn(1, 5, 8)).shape
         torch.Size([1, 5, 1])
@@ -181,7 +184,8 @@ class RandomProjectionQuantizer(nn.Module):
         variances, components = torch.linalg.eigh(products / count - mean.outer(mean))
         variances, components = variances[-self.whiten :], components[:, -self.whiten :]
         scale = variances.clamp(min=MINIMUM_VARIANCE_SHARE * float(variances[-1])).rsqrt()
-        projection = (components * scale) @ components.t() @ self._draw()[0].double()
+        rotation = torch.linalg.qr(components.t() @ self._draw()[0].double()).Q
+        projection = (components * scale) @ rotation
         self.projection.copy_(projection)
         self.offset.copy_(mean @ projection)
         self.measured = True
