@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,9 @@ def datasheet_flops(device_name: str, precision: str) -> float | None:
     """
     if precision not in ("bf16", "fp16"):
         return None
-    return next((flops for name, flops in DATASHEET_FLOPS.items() if name in device_name), None)
+    # whole words: an RTX A1000 is no A100
+    found = (flops for name, flops in DATASHEET_FLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    return next(found, None)
 
 
 def code_statistics(counts: Tensor) -> dict[str, Tensor]:

@@ -164,6 +164,8 @@ class LogMel(nn.Module):
         ------
         RuntimeError
             If ``normalize`` is "global" and nothing has been measured or loaded.
+        ValueError
+            If even the longest waveform is too short for ``stack`` frames.
         """
         if not self.measured:
             raise RuntimeError("LogMel(normalize='global') has no statistics yet: call measure() or load a state_dict.")
@@ -181,11 +183,14 @@ class LogMel(nn.Module):
         """Features before normalisation, shape (B, T, num_mels), and lengths."""
         wavs = wavs.float()
         longest, lengths = wavs.shape[1], None
+        num_frames = self.num_frames(longest)
+        if not num_frames:
+            least = (self.stack - 1) * self.hop
+            raise ValueError(f"waveforms of {longest} samples are too short for a frame: give at least {least}.")
         if wav_lens is not None:
             samples = absolute_lengths(wav_lens.to(wavs.device), longest)
             wavs = wavs.masked_fill(~valid_frames(samples, longest), 0.0)
             lengths = self.num_frames(samples)
-        num_frames = self.num_frames(longest)
         wavs = nn.functional.pad(wavs, (self.window // 2, self.window - self.window // 2))
         frames = wavs.unfold(1, self.window, self.hop)[:, :num_frames]
         spectrum = torch.fft.rfft(frames * self.window_shape, n=self.fft_points)

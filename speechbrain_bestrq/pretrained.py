@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
@@ -68,6 +69,8 @@ def build_encoder(config: dict[str, Any]) -> SpeechEncoder:
     Traceback (most recent call last):
     speechbrain_bestrq.errors.InputError: encoder config: format 2 is not 1: install the release that wrote it.
     """
+    if not isinstance(config, dict):
+        raise InputError("encoder config: not a JSON object: copy the folder again.")
     if config.get("format") != FORMAT:
         found = config.get("format")
         raise InputError(f"encoder config: format {found} is not {FORMAT}: install the release that wrote it.")
@@ -161,12 +164,12 @@ def load_encoder(folder: str | os.PathLike) -> SpeechEncoder:
             raise InputError(f"{folder} is no encoder folder: it has no {name}.")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSON's own error, and that of bytes that are no text
         raise InputError(f"{folder / CONFIG_FILE} is not JSON ({error}): copy the folder again.") from error
     speech_encoder = build_encoder(config)
     try:
         speech_encoder.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} ({reason}).") from error
     if not all(tensor.isfinite().all() for tensor in speech_encoder.state_dict().values()):

@@ -120,14 +120,17 @@ class PretrainingBrain(sb.Brain):
         if self.model.measured or (self.checkpointer is not None and self.checkpointer.find_checkpoint() is not None):
             return
         if if_main_process():
-            self.model.measure(batches())
+            try:
+                self.model.measure(batches())
+            except ValueError as error:
+                raise InputError(f"statistics of the training audio: {error}") from error
         if self.world_size > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
             # loading what one holds lets the modules notice their statistics
             self.model.load_state_dict(self.model.state_dict())
 
-    def fit(self, epoch_counter: Any, train_set: DataLoader, valid_set: DataLoader | None = None) -> None:
+    def fit(self, epoch_counter: Any, train_set: DataLoader, valid_set: DataLoader) -> None:
         """Train; see :meth:`speechbrain.Brain.fit`.
 
         Arguments
@@ -136,7 +139,7 @@ class PretrainingBrain(sb.Brain):
             Counts epochs; a recoverable of the checkpointer.
         train_set : DataLoader
             Over a :class:`~speechbrain_bestrq.batching.LadderBatchSampler`.
-        valid_set : DataLoader, optional
+        valid_set : DataLoader
             Over a :class:`~speechbrain_bestrq.batching.PaddedBatchSampler`.
         """
         self.sampler = train_set.batch_sampler
@@ -150,14 +153,13 @@ class PretrainingBrain(sb.Brain):
         # the progress bar is our own: it reads nothing back from the device
         super().fit(epoch_counter, train_set, valid_set, progressbar=False)
         self._write_log_lines(wait=True)
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        for output in (self.bar, self.tensorboard):
+            if output is not None:
+                output.close()
 
     def on_fit_start(self) -> None:
         """Refuse a foreign checkpoint, then load it; open the logs."""
-        checkpoint = None if self.checkpointer is None else self.checkpointer.find_checkpoint()
-        if checkpoint is not None:
-            check_signature(self.model.signature(), checkpoint.meta.get("signature", "{}"), checkpoint.path)
+        check_resumable(self.checkpointer, self.model)
         super().on_fit_start()
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")
@@ -428,8 +430,6 @@ class PretrainingBrain(sb.Brain):
         self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), valid_loss=values["loss"])
         if best:
             self._save_encoder("encoder", entry)
-        if self.bar is not None and self._optimizer_step_limit_exceeded:
-            self.bar.close()
 
     # ---------------------------------------------------------------- saving
 
@@ -496,6 +496,26 @@ class PretrainingBrain(sb.Brain):
         }
         card = write_card(facts, [line for line in self.log.read() if line["event"] == "valid"])
         save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
+
+
+def check_resumable(checkpointer: Any, model: nn.Module) -> None:
+    """Refuse to go on from another model's checkpoint, before anything is written.
+
+    Arguments
+    ---------
+    checkpointer : Checkpointer or None
+        Of the run.
+    model : nn.Module
+        The pre-training model.
+
+    Raises
+    ------
+    InputError
+        As :func:`check_signature`, about the newest checkpoint.
+    """
+    checkpoint = None if checkpointer is None else checkpointer.find_checkpoint()
+    if checkpoint is not None:
+        check_signature(model.signature(), checkpoint.meta.get("signature", "{}"), checkpoint.path)
 
 
 def check_signature(ours: dict[str, Any], saved: str, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What the ``main`` of every recipe does: options, YAML, one-line errors."""
 
 import difflib
+import logging
 import shlex
 import sys
 from collections.abc import Callable
@@ -41,6 +42,8 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     InputError
         If the YAML is missing, a placeholder is left, or a key is unknown.
     """
+    # what preparation says is shown, before the run's own log is opened
+    logging.basicConfig(level=logging.INFO, format="%(name)s - %(message)s")
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
     if not torch.cuda.is_available() and "distributed_backend" not in run_opts.overridden_args:
         named = {name: run_opts[name] for name in run_opts.overridden_args}
@@ -55,24 +58,24 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
 
 def _check_open_keys(hparams_file: str, text: str, overrides: str) -> None:
     """Refuse an unknown key on the command line and a placeholder that it leaves, before anything is built."""
-    document = _plain(text)
-    given = _plain(overrides)
+    document, options = _top_level(text), _top_level(overrides)
+    given = [key for key, _ in options]
     for key in given:
-        if key not in document:
-            close = difflib.get_close_matches(key, document, n=1)
+        if given.count(key) > 1:
+            raise InputError(f"--{key} is given more than once: give it once.")
+        if key not in dict(document):
+            close = difflib.get_close_matches(key, dict(document), n=1)
             hint = f": did you mean --{close[0]}?" if close else ": see the keys there."
             raise InputError(f"--{key} is no key of {hparams_file}{hint}")
-    for key, value in document.items():
-        if value == "!PLACEHOLDER" and key not in given:
+    for key, tag in document:
+        if tag == "!PLACEHOLDER" and key not in given:
             raise InputError(f"{hparams_file}: {key} is left open: give it on the command line, --{key} <value>.")
 
 
-def _plain(text: str) -> dict[str, Any]:
-    """The top level of a YAML; a placeholder is its tag, other tagged values are None."""
+def _top_level(text: str) -> list[tuple[str, str]]:
+    """The keys of a YAML and the tags of their values, in order."""
     node = yaml.compose(text, Loader=yaml.SafeLoader)
-    if node is None:
-        return {}
-    return {key.value: value.tag if value.tag == "!PLACEHOLDER" else None for key, value in node.value}
+    return [] if node is None else [(key.value, value.tag) for key, value in node.value]
 
 
 def run_recipe(main: Callable[[list[str]], None]) -> None:
@@ -87,7 +90,9 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except InputError as error:
         if sb.utils.distributed.if_main_process():
-            print(f"error: {error}", file=sys.stderr)
+            # a loader's worker hands its error over with the whole traceback: the last line is the message
+            message = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+            print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         if torch.distributed.is_initialized():

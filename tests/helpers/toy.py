@@ -39,16 +39,11 @@ def write_noise(folder, seconds, seed=0):
     return write_waves(folder, waves)
 
 
-def write_tones(folder, count, seconds=1.0, seed=0):
-    """One of four tones throughout each file, in a little noise: what is masked can be told from what is not."""
+def write_levels(folder, count, seconds=1.0, seed=0):
+    """Noise of one of four loudnesses throughout each file: what is masked can be told from what is not."""
     generator = np.random.default_rng(seed)
-    clock = np.arange(round(seconds * RATE)) / RATE
-    waves = [
-        0.3 * np.sin(2 * np.pi * 400 * 2.0 ** generator.integers(4) * clock)
-        + 0.01 * generator.standard_normal(len(clock))
-        for _ in range(count)
-    ]
-    return write_waves(folder, waves)
+    levels = 0.5 * 0.15 ** generator.integers(4, size=count)
+    return write_waves(folder, [level * generator.uniform(-1, 1, round(seconds * RATE)) for level in levels])
 
 
 def write_waves(folder, waves):
@@ -272,9 +267,9 @@ def ready_loader(batches):
 
 
 def fit_batches(output, model, batches, **settings):
-    """Train on ready batches, one epoch, and return the Brain."""
+    """Train on ready batches, one epoch, validate on nothing, and return the Brain."""
     brain = make_brain(output, model, epochs=1, **{"updates": None, "checkpoints": False, **settings})
-    brain.fit(brain.counter, ready_loader(batches))
+    brain.fit(brain.counter, ready_loader(batches), ready_loader([]))
     return brain
 
 
@@ -304,7 +299,7 @@ def train(
     samples = round(max_batch_seconds * RATE)
     sampler = LadderBatchSampler(table.lengths, samples, seed=seed, rank=rank, world_size=world_size)
     dataset = make_dataset(table, model, seed, rank)
-    loader, valid_loader = make_loader(dataset, sampler, workers), None
+    loader, valid_loader = make_loader(dataset, sampler, workers), ready_loader([])
     if valid_folder is not None:
         valid_table = make_table(valid_folder)
         valid_sampler = PaddedBatchSampler(valid_table.lengths, samples, rank=rank, world_size=world_size)

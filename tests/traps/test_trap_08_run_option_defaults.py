@@ -1,6 +1,7 @@
 """What the YAML says is not overwritten by the defaults of options that nobody gave."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,10 @@ def test_the_yamls_settings_reach_the_brain(toy, tmp_path, monkeypatch, given):
 
     monkeypatch.setattr(recipe, "PretrainingBrain", Brain)
     yaml = (RECIPE / "hparams" / "bestrq_small.yaml").read_text(encoding="utf-8")
-    for old, new in (("\nprecision: fp32", "\nprecision: bf16"), ("accumulation_factor: 1", "accumulation_factor: 2")):
-        assert old in yaml
-        yaml = yaml.replace(old, new)
+    settings = {"precision": "bf16", "grad_accumulation_factor": 2, "max_grad_norm": 7.0, "ckpt_interval_steps": 321}
+    for name, value in (settings | {" +num_layers": 1}).items():
+        yaml, found = re.subn(rf"(?m)^({name}): .*$", rf"\1: {value}", yaml)
+        assert found == 1, name
     (tmp_path / "toy.yaml").write_text(yaml, encoding="utf-8")
     audio = toy.write_noise(tmp_path / "audio", [0.8] * 12)
     arguments = {"data_folder": audio, "corpus": "folder", "output_folder": tmp_path / "run", "num_workers": 0, **given}
@@ -40,5 +42,5 @@ def test_the_yamls_settings_reach_the_brain(toy, tmp_path, monkeypatch, given):
         recipe.main([str(tmp_path / "toy.yaml"), *(f"--{name}={value}" for name, value in arguments.items())])
     (brain,) = made
     assert brain.precision == given.get("precision", "bf16")
-    assert brain.max_grad_norm == float(given.get("max_grad_norm", 5.0))
-    assert brain.grad_accumulation_factor == 2 and brain.ckpt_interval_steps == 500
+    assert brain.max_grad_norm == float(given.get("max_grad_norm", 7.0))
+    assert brain.grad_accumulation_factor == 2 and brain.ckpt_interval_steps == 321

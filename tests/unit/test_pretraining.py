@@ -44,9 +44,9 @@ def difference(state, other):
 
 @pytest.fixture(scope="module")
 def corpus(toy, tmp_path_factory):
-    """Folders of 14 utterances to train on (5 batches, in 1 process) and 5 to validate on."""
+    """Folders of 16 utterances to train on (5 batches in one process, 6 in two) and 5 to validate on."""
     folder = tmp_path_factory.mktemp("corpus")
-    seconds = np.linspace(0.9, 2.1, 14)
+    seconds = [1.0] * 9 + [1.6] * 7
     return {
         "train_folder": str(toy.write_noise(folder / "train", seconds, seed=1)),
         "valid_folder": str(toy.write_noise(folder / "valid", [1.9, 1.5, 1.2, 1.0, 0.7], seed=2)),
@@ -87,17 +87,17 @@ def test_ranks_equal_one_process_that_accumulates_their_batches(toy, tmp_path, m
 
 
 def test_micro_batches_make_the_update_of_their_union(toy, tmp_path):
-    """Five utterances at once, and as micro-batches of one long and four short ones: masked counts differ much."""
-    lengths = (2.4, 0.5, 0.4, 0.5, 0.3)
+    """Three utterances at once, and as micro-batches of a long one and two short ones: masked counts differ much."""
+    lengths = (3.2, 0.4, 0.3)
     one, two = toy.make_model(), toy.make_model()
     whole = toy.make_batch(one, waves(*lengths))
-    noise = torch.randn(5, 4 * whole.masked.mask.shape[1], 80) * 0.1
+    noise = torch.randn(3, 4 * whole.masked.mask.shape[1], 80) * 0.1
     pieces = []
-    for rows in (slice(0, 1), slice(1, 5)):
+    for rows in (slice(0, 1), slice(1, 3)):
         piece = toy.make_batch(two, waves(*lengths)[rows])
         mask = whole.masked.mask[rows, : piece.masked.mask.shape[1]]
         pieces.append(replace(piece, masked=type(whole.masked).from_mask(mask)))
-    assert pieces[0].masked.count > 1.3 * pieces[1].masked.count
+    assert pieces[0].masked.count > 2 * pieces[1].masked.count
 
     given = {id(one): [noise], id(two): [noise[:1], noise[1:, : 4 * pieces[1].masked.mask.shape[1]]]}
     for model in (one, two):
@@ -143,7 +143,7 @@ def test_clipping_covers_all_groups_and_vectors_do_not_decay(toy, tmp_path):
     brain = toy.fit_batches(
         tmp_path / "clip", model, [batch], peak=1.0, max_grad_norm=0.01, weight_decay=0.0, **settings
     )
-    moved = {name: (parameter - before[name]).norm() for name, parameter in model.named_parameters()}
+    moved = {name: (parameter.detach() - before[name]).norm() for name, parameter in model.named_parameters()}
     assert len(brain.optimizer.param_groups) == 2
     assert float(torch.stack(list(moved.values())).norm()) == pytest.approx(0.01, rel=1e-3)
     assert min(max(norm for name, norm in moved.items() if before[name].ndim == n) for n in (1, 2)) > 1e-4
@@ -229,7 +229,7 @@ def test_a_resumed_run_goes_on_as_if_unbroken(toy, tmp_path, corpus, workers, st
     """Three updates an epoch, the last of a left-over micro-batch; dropout and layer drop are on."""
     settings = {**corpus, **STOCHASTIC, "workers": workers, "log_interval": log_interval}
     whole = toy.train(tmp_path / "unbroken", **settings)
-    assert len(whole.sampler) % 2 == 1 and whole.brain.optimizer_step == 8
+    assert len(whole.sampler) == 5 and whole.brain.optimizer_step == 8
     stopped = toy.train(tmp_path / "resumed", stop_after=stop_after, **settings)
     torch.manual_seed(99)  # nothing hangs on the global generator's state
     resumed = toy.train(tmp_path / "resumed", **settings)
@@ -299,7 +299,7 @@ def test_uneven_data_ends_on_both_ranks_and_every_utterance_is_heard_once(toy, t
     assert ranks[0]["batches"] == ranks[1]["batches"] and ranks[0]["steps"] == ranks[1]["steps"] > 2
     for epoch in (1, 2):
         heard = [index for rank in ranks for number, indices in rank["seen"] if number == epoch for index in indices]
-        assert sorted(heard) == list(range(14))
+        assert sorted(heard) == list(range(16))
     for name, tensor in ranks[0]["state"].items():
         assert torch.equal(ranks[1]["state"][name], tensor), name
 
@@ -331,7 +331,7 @@ def test_log_lines(toy, tmp_path, corpus):
         assert set(line) == (TRAIN_FIELDS if line["event"] == "train" else VALID_FIELDS)
         assert line["gain"] == pytest.approx(line["unigram_entropy"] - line["loss"], abs=1e-12)
         assert 0 <= line["accuracy"] <= 1 and 0 < line["commonest_share"] <= 1 and 1 <= line["codes_used"] <= 32
-        assert line["mask_ratio"] == pytest.approx(0.51, abs=0.08)
+        assert line["mask_ratio"] == pytest.approx(0.51, abs=0.15)
     assert train[1]["audio_hours"] > train[0]["audio_hours"] > 0
     assert 0 <= train[0]["data_wait_share"] <= 1 and train[0]["peak_memory_gb"] > 0 and train[0]["eta_hours"] > 0
     assert train[0]["utilisation"] is None  # of a CPU
@@ -412,10 +412,10 @@ def test_white_noise_teaches_nothing(toy, tmp_path):
     assert line["gain"] <= 0.05
 
 
-def test_tones_are_learnt(toy, tmp_path):
+def test_loudness_is_learnt(toy, tmp_path):
     """The same model and updates, on audio whose masked frames follow from the others."""
-    train = toy.write_tones(tmp_path / "train", 40, seed=1)
-    valid = toy.write_tones(tmp_path / "valid", 16, seed=2)
+    train = toy.write_levels(tmp_path / "train", 40, seed=1)
+    valid = toy.write_levels(tmp_path / "valid", 16, seed=2)
     toy.train(
         tmp_path / "run", train, valid, max_batch_seconds=10, updates=60, peak=1e-2, warmup=10, max_grad_norm=1.0,
         log_interval=20, epochs=15, checkpoints=False, model={"normalize": "global"},

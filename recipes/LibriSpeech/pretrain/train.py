@@ -31,7 +31,7 @@ from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.corpora import prepare_folder, prepare_librispeech
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.pretraining import PretrainingBrain
+from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,6 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     ranks = {"rank": rank, "world_size": world_size}
 
     train_sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"], **ranks)
-    logger.info(train_sampler.describe())
     valid_sampler = PaddedBatchSampler(valid_table.lengths, batch_samples, **ranks)
 
     def waveforms(table: AudioTable, seed: int, rank: int) -> WaveformDataset:
@@ -88,10 +87,16 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         logger.info("Measuring the statistics of %.2f hours of training audio.", hours)
         return batches
 
+    usual_name = "LibriSpeech" if hparams["corpus"] == "librispeech" else Path(hparams["data_folder"]).name
+    names = [corpus_name(hparams["data_folder"], usual_name)]
+    names += [corpus_name(folder, Path(folder).name) for folder in hparams["extra_folders"]]
     facts = {
-        "corpus": corpus_name(hparams["data_folder"], default=hparams["corpus"]),
+        "corpus": " + ".join(names),
         "train_hours": train_table.hours,
         "train_utterances": len(train_table),
+        "too_short": train_table.too_short,
+        "too_long": train_table.too_long,
+        "batches": train_sampler.describe(),
         "valid_hours": valid_table.hours,
         "command": command_line(),
     }
@@ -107,7 +112,12 @@ def main(arguments: list[str]) -> None:
         ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     train_loader, valid_loader, statistics_audio, facts = dataio_prepare(hparams, manifests, *ranks)
 
+    check_resumable(hparams["checkpointer"], hparams["model"])
+
+    # from here on the run's folder is written to
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+    for name, value in facts.items():
+        logger.info("%s: %s", name, value)
     brain = PretrainingBrain(
         modules={"model": hparams["model"]},
         opt_class=hparams["optimizer"],
