@@ -191,7 +191,6 @@ class ConformerEncoder(nn.Module):
             ConformerLayer(d_model, num_heads, d_ffn, kernel_size, dropout, attention) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
-        self.apply(_initialize)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
         """Encode.
@@ -232,14 +231,6 @@ class ConformerEncoder(nn.Module):
             attention += len(self.layers) * distances * projection
             attention += utterances * len(self.layers) * frames * distances * self.d_model  # and with each query
         return 2.0 * (utterances * frames * matrices + attention)
-
-
-def _initialize(module: nn.Module) -> None:
-    """Xavier weights and zero biases, as SpeechBrain's transformers."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class SpeechEncoder(nn.Module):

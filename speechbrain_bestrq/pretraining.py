@@ -114,10 +114,10 @@ class PretrainingBrain(sb.Brain):
         Arguments
         ---------
         batches : callable
-            Returns a list of (wavs, wav_lens); called on the main process only, and
-            only if there is something to measure.
+            Returns a list of (wavs, wav_lens); called on the main process only, at the
+            start of a new run only.
         """
-        if self.model.measured or (self.checkpointer is not None and self.checkpointer.find_checkpoint() is not None):
+        if self.checkpointer is not None and self.checkpointer.find_checkpoint() is not None:
             return
         if if_main_process():
             try:
@@ -125,8 +125,8 @@ class PretrainingBrain(sb.Brain):
             except ValueError as error:
                 raise InputError(f"statistics of the training audio: {error}") from error
         if self.world_size > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+            for tensor in self.model.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
             # loading what one holds lets the modules notice their statistics
             self.model.load_state_dict(self.model.state_dict())
 

@@ -306,8 +306,9 @@ def train(
         valid_loader = make_loader(make_dataset(valid_table, model, 0, 0), valid_sampler, workers)
     brain = make_brain(output, model, **settings)
     brain.stop_after = stop_after
-    brain.measure(lambda: [(batch.wavs, batch.wav_lens) for batch in make_loader(dataset, sampler)])
-    dataset.seen.clear()
+    # as the recipe, the same audio whatever the number of ranks
+    every = LadderBatchSampler(table.lengths, samples, seed=seed)
+    brain.measure(lambda: [(batch.wavs, batch.wav_lens) for batch in make_loader(make_dataset(table, model), every)])
     try:
         brain.fit(brain.counter, loader, valid_loader)
         stopped = False
@@ -329,7 +330,7 @@ def losses(output):
 # ---------------------------------------------------------------- ranks
 
 
-def train_ranks(scratch, calls, count=2, timeout=120):
+def train_ranks(scratch, calls, count=2, timeout=240):
     """Run functions of this module in several processes of one gloo group.
 
     ``calls`` is a (name, arguments) for each rank, or one for all. Returns what each rank returned; an error in

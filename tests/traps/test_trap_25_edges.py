@@ -42,7 +42,7 @@ def test_convolutions_see_zeros_beyond_the_edges():
     ``stride=2, padding=kernel_size // 2, padding_mode="reflect")``.
     """
     torch.manual_seed(1)
-    subsampling = ConvSubsampling(d_model=16, channels=(4, 4), dropout=0.0).eval()
+    subsampling = ConvSubsampling(d_model=16, channels=(4, 4), kernel_size=5, dropout=0.0).eval()
     features = torch.randn(1, 40, 80)
     with torch.no_grad():
         alone = subsampling(features)
