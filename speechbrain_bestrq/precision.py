@@ -28,11 +28,17 @@ def full_precision(device_type: str) -> Iterator[None]:
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     previous = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+    # PyTorch keeps the same setting under an older name too, and some kernels raise where the two disagree
+    try:
+        previous_of_old_name = torch.get_float32_matmul_precision()
+    except RuntimeError:  # they disagreed before
+        previous_of_old_name = None
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
+        if previous_of_old_name is not None:
+            torch.set_float32_matmul_precision(previous_of_old_name)
         for backend, precision in zip(backends, previous, strict=True):
             backend.fp32_precision = precision
