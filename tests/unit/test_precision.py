@@ -10,9 +10,10 @@ BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
 @pytest.fixture(autouse=True)
 def unchanged_settings():
-    """Whatever a test sets ends with it."""
+    """Whatever a test sets ends with it, under both of PyTorch's names."""
     before = [backend.fp32_precision for backend in BACKENDS]
     yield
+    torch.set_float32_matmul_precision("highest")
     for backend, precision in zip(BACKENDS, before, strict=True):
         backend.fp32_precision = precision
 
@@ -63,6 +64,8 @@ def test_a_users_older_way_to_allow_reduced_products_still_reads_as_set():
         torch.set_float32_matmul_precision("high")
         with full_precision("cpu"):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            # kernels that ask under the older name raise where the two disagree
+            assert torch.backends.cuda.matmul.allow_tf32 is False
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
