@@ -202,18 +202,18 @@ class BestRQ(nn.Module):
             self.quantizer.fit_whitening(self._stacked_frames(batches))
         counts = torch.ones_like(self.head.bias).view(self.quantizer.num_codebooks, -1)  # none is impossible
         for frames in self._stacked_frames(batches):
-            labels = self.quantizer(frames)
+            labels = self.quantizer(frames).flatten(0, -2)
             counts.scatter_add_(1, labels.t(), torch.ones_like(labels.t(), dtype=counts.dtype))
         self.head.bias.copy_((counts / counts.sum(1, keepdim=True)).log().flatten())
 
     def _stacked_frames(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
-        """What the quantizer gets, without padding, shape (frames, input_dim)."""
+        """What the quantizer gets, shape (..., frames, input_dim), without the padding of padded batches."""
         frontend = self.speech_encoder.frontend
         for wavs, wav_lens in batches:
             features, lengths = frontend(wavs.to(self.head.weight.device), wav_lens)
             stacked = features.unflatten(1, (-1, frontend.stack)).flatten(2)
             if lengths is None:
-                yield stacked.flatten(0, 1)
+                yield stacked
             else:
                 yield stacked[valid_frames(lengths // frontend.stack, stacked.shape[1])]
 

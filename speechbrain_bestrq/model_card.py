@@ -68,10 +68,10 @@ def write_card(facts: dict[str, Any], validations: Sequence[dict[str, Any]]) -> 
         shown = validations[:: -(-len(validations) // 40)]
         if shown[-1] is not validations[-1]:
             shown = [*shown, validations[-1]]
-        lines += [
-            f"| {line['step']} | {line['audio_hours']:.1f} | {line['loss']:.3f} | {line['gain']:.3f} | "
-            f"{line['accuracy']:.4f} | {line['commonest_share']:.4f} |"
-            for line in shown
-        ]
+        columns = (("step", "d"), ("audio_hours", ".1f"), ("loss", ".3f"), ("gain", ".3f"))
+        columns += (("accuracy", ".4f"), ("commonest_share", ".4f"))
+        for line in shown:  # a value that was not finite is null in the log
+            cells = ["-" if line[name] is None else format(line[name], form) for name, form in columns]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 #: Share of the label histogram that stays from one update to the next: a memory of some hundred updates.
 HISTOGRAM_MEMORY = 0.995
 
+#: Updates in a row that may be skipped before the run is given up.
+MOST_SKIPS_IN_A_ROW = 50
+
 #: Sums over the batches of an update, in the order of the tensor that ranks add up.
 SUMS = ("targets", "loss", "correct", "frames", "seconds")
 
@@ -82,7 +85,7 @@ class PretrainingBrain(sb.Brain):
         self.generator = torch.Generator(device=self.device)
         self.tensorboard = None
         self.bar = None
-        self.best_valid_loss = float("inf")
+        self.best_valid_loss, self.skipped_in_a_row = float("inf"), 0
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
         self.device_seconds_before, self.started = 0.0, time.perf_counter()
         # a micro-batch of this many masked frames weighs 1, so that summed losses keep their scale in fp16
@@ -361,10 +364,14 @@ class PretrainingBrain(sb.Brain):
             updates = entry.pop("window_updates")
             entry["audio_seconds_per_second"] = entry.pop("audio_seconds") / entry.pop("window_seconds")
             entry["skipped_updates"] = int(entry["skipped_updates"])
-            if entry["mask_ratio"] == 0 and entry["skipped_updates"]:
+            nothing = entry["mask_ratio"] == 0 and entry["skipped_updates"] > 0
+            self.skipped_in_a_row = self.skipped_in_a_row + updates if nothing else 0
+            if nothing:  # all updates of this line were skipped: it has no loss
+                entry |= dict.fromkeys(("loss", "accuracy", "gain", "mask_ratio"), float("nan"))
+            if self.skipped_in_a_row >= MOST_SKIPS_IN_A_ROW:
                 raise RuntimeError(
-                    f"none of the last {updates} updates up to {entry['step']} had finite gradients: lower the "
-                    "learning rate, lengthen the warm-up, or train in bf16 or fp32; then start again to resume."
+                    f"none of the last {self.skipped_in_a_row} updates up to {entry['step']} had finite gradients: "
+                    "lower the learning rate, lengthen the warm-up, or train in bf16 or fp32; then start again to resume."
                 )
             self.shown_loss = torch.tensor(entry["loss"])
             if self.bar is not None:
@@ -426,10 +433,10 @@ class PretrainingBrain(sb.Brain):
         self._write(entry)
         best = values["loss"] < self.best_valid_loss
         self.best_valid_loss = min(values["loss"], self.best_valid_loss)
+        if best:  # before the checkpoint, which says that it is written
+            self._save_encoder("encoder", entry)
         # a run that ends amid an epoch can be continued there
         self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), valid_loss=values["loss"])
-        if best:
-            self._save_encoder("encoder", entry)
 
     # ---------------------------------------------------------------- saving
 
@@ -454,6 +461,7 @@ class PretrainingBrain(sb.Brain):
         """Save; keep the newest and the best."""
         if self.checkpointer is None:
             return
+        self._write_log_lines(wait=True)  # a resumed run logs nothing of before its checkpoint
         signature = json.dumps(self.model.signature(), sort_keys=True)
         self.checkpointer.save_checkpoint(
             meta={"step": self.optimizer_step, "signature": signature, **meta}, end_of_epoch=end_of_epoch

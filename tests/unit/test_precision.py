@@ -12,8 +12,9 @@ BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 def unchanged_settings():
     """Whatever a test sets ends with it, under both of PyTorch's names."""
     before = [backend.fp32_precision for backend in BACKENDS]
+    before_under_old_name = torch.get_float32_matmul_precision()
     yield
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(before_under_old_name)
     for backend, precision in zip(BACKENDS, before, strict=True):
         backend.fp32_precision = precision
 
