@@ -371,7 +371,7 @@ class PretrainingBrain(sb.Brain):
             if self.skipped_in_a_row >= MOST_SKIPS_IN_A_ROW:
                 raise RuntimeError(
                     f"none of the last {self.skipped_in_a_row} updates up to {entry['step']} had finite gradients: "
-                    "lower the learning rate, lengthen the warm-up, or train in bf16 or fp32; then start again to resume."
+                    "lower the learning rate or lengthen the warm-up, train in bf16 or fp32, and start again to resume."
                 )
             self.shown_loss = torch.tensor(entry["loss"])
             if self.bar is not None:
