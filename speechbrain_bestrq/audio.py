@@ -209,14 +209,13 @@ def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) 
                 audio = _read_resampled(file, start, samples, sample_rate)
     except (soundfile.SoundFileError, OSError) as error:
         raise InputError(
-            f"{path} cannot be read ({error}): it was moved or damaged after its preparation; restore it, "
-            "or prepare the corpus again."
+            f"{path} cannot be read ({error}): it was moved, or is damaged; restore it, or delete it and start again."
         ) from error
     missing = samples - len(audio)
     if missing > MISSING_SECONDS * sample_rate:
         raise InputError(
             f"{path} ends {missing / sample_rate:.2f} s before its manifest says: it was changed or cut short after "
-            "its preparation; restore it, or prepare the corpus again."
+            "its preparation; restore it, or delete it and start again."
         )
     return np.pad(audio, (0, missing)) if missing else audio
 

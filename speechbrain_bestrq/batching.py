@@ -243,7 +243,8 @@ class LadderBatchSampler(torch.utils.data.Sampler[BatchPlan]):
             changes = ", ".join(f"{key} ({state[key]} then, {self._identity()[key]} now)" for key in changed)
             raise InputError(
                 f"the checkpoint lies within epoch {epoch}, after {position} of {state['batches']} batches, and cannot "
-                f"be resumed with other {changes}: restore what was, or resume from the end of an epoch."
+                f"be resumed with other {changes}: restore what was, or delete this checkpoint to resume from the "
+                "one before."
             )
         self.epoch = epoch
         # an epoch that was over is over under the new settings too

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from speechbrain_bestrq.accounting import JsonLines, LateReader, code_statistics, datasheet_flops, format_line
 from speechbrain_bestrq.audio import PretrainingBatch
+from speechbrain_bestrq.batching import LadderBatchSampler
 from speechbrain_bestrq.bestrq import PretrainingOutput
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.model_card import write_card
@@ -57,7 +58,8 @@ class PretrainingBrain(sb.Brain):
     modules, opt_class, hparams, run_opts, checkpointer
         As for :class:`speechbrain.Brain`. ``opt_class`` makes a fused optimizer.
         Of ``hparams``: ``lr_schedule``, ``output_folder``, ``log_interval`` (updates),
-        ``optimizer_step_limit``, ``encoder_at_steps``, ``seed``.
+        ``optimizer_step_limit``, ``encoder_at_steps``, ``seed``, and ``valid_interval``
+        (updates; validation is at the end of each epoch in any case).
     run_facts : dict
         What run.json and the encoder's card tell of the data (corpus, hours...).
     """
@@ -145,7 +147,7 @@ class PretrainingBrain(sb.Brain):
         valid_set : DataLoader
             Over a :class:`~speechbrain_bestrq.batching.PaddedBatchSampler`.
         """
-        self.sampler = train_set.batch_sampler
+        self.sampler, self.valid_set = train_set.batch_sampler, valid_set
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("sampler", self.sampler, _load_state, _save_state)
             newest = self.checkpointer.find_checkpoint()
@@ -162,7 +164,7 @@ class PretrainingBrain(sb.Brain):
 
     def on_fit_start(self) -> None:
         """Refuse a foreign checkpoint, then load it; open the logs."""
-        check_resumable(self.checkpointer, self.model)
+        check_resumable(self.checkpointer, self.model, self.sampler)
         super().on_fit_start()
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")
@@ -257,6 +259,7 @@ class PretrainingBrain(sb.Brain):
         self.optimizer_step = update
         self.window_sums += torch.where(finite, sums, 0.0)
         self.totals += torch.stack([sums[4], (~finite).double()])
+        self.histogram *= HISTOGRAM_MEMORY
         self.gradient_norm = norm
         self.update_sums = self._zero_sums()
 
@@ -274,6 +277,21 @@ class PretrainingBrain(sb.Brain):
             self.bar.update()
         if self.optimizer_step in self.hparams.encoder_at_steps:
             self._save_encoder(f"encoder@{self.optimizer_step}")
+        interval = getattr(self.hparams, "valid_interval", None)
+        if interval and self.optimizer_step % interval == 0 and not self._validation_is_next:
+            self._validate_amid_epoch()
+
+    @property
+    def _validation_is_next(self) -> bool:
+        """Whether the epoch or the run is over."""
+        return self.step == len(self.sampler) or self._optimizer_step_limit_exceeded
+
+    def _validate_amid_epoch(self) -> None:
+        step = self.step
+        self._fit_valid(self.valid_set, self.sampler.epoch, enable=False)
+        self.step = step
+        self.modules.train()
+        self._start_clock()
 
     def _zero_sums(self) -> Tensor:
         return torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
@@ -294,8 +312,7 @@ class PretrainingBrain(sb.Brain):
         sums += values
         if self.histogram is None:
             self.histogram = torch.zeros_like(metrics["label_counts"])
-        memory = HISTOGRAM_MEMORY if self.model.training else 1.0
-        self.histogram.mul_(memory).add_(metrics["label_counts"])
+        self.histogram += metrics["label_counts"]
 
     # ---------------------------------------------------------------- logging
 
@@ -447,8 +464,8 @@ class PretrainingBrain(sb.Brain):
         """
         if self.checkpointer is None or self.window_updates and self.ckpt_interval_minutes > 0:
             return False
-        between_updates = self.step % self.grad_accumulation_factor == 0 or self.step == len(self.sampler)
-        if not between_updates or self.step == len(self.sampler):  # the end of the epoch saves anyway
+        between_updates = self.step % self.grad_accumulation_factor == 0
+        if not between_updates or self._validation_is_next:  # which saves anyway, when it is done
             return False
         if self.ckpt_interval_steps > 0:
             return self.optimizer_step % self.ckpt_interval_steps == 0
@@ -506,8 +523,8 @@ class PretrainingBrain(sb.Brain):
         save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
 
 
-def check_resumable(checkpointer: Any, model: nn.Module) -> None:
-    """Refuse to go on from another model's checkpoint, before anything is written.
+def check_resumable(checkpointer: Any, model: nn.Module, sampler: LadderBatchSampler) -> None:
+    """Refuse to go on from a checkpoint of another model or of other batches, before anything is written.
 
     Arguments
     ---------
@@ -515,15 +532,22 @@ def check_resumable(checkpointer: Any, model: nn.Module) -> None:
         Of the run.
     model : nn.Module
         The pre-training model.
+    sampler : LadderBatchSampler
+        Of the training batches; it is set to the place of the newest checkpoint.
 
     Raises
     ------
     InputError
-        As :func:`check_signature`, about the newest checkpoint.
+        As :func:`check_signature` and the sampler's ``load_state_dict``, about the
+        newest checkpoint.
     """
     checkpoint = None if checkpointer is None else checkpointer.find_checkpoint()
     if checkpoint is not None:
         check_signature(model.signature(), checkpoint.meta.get("signature", "{}"), checkpoint.path)
+        try:
+            _load_state(sampler, checkpoint.paramfiles["sampler"], checkpoint.meta["end-of-epoch"])
+        except InputError as error:
+            raise InputError(f"{checkpoint.path}: {error}") from error
 
 
 def check_signature(ours: dict[str, Any], saved: str, folder: Path) -> None:

@@ -33,7 +33,7 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
         SpeechBrain's; with gloo where there is no GPU and no backend was named. They
         are *not* merged into hparams: Brain itself ranks defaults below the YAML.
     overrides : str
-        As YAML.
+        As YAML; with the run options that are keys of the YAML too.
     hparams : dict
         What the YAML made.
 
@@ -53,6 +53,9 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
         raise InputError(f"{hparams_file} does not exist: give the path of a YAML, such as hparams/bestrq.yaml.")
     text = Path(hparams_file).read_text(encoding="utf-8")
     _check_open_keys(hparams_file, text, overrides)
+    # SpeechBrain keeps its run options out of the YAML, where others may refer to them
+    for name in sorted(run_opts.overridden_args & dict(_top_level(text)).keys()):
+        overrides = f"{overrides}\n{name}: {run_opts[name]}"
     return hparams_file, run_opts, overrides, load_hyperpyyaml(text, overrides)
 
 
@@ -89,14 +92,14 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except InputError as error:
-        if sb.utils.distributed.if_main_process():
+        if sb.utils.distributed.if_main_process() or "DataLoader worker" in str(error):
             # a loader's worker hands its error over with the whole traceback: the last line is the message
             message = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
             print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    # not after an error: the other ranks may be waiting in a collective, and this would wait for them
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def command_line() -> str:

@@ -15,6 +15,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.pretrained import load_encoder
+from speechbrain_bestrq.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain"
 PARAMETERS = {
@@ -184,3 +185,28 @@ def test_another_models_checkpoint_is_refused_and_left_alone(train, librispeech,
     with pytest.raises(InputError, match=r"encoder\.num_layers: 1 there, 2 here"):
         train.main(arguments("bestrq_small", librispeech, tmp_path, *more))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "save").rglob("*")} == before
+
+
+def test_run_options_reach_what_refers_to_them_in_the_yaml(librispeech, tmp_path):
+    more = ("--optimizer_step_limit=700", "--precision=bf16")
+    _, _, _, hparams = load_recipe(arguments("bestrq_small", librispeech, tmp_path, *more))
+    assert hparams["lr_schedule"].total_updates == 700
+    assert hparams["eval_precision"] == "bf16"
+
+
+def test_a_key_given_twice_is_refused(librispeech, tmp_path):
+    with pytest.raises(InputError, match="--seed is given more than once"):
+        load_recipe([*arguments("bestrq_small", librispeech, tmp_path), "--seed=1", "--seed=2"])
+
+
+def test_validation_amid_an_epoch_changes_nothing_in_training(train, librispeech, tmp_path):
+    losses = {}
+    for interval in (1, 100):
+        output = tmp_path / str(interval)
+        more = (f"--valid_interval={interval}", "--optimizer_step_limit=4", "--grad_accumulation_factor=1")
+        train.main(arguments("bestrq_small", librispeech, output, *more))
+        log = read_log(output)
+        losses[interval] = [line["loss"] for line in log if line["event"] == "train"]
+        validated = [line["step"] for line in log if line["event"] == "valid"]
+        assert validated == ([1, 2, 3, 4] if interval == 1 else [4])
+    assert losses[1] == losses[100]

@@ -153,7 +153,7 @@ def test_a_file_a_little_too_short_is_filled_up_and_one_much_too_short_is_refuse
     filled = read_segment(path, 8000, 8640, RATE)
     assert filled.shape == (8640,) and np.all(filled[8000:] == 0)
     assert np.array_equal(filled[:8000], read_segment(path, 8000, 8000, RATE))
-    with pytest.raises(InputError, match=r"a.wav ends 0.04 s before its manifest says: .* prepare the corpus again"):
+    with pytest.raises(InputError, match=r"a.wav ends 0.04 s before its manifest says: .* delete it and start again"):
         read_segment(path, 8000, 8641, RATE)
     with pytest.raises(InputError, match="ends 0.50 s before"):
         read_segment(path, 50000, 8000, RATE)

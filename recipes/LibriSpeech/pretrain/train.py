@@ -15,7 +15,8 @@ A run that was stopped goes on when the same command is given again. What govern
     precision, compilation      --precision fp32|bf16|fp16, --compile
     what is kept                best and last checkpoint in save/, the encoder of the best validation in encoder/,
                                 those of --encoder_at_steps in encoder@<update>/
-    checkpoints in an epoch     --ckpt_interval_steps (updates) or --ckpt_interval_minutes
+    validation                  at the end of each epoch, and every --valid_interval updates
+    checkpoints in between      --ckpt_interval_steps (updates), or 0 and --ckpt_interval_minutes
     the log                     --log_interval (updates): log.txt, train_log.jsonl, tensorboard/
 """
 
@@ -112,7 +113,7 @@ def main(arguments: list[str]) -> None:
         ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     train_loader, valid_loader, statistics_audio, facts = dataio_prepare(hparams, manifests, *ranks)
 
-    check_resumable(hparams["checkpointer"], hparams["model"])
+    check_resumable(hparams["checkpointer"], hparams["model"], train_loader.batch_sampler)
 
     # from here on the run's folder is written to
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
