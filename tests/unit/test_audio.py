@@ -164,7 +164,9 @@ def test_unreadable_files_are_named(tmp_path):
     text.write_text("no audio")
     missing = tmp_path / "missing.flac"
     for path in (text, missing):
-        with pytest.raises(InputError, match=rf"{re.escape(str(path))} cannot be read .*prepare the corpus") as raised:
+        with pytest.raises(
+            InputError, match=rf"{re.escape(str(path))} cannot be read .*delete it and start again"
+        ) as raised:
             read_segment(str(path), 0, 100, RATE)
         assert "\n" not in str(raised.value)
 
