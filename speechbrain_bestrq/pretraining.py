@@ -178,12 +178,13 @@ class PretrainingBrain(sb.Brain):
         self.started = time.perf_counter()
 
     def _compile(self) -> None:
-        """Compile each encoder layer by itself: one small graph for all layers, in place."""
+        """Compile each encoder layer by itself, in place: one small graph for each shape of the ladder."""
         if not self.compile:
             return
-        # a recompilation for each shape of the ladder, at most; the default stops compiling after 8
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        dynamic = True if self.compile_using_dynamic_shape_tracing else None
+        # the default stops compiling after 8 shapes
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
+        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
+        dynamic = bool(self.compile_using_dynamic_shape_tracing)
         for layer in self.model.speech_encoder.encoder.layers:
             layer.compile(mode=self.compile_mode, fullgraph=self.compile_using_fullgraph, dynamic=dynamic)
 
@@ -428,7 +429,8 @@ class PretrainingBrain(sb.Brain):
     def evaluate_batch(self, batch: PretrainingBatch, stage: sb.Stage) -> Tensor:
         """Add a batch to the sums of the validation."""
         batch = batch.to(self.device)
-        with self.evaluation_ctx:
+        # padded batches have shapes without number: not worth compiling
+        with self.evaluation_ctx, torch.compiler.set_stance("force_eager"):
             output = self.compute_forward(batch, stage)
         self._add_up(self.valid_sums, output, batch)
         return torch.zeros(())
