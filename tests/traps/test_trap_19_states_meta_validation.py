@@ -59,13 +59,13 @@ def test_compilation_goes_on_after_eight_shapes(toy, tmp_path, monkeypatch, opti
 
     Mutation: in pretraining.py, PretrainingBrain._compile, delete the line that sets ``recompile_limit``.
     """
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 256)
     given = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **named: given.append(named["dynamic"]))
     brain = toy.make_brain(
         tmp_path, toy.make_model(), checkpoints=False, compile=True, compile_using_dynamic_shape_tracing=option
     )
-    brain._compile()
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        brain._compile()
+        limit = torch._dynamo.config.recompile_limit
     assert given == [option, option]
-    assert torch._dynamo.config.recompile_limit >= 100 * len(given), "fewer than a ladder's shapes for each layer"
+    assert limit >= 100 * len(given), "fewer than a ladder's shapes for each layer"
