@@ -1,4 +1,7 @@
-"""Small models and batches that several tests share."""
+"""Small models, batches and runs that several tests share."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +63,13 @@ def padded_with_junk():
 def relative_difference():
     """Return the measure of the project's tolerances: max|a - b| / max|a|."""
     return lambda a, b: float(((a - b).abs().max() / a.abs().max()).detach())
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The module tests/helpers/toy.py, loaded from its path."""
+    path = Path(__file__).parent / "helpers" / "toy.py"
+    spec = importlib.util.spec_from_file_location("toy", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
