@@ -1,0 +1,35 @@
+"""``sb-bestrq report``: draw a run's curves and sum it up."""
+
+import argparse
+import json
+from pathlib import Path
+
+from speechbrain_bestrq.commands import Command
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of a pre-training run")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from speechbrain_bestrq.report import summary_markdown, write_report
+
+    summary = write_report(arguments.run_folder)
+    if arguments.json:
+        print(json.dumps(summary, indent=2, allow_nan=False))
+    else:
+        print(summary_markdown(summary) + f"- curves: {summary['curves']}")
+
+
+COMMAND = Command(
+    "report",
+    "draw a run's curves and sum it up",
+    """\
+  sb-bestrq report results/bestrq/1000
+  sb-bestrq report results/bestrq/1000 --json > summary.json
+
+Writes RUN/report/curves.png and RUN/report/summary.md, also while the run goes on.""",
+    _add_report_arguments,
+    _report,
+)
