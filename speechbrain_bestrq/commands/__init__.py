@@ -22,3 +22,5 @@ class Command(NamedTuple):
     """Declares the options."""
     run: Callable[[argparse.Namespace], int | None]
     """Does the work; returns the exit status, None for 0; raises InputError for what the user has to mend."""
+    takes_overrides: bool = False
+    """Whether options that it does not declare are keys of a YAML, handed on as a list of words, ``overrides``."""

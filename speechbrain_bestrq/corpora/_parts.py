@@ -1,5 +1,6 @@
 """What becomes of trees of audio: a manifest for each, and manifests combined out of those."""
 
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -217,6 +218,7 @@ def combine(
     corpus: str,
     parts: Sequence[Part],
     rows: Callable[[], Iterable[dict[str, Any]]],
+    finish: Callable[[], dict[str, Any]] = dict,
     **options: Any,
 ) -> tuple[dict[str, Any], bool]:
     """Make a manifest out of those of some parts, unless it is there already.
@@ -233,6 +235,8 @@ def combine(
         What it is made of.
     rows : callable
         Makes the rows; called only if need be.
+    finish : callable
+        Gives further notes for the summary, after the last row.
     **options : Any
         On what it depends besides.
 
@@ -243,11 +247,16 @@ def combine(
     fresh : bool
         Whether anything had to be done.
     """
+
+    def noted(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield from rows()
+        notes.update(finish())
+
     recipe = {
         "parts": [[str(part.tree.root), *part.tree.suffixes, part.survey.fingerprint] for part in parts],
         **options,
     }
-    return build_manifest(path, columns, corpus, recipe, lambda notes: rows())
+    return build_manifest(path, columns, corpus, recipe, noted)
 
 
 def survey_folders(folders: Sequence[Path], extensions: Sequence[str], save_folder: str | os.PathLike) -> list[Part]:
@@ -294,6 +303,24 @@ def survey_folders(folders: Sequence[Path], extensions: Sequence[str], save_fold
     return parts
 
 
+def place(unit: str, seed: int) -> float:
+    """Give a name a place in [0, 1) that depends on nothing but the name and the seed.
+
+    Arguments
+    ---------
+    unit : str
+        The name.
+    seed : int
+        Another one gives another place.
+
+    Returns
+    -------
+    float
+    """
+    digest = hashlib.blake2b(os.fsencode(f"{seed}\0{unit}"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64
+
+
 def log_outcome(
     manifests: dict[str, Path], outcomes: dict[str, tuple[dict[str, Any], bool]], fresh: bool, corpus: str
 ) -> None:
@@ -302,7 +329,7 @@ def log_outcome(
     Arguments
     ---------
     manifests : dict
-        Paths by key.
+        Paths by key, the first of them in the folder of all.
     outcomes : dict
         Summaries by key.
     fresh : bool
@@ -315,4 +342,4 @@ def log_outcome(
         for key, (summary, _) in outcomes.items()
     )
     state = "prepared" if fresh else "already prepared"
-    logger.info("%s: %s in '%s': %s", corpus, state, manifests["train"].parent, counts)
+    logger.info("%s: %s in '%s': %s", corpus, state, next(iter(manifests.values())).parent, counts)

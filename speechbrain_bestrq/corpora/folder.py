@@ -1,6 +1,5 @@
 """Preparation of any folder of audio."""
 
-import hashlib
 import logging
 import os
 from collections import defaultdict
@@ -17,7 +16,15 @@ from speechbrain_bestrq.corpora._options import (
     make_save_folder,
     resolve_folder,
 )
-from speechbrain_bestrq.corpora._parts import Part, check_readable, combine, log_outcome, prepare_part, survey_folders
+from speechbrain_bestrq.corpora._parts import (
+    Part,
+    check_readable,
+    combine,
+    log_outcome,
+    place,
+    prepare_part,
+    survey_folders,
+)
 from speechbrain_bestrq.corpora.manifest import REQUIRED_COLUMNS, iterate_manifest
 from speechbrain_bestrq.errors import InputError
 
@@ -149,12 +156,6 @@ def _unit(relative: str, level: int) -> str:
     return "/".join(relative.split("/")[:level])
 
 
-def _place(unit: str, seed: int) -> float:
-    """A place in [0, 1) that depends on nothing but the path and the seed."""
-    digest = hashlib.blake2b(os.fsencode(f"{seed}\0{unit}"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2.0**64
-
-
 def _choose_validation(parts: Sequence[Part], share: float, max_hours: float, seed: int) -> tuple[int, frozenset[str]]:
     """Choose the level of the sub-folders that are split, and those of them that are for validation.
 
@@ -195,8 +196,8 @@ def _choose_validation(parts: Sequence[Part], share: float, max_hours: float, se
 def _choose_units(seconds: dict[str, float], share: float, limit: float, seed: int) -> list[str]:
     chosen: list[str] = []
     taken = 0.0
-    for place, unit in sorted((_place(unit, seed), unit) for unit in seconds):
-        if chosen and place >= share:
+    for where, unit in sorted((place(unit, seed), unit) for unit in seconds):
+        if chosen and where >= share:
             break
         if taken + seconds[unit] <= limit:
             chosen.append(unit)

@@ -294,7 +294,8 @@ def _write_summary(path: Path, summary: dict[str, Any]) -> None:
         file.write("\n")
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: str | os.PathLike) -> str:
+    """Take the fingerprint of a file's content."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -333,7 +334,8 @@ def build_manifest(
     Returns
     -------
     summary : dict
-        As :func:`read_summary`.
+        As :func:`read_summary`; a table without durations, such as a list of trials,
+        has ``rows`` (a count) in place of ``utterances`` and ``hours``.
     fresh : bool
         Whether anything had to be done.
 
@@ -362,7 +364,7 @@ def build_manifest(
                 "another save_folder."
             )
         if previous["complete"]:
-            if _digest(path) != previous["digest"]:
+            if file_digest(path) != previous["digest"]:
                 raise InputError(
                     f"'{path}' was changed since it was prepared: rename it to keep the changes, or remove it to "
                     "prepare it again."
@@ -376,18 +378,18 @@ def build_manifest(
     def counted(made: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         nonlocal seconds
         for row in made:
-            seconds += row["duration"]
+            seconds += row.get("duration", 0.0)
             yield row
 
     notes: dict[str, Any] = {}
-    utterances = write_manifest(counted(rows(notes)), path, columns)
+    count = write_manifest(counted(rows(notes)), path, columns)
+    counts = {"utterances": count, "hours": seconds / 3600.0} if "duration" in columns else {"rows": count}
     summary = {
         "complete": True,
         "corpus": corpus,
-        "utterances": utterances,
-        "hours": seconds / 3600.0,
+        **counts,
         **notes,
-        "digest": _digest(path),
+        "digest": file_digest(path),
         "recipe": recipe,
     }
     _write_summary(path, summary)

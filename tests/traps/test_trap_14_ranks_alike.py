@@ -40,7 +40,7 @@ def test_the_recipe_tells_the_training_data_its_rank(toy, tmp_path):
         "sample_rate": 16000, "resample": True, "max_unreadable": 0, "min_seconds": 0.5, "max_seconds": 30.0,
         "max_batch_seconds": 5, "num_workers": 0, "statistics_hours": 1.0, "model": toy.make_model(),
     }  # fmt: skip
-    manifests = recipe.prepare(hparams)
+    manifests = recipe.prepare_corpus(hparams)
     loaders = [recipe.dataio_prepare(hparams, manifests, rank, 2)[:2] for rank in (0, 1)]
     assert [train.dataset.rank for train, _ in loaders] == [0, 1]
     assert [train.batch_sampler.rank for train, _ in loaders] == [0, 1]

@@ -29,31 +29,12 @@ from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_bestrq.audio import AudioTable, WaveformDataset, make_loader
 from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
-from speechbrain_bestrq.corpora import prepare_folder, prepare_librispeech
+from speechbrain_bestrq.corpora import prepare_corpus
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
-from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
 
 logger = logging.getLogger(__name__)
-
-
-def prepare(hparams: dict) -> dict[str, Path]:
-    """Write the manifests of the corpus, or find them written."""
-    common = {
-        "data_folder": hparams["data_folder"],
-        "save_folder": Path(hparams["output_folder"]) / "manifests",
-        "sample_rate": hparams["sample_rate"],
-        "resample": hparams["resample"],
-        "max_unreadable": hparams["max_unreadable"],
-        "extra_folders": hparams["extra_folders"],
-    }
-    if hparams["corpus"] == "librispeech":
-        splits = {"train_splits": hparams["train_splits"], "valid_splits": hparams["valid_splits"]}
-        return prepare_librispeech(**common, **splits)
-    if hparams["corpus"] == "folder":
-        return prepare_folder(**common, seed=hparams["seed"])
-    raise InputError(f"corpus is librispeech or folder, not {hparams['corpus']!r}.")
 
 
 def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_size: int):
@@ -107,7 +88,7 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
 def main(arguments: list[str]) -> None:
     """Prepare, train."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
-    manifests = run_on_main(prepare, args=[hparams])
+    manifests = run_on_main(prepare_corpus, args=[hparams])
     ranks = (0, 1)
     if torch.distributed.is_initialized():
         ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size())
