@@ -1,4 +1,5 @@
 # make setup     the environment .venv with everything (again only after a change of setup.cfg or pyproject.toml)
+# make demo      makes a corpus of synthetic speech, pre-trains a small model on it, reports: ten minutes on two cores
 # make test      all tests but the slow ones, with the examples in the docstrings
 # make test-all  all tests
 # make lint      style and format
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup test test-all lint clean
+.PHONY: setup demo test test-all lint clean
 
 setup: $(STAMP)
 
@@ -19,8 +20,11 @@ $(STAMP): setup.cfg pyproject.toml
 	    $(PYTHON) -m venv .venv; \
 	fi
 	@echo "installing into .venv (torch is several gigabytes: minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
 	@touch $@
+
+demo: setup
+	$(BIN)/sb-bestrq demo --folder demo
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,4 +1,7 @@
-"""The error that is the user's to mend."""
+"""The error that is the user's to mend, and the exit statuses of every command."""
+
+#: Exit status after an :class:`InputError`, and after Ctrl-C.
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 class InputError(ValueError):

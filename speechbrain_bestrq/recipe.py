@@ -14,7 +14,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
-from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.errors import INTERRUPTED, USER_ERROR, InputError
 
 
 def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, Any]]:
@@ -82,7 +82,9 @@ def _top_level(text: str) -> list[tuple[str, str]]:
 
 
 def run_recipe(main: Callable[[list[str]], None]) -> None:
-    """Run a recipe's ``main`` on the command line; the user's errors become one line and exit status 2.
+    """Run a recipe's ``main`` on the command line.
+
+    The user's errors become one line and exit status 2, Ctrl-C one line and 130.
 
     Arguments
     ---------
@@ -96,7 +98,11 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
             # a loader's worker hands its error over with the whole traceback: the last line is the message
             message = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
             print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        if sb.utils.distributed.if_main_process():
+            print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     # not after an error: the other ranks may be waiting in a collective, and this would wait for them
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -61,7 +61,8 @@ def test_torch_and_torchaudio_have_one_bound_of_one_minor_release(settings):
 
 
 def test_every_import_is_a_declared_dependency(settings):
-    declared = set(re.findall(r"^[a-z_]+", settings["options"]["install_requires"], re.M))
+    extras = settings["options.extras_require"]["demo"].replace("-", "_")
+    declared = set(re.findall(r"^[a-z_]+", settings["options"]["install_requires"] + extras, re.M))
     assert "torch" in declared
     declared.add("yaml" if "pyyaml" in declared else "torch")  # the one package whose module has another name
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
@@ -117,7 +118,7 @@ def installations(checkout):
 
 def test_setup_installs_once_and_again_after_a_change(checkout):
     assert run_make(checkout, "setup").returncode == 0
-    assert "--editable .[test]" in (checkout / "calls").read_text()
+    assert "--editable .[demo,test]" in (checkout / "calls").read_text()
     assert run_make(checkout, "setup").returncode == 0
     assert installations(checkout) == 1
     stamp = (checkout / ".venv" / ".installed").stat().st_mtime
