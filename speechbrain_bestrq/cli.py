@@ -7,22 +7,36 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from speechbrain_bestrq import __version__
-from speechbrain_bestrq.commands import prepare, report
-from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.commands import check_codebook, demo, encode, export, prepare, report, synthesize
+from speechbrain_bestrq.errors import INTERRUPTED, USER_ERROR, InputError
 
 PROGRAM = "sb-bestrq"
-USER_ERROR = 2
-INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as for every other bad input."""
+    """Says what is wrong in one line, as for every other bad input; may keep what it does not know as ``overrides``."""
+
+    takes_overrides = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, others = super().parse_known_args(args, namespace)
+        if self.takes_overrides:
+            namespace.overrides, others = others, []
+        return namespace, others
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
 
 
-COMMANDS = (prepare.COMMAND, report.COMMAND)
+COMMANDS = (
+    demo.COMMAND,
+    prepare.COMMAND,
+    synthesize.COMMAND,
+    check_codebook.COMMAND,
+    report.COMMAND,
+    encode.COMMAND,
+    export.COMMAND,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        subparser.takes_overrides = command.takes_overrides
         command.add_arguments(subparser)
     return parser
 
@@ -69,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0; 2 for what the user has to mend, said in one line; 130 if interrupted.
+        Exit status: 0; 1 for a check that failed; 2 for what the user has to mend, said in one
+        line; 130 if interrupted.
 
     Example
     -------

@@ -59,6 +59,20 @@ def test_help_of_a_subcommand_shows_examples_that_parse(capsys, command):
         assert cli.build_parser().parse_args(example.split(" > ")[0].split()).subcommand == command.name
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_subcommand_can_speak_json(capsys, command):
+    assert exit_status(command.name, "--help") == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_keys_of_a_yaml_are_kept_in_order_by_a_subcommand_that_takes_them_and_by_no_other():
+    words = ["check-codebook", "a.yaml", "--seed", "-1", "--json", "--train_splits=[a]", "--whiten", "16"]
+    arguments = cli.build_parser().parse_args(words)
+    assert arguments.overrides == ["--seed", "-1", "--train_splits=[a]", "--whiten", "16"]
+    assert (arguments.hparams, arguments.json) == ("a.yaml", True)
+    assert exit_status("report", "run", "--seed", "1") == 2
+
+
 def test_version(capsys):
     assert exit_status("--version") == 0
     assert capsys.readouterr().out == f"sb-bestrq {__version__}\n"
@@ -120,6 +134,8 @@ def test_prepare_folder_prints_the_manifests(capsys, audio_folder, tmp_path):
     assert paths == {"train": str(save_folder / "train.csv"), "valid": str(save_folder / "valid.csv")}
     rows = sum(len(Path(path).read_text().splitlines()) - 1 for path in paths.values())
     assert rows == 6
+    assert exit_status(*words, "--valid_share", 0.3, "--workers", 1, "--no-resample", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == paths
 
 
 def test_prepare_librispeech_hands_its_options_on(capsys, audio_folder, tmp_path):
@@ -142,7 +158,7 @@ def test_prepare_refuses_the_other_corpus_options_before_it_reads(capsys, tmp_pa
     assert exit_status(*words, "folder", "--transcripts") == 2
     assert "--transcripts is for --corpus librispeech: leave it out" in capsys.readouterr().err
     assert exit_status(*words, "librispeech", "--seed", 3) == 2
-    assert "--seed is for --corpus folder: leave it out" in capsys.readouterr().err
+    assert "--seed is for --corpus folder or voxceleb: leave it out" in capsys.readouterr().err
     assert exit_status(*words, "folder") == 2
     assert "nowhere' does not exist" in capsys.readouterr().err
     assert not (tmp_path / "save").exists()
