@@ -19,14 +19,21 @@ _MODULES = {
     "BestRQ": "bestrq",
     "ConformerEncoder": "encoder",
     "ConvSubsampling": "frontend",
+    "LayerMix": "downstream",
     "LogMel": "frontend",
+    "PretrainedEncoder": "pretrained",
     "PretrainingBrain": "pretraining",
     "RandomProjectionQuantizer": "quantizer",
     "SpanMasking": "masking",
     "SpeechEncoder": "encoder",
-    "load_encoder": "pretrained",
-    "save_encoder": "pretrained",
+    "TransformerEncoder": "transformer",
+    "Wav2Vec2": "wav2vec2",
+    "WeightedEncoder": "downstream",
+    "from_transformers": "convert_transformers",
+    "load_encoder": "artefact",
+    "save_encoder": "artefact",
     "span_mask": "masking",
+    "to_transformers": "convert_transformers",
 }
 
 __all__ = ["__version__", *_MODULES]

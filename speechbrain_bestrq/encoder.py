@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from speechbrain_bestrq.attention import RelativeAttention, RotaryAttention
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel, valid_frames
 
+_ACTIVATIONS = {"gelu": nn.GELU, "swish": nn.SiLU}
+
 
 class FeedForward(nn.Sequential):
     """LayerNorm, two linear layers with an activation between, dropout after each.
@@ -16,6 +18,8 @@ class FeedForward(nn.Sequential):
         Sizes outside and inside.
     dropout : float
         After the activation and at the end.
+    activation : str
+        "gelu" or "swish".
 
     Example
     -------
@@ -23,11 +27,11 @@ class FeedForward(nn.Sequential):
     torch.Size([2, 5, 8])
     """
 
-    def __init__(self, d_model: int, d_ffn: int, dropout: float):
+    def __init__(self, d_model: int, d_ffn: int, dropout: float, activation: str = "gelu"):
         super().__init__(
             nn.LayerNorm(d_model),
             nn.Linear(d_model, d_ffn),
-            nn.GELU(),
+            _ACTIVATIONS[activation](),
             nn.Dropout(dropout),
             nn.Linear(d_ffn, d_model),
             nn.Dropout(dropout),
@@ -48,6 +52,8 @@ class ConvolutionModule(nn.Module):
         Of the depthwise convolution, frames; odd.
     dropout : float
         At the end.
+    activation : str
+        "gelu" or "swish".
 
     Example
     -------
@@ -55,7 +61,7 @@ class ConvolutionModule(nn.Module):
     torch.Size([2, 5, 8])
     """
 
-    def __init__(self, d_model: int, kernel_size: int, dropout: float):
+    def __init__(self, d_model: int, kernel_size: int, dropout: float, activation: str = "gelu"):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {kernel_size}.")
@@ -63,7 +69,7 @@ class ConvolutionModule(nn.Module):
         self.gate = nn.Linear(d_model, 2 * d_model)
         self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, padding=kernel_size // 2, groups=d_model)
         self.inner_norm = nn.LayerNorm(d_model)
-        self.activation = nn.GELU()
+        self.activation = _ACTIVATIONS[activation]()
         self.out = nn.Linear(d_model, d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -87,6 +93,8 @@ class ConformerLayer(nn.Module):
         Everywhere.
     attention : str
         "rotary" or "relative".
+    activation : str
+        "gelu" or "swish".
 
     Example
     -------
@@ -94,16 +102,27 @@ class ConformerLayer(nn.Module):
     torch.Size([2, 5, 8])
     """
 
-    def __init__(self, d_model: int, num_heads: int, d_ffn: int, kernel_size: int, dropout: float, attention: str):
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ffn: int,
+        kernel_size: int,
+        dropout: float,
+        attention: str,
+        activation: str = "gelu",
+    ):
         super().__init__()
         kinds = {"rotary": RotaryAttention, "relative": RelativeAttention}
         if attention not in kinds:
             raise ValueError(f"attention is one of {', '.join(kinds)}, not {attention!r}.")
-        self.feed_forward1 = FeedForward(d_model, d_ffn, dropout)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation is one of {', '.join(_ACTIVATIONS)}, not {activation!r}.")
+        self.feed_forward1 = FeedForward(d_model, d_ffn, dropout, activation)
         self.attention_norm = nn.LayerNorm(d_model)
         self.attention = kinds[attention](d_model, num_heads, dropout)
-        self.convolution = ConvolutionModule(d_model, kernel_size, dropout)
-        self.feed_forward2 = FeedForward(d_model, d_ffn, dropout)
+        self.convolution = ConvolutionModule(d_model, kernel_size, dropout, activation)
+        self.feed_forward2 = FeedForward(d_model, d_ffn, dropout, activation)
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -155,6 +174,8 @@ class ConformerEncoder(nn.Module):
         "rotary": rotary positions in PyTorch's fused attention. "relative":
         Transformer-XL's, equal to SpeechBrain's ``ConformerEncoder`` with
         ``RelPosMHAXL`` (see :func:`speechbrain_bestrq.convert.conformer_from_speechbrain`).
+    activation : str
+        "gelu", or "swish" as in the Conformer's paper.
 
     Example
     -------
@@ -174,6 +195,7 @@ class ConformerEncoder(nn.Module):
         dropout: float = 0.1,
         layer_drop: float = 0.0,
         attention: str = "rotary",
+        activation: str = "gelu",
     ):
         super().__init__()
         self.config = dict(
@@ -185,10 +207,12 @@ class ConformerEncoder(nn.Module):
             dropout=dropout,
             layer_drop=layer_drop,
             attention=attention,
+            activation=activation,
         )
         self.d_model, self.layer_drop = d_model, layer_drop
         self.layers = nn.ModuleList(
-            ConformerLayer(d_model, num_heads, d_ffn, kernel_size, dropout, attention) for _ in range(num_layers)
+            ConformerLayer(d_model, num_heads, d_ffn, kernel_size, dropout, attention, activation)
+            for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
 
@@ -259,19 +283,49 @@ class SpeechEncoder(nn.Module):
 
     def __init__(self, frontend: LogMel, subsampling: ConvSubsampling, encoder: nn.Module):
         super().__init__()
-        if frontend.stack != subsampling.factor:
+        if frontend.stack != subsampling.stack:
             raise ValueError(
-                f"the front end's stack must be the subsampling's {subsampling.factor}, not {frontend.stack}."
+                f"the front end's stack must be the subsampling's {subsampling.stack}, not {frontend.stack}."
             )
         self.frontend, self.subsampling, self.encoder = frontend, subsampling, encoder
 
     def num_frames(self, samples: int | Tensor) -> int | Tensor:
         """Encoder frames of so many samples."""
-        return self.frontend.num_frames(samples) // self.subsampling.factor
+        return self._encoder_frames(self.frontend.num_frames(samples))
+
+    def _encoder_frames(self, features: int | Tensor) -> int | Tensor:
+        """Encoder frames of so many feature frames: rounded up, where the front end does not cut to whole ones."""
+        return -(-features // self.subsampling.factor)
 
     def encode_features(self, features: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
         """Encode features (B, 4 T, F); ``lengths`` counts encoder frames, None when nothing is padded."""
-        return self.encoder(self.subsampling(features, lengths), lengths)
+        return self._encode(features, None if lengths is None else lengths * self.subsampling.factor, lengths)
+
+    def _encode(self, features: Tensor, feature_lengths: Tensor | None, lengths: Tensor | None) -> list[Tensor]:
+        units = None if feature_lengths is None else feature_lengths // self.frontend.stack
+        return self.encoder(self.subsampling(features, units), lengths)
+
+    def encode(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode what the front end gives; :meth:`forward` is the front end, then this.
+
+        Arguments
+        ---------
+        features : Tensor
+            Shape (B, T, F).
+        lengths : Tensor, optional
+            Feature frames of each utterance, shape (B,); None when nothing is padded.
+
+        Returns
+        -------
+        hidden, lengths : Tensor
+            As those of :meth:`forward`.
+        """
+        if lengths is None:
+            hidden = torch.stack(self._encode(features, None, None))
+            return hidden, torch.full((len(features),), hidden.shape[2], device=hidden.device)
+        frames = self._encoder_frames(lengths)
+        hidden = torch.stack(self._encode(features, lengths, frames))
+        return hidden.masked_fill(~valid_frames(frames, hidden.shape[2])[..., None], 0.0), frames
 
     def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode waveforms.
@@ -291,10 +345,4 @@ class SpeechEncoder(nn.Module):
         lengths : Tensor
             Frames of each utterance, int64, shape (B,).
         """
-        features, lengths = self.frontend(wavs, wav_lens)
-        if lengths is None:
-            hidden = torch.stack(self.encode_features(features))
-            return hidden, torch.full((len(wavs),), hidden.shape[2], device=hidden.device)
-        lengths = lengths // self.subsampling.factor
-        hidden = torch.stack(self.encode_features(features, lengths))
-        return hidden.masked_fill(~valid_frames(lengths, hidden.shape[2])[..., None], 0.0), lengths
+        return self.encode(*self.frontend(wavs, wav_lens))

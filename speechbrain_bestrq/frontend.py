@@ -293,8 +293,8 @@ class ConvSubsampling(nn.Module):
     torch.Size([2, 25, 16])
     """
 
-    #: Feature frames in an encoder frame.
-    factor = 4
+    #: Feature frames in an encoder frame, and what their number must be a multiple of.
+    factor = stack = 4
 
     def __init__(
         self,

@@ -3,6 +3,26 @@
 from collections.abc import Sequence
 from typing import Any
 
+_COLUMNS = (
+    ("updates", "step", "d"),
+    ("audio-hours", "audio_hours", ".1f"),
+    ("loss", "loss", ".3f"),
+)
+#: Of models that predict labels: title, name in the log, format.
+_GAIN_COLUMNS = (
+    *_COLUMNS,
+    ("gain", "gain", ".3f"),
+    ("accuracy", "accuracy", ".4f"),
+    ("commonest label", "commonest_share", ".4f"),
+)
+#: Of models that learn their codes.
+_CODE_COLUMNS = (
+    *_COLUMNS,
+    ("accuracy", "accuracy", ".4f"),
+    ("code perplexity", "code_perplexity", ".1f"),
+    ("probability perplexity", "probability_perplexity", ".1f"),
+)
+
 
 def write_card(facts: dict[str, Any], validations: Sequence[dict[str, Any]]) -> str:
     """Write the card of an encoder.
@@ -12,7 +32,7 @@ def write_card(facts: dict[str, Any], validations: Sequence[dict[str, Any]]) -> 
     facts : dict
         Of the run and the step: "model", "corpus", "train_hours", "train_utterances",
         "step", "audio_hours", "device_hours", "device", "world_size", "precision",
-        "parameters", "seed", "command".
+        "parameters", "seed", "command"; "frames_per_second" of the encoder, 25 if left out.
     validations : sequence of dict
         The validation lines of the log, in order.
 
@@ -31,16 +51,18 @@ def write_card(facts: dict[str, Any], validations: Sequence[dict[str, Any]]) -> 
     >>> print(write_card(facts, []).splitlines()[0])
     # Speech encoder pre-trained by BestRQ on LibriSpeech
     """
+    rate = facts.get("frames_per_second", 25)
     lines = [
         f"# Speech encoder pre-trained by {facts['model']} on {facts['corpus']}",
         "",
-        "16 kHz waveforms in, hidden states of every layer out, 25 a second. `config.json` has the architecture,",
-        "`model.safetensors` the weights and the front end's statistics; loading them runs no code.",
+        f"16 kHz waveforms in, hidden states of every layer out, {rate:g} a second. `config.json` has the",
+        "architecture, `model.safetensors` the weights and the front end's statistics; loading them runs no code.",
         "",
         "```python",
-        "from speechbrain_bestrq.pretrained import load_encoder",
+        "from speechbrain_bestrq import PretrainedEncoder",
         "",
-        'hidden, lengths = load_encoder("path/to/this/folder")(wavs, wav_lens)  # (layers + 1, batch, frames, d_model)',
+        'encoder = PretrainedEncoder("path/to/this/folder", freeze=True, output_all_hiddens=True)',
+        "hidden = encoder(wavs, wav_lens)  # (layers + 1, batch, frames, d_model)",
         "```",
         "",
         "| | |",
@@ -56,22 +78,17 @@ def write_card(facts: dict[str, Any], validations: Sequence[dict[str, Any]]) -> 
         "",
     ]
     if validations:
-        lines += [
-            "## Validation",
-            "",
-            "Gain: the unigram cross-entropy of the set's own labels minus the loss, nats.",
-            "",
-            "| updates | audio-hours | loss | gain | accuracy | commonest label |",
-            "|---|---|---|---|---|---|",
-        ]
+        columns, note = _GAIN_COLUMNS, "Gain: the unigram cross-entropy of the set's own labels minus the loss, nats."
+        if "gain" not in validations[-1]:
+            columns, note = _CODE_COLUMNS, "Perplexities: of the codes chosen, and of their mean probabilities."
+        lines += ["## Validation", "", note, ""]
+        lines += [f"| {' | '.join(title for title, _, _ in columns)} |", "|---" * len(columns) + "|"]
         # a card shows the course, not every epoch of a long run
         shown = validations[:: -(-len(validations) // 40)]
         if shown[-1] is not validations[-1]:
             shown = [*shown, validations[-1]]
-        columns = (("step", "d"), ("audio_hours", ".1f"), ("loss", ".3f"), ("gain", ".3f"))
-        columns += (("accuracy", ".4f"), ("commonest_share", ".4f"))
         for line in shown:  # a value that was not finite is null in the log
-            cells = ["-" if line[name] is None else format(line[name], form) for name, form in columns]
+            cells = ["-" if line[name] is None else format(line[name], form) for _, name, form in columns]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -1,177 +1,362 @@
-"""The artefact of a pre-training run: an encoder folder of JSON, safetensors and a card."""
+"""A pre-trained encoder for downstream recipes: frozen or fine-tuned, in the place of SpeechBrain's ``Wav2Vec2``."""
 
-import json
 import os
-import shutil
-from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import soundfile
+import torch
+from torch import Tensor, nn
 
-from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
+from speechbrain_bestrq.artefact import load_encoder
+from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+from speechbrain_bestrq.frontend import valid_frames
+from speechbrain_bestrq.masking import span_mask
+from speechbrain_bestrq.sources import find_encoder
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
-FORMAT = 1
+#: Before a source: the architecture of what follows, untrained.
+RANDOM_PREFIX = "random:"
+#: SpecAugment: seconds in a span, and the share of frames that is hidden.
+TIME_SPAN, TIME_SHARE = 0.2, 0.05
+#: The same for features (mel bins), both as shares of their number: 8 of 80 in a span.
+FEATURE_SPAN, FEATURE_SHARE = 0.1, 0.1
 
 
-def encoder_config(speech_encoder: SpeechEncoder) -> dict[str, Any]:
-    """Describe an encoder's architecture.
+class FeatureExtractor(nn.ModuleList):
+    """What stands before the encoder's layers: a view of front end and subsampling, which owns neither.
 
     Arguments
     ---------
-    speech_encoder : SpeechEncoder
-        The encoder.
-
-    Returns
-    -------
-    dict
-        Plain JSON, from which :func:`build_encoder` makes the same architecture.
+    modules : iterable of nn.Module
+        As in an ``nn.ModuleList``.
 
     Example
     -------
-    >>> speech_encoder = SpeechEncoder(
-    ...     LogMel(), ConvSubsampling(d_model=16), ConformerEncoder(16, num_layers=1, num_heads=2, d_ffn=32)
-    ... )
-    >>> encoder_config(speech_encoder)["encoder"]["d_model"]
-    16
+    >>> convolutions = nn.Conv1d(1, 8, 3)
+    >>> FeatureExtractor([convolutions])._freeze_parameters()
+    >>> convolutions.weight.requires_grad, convolutions.training
+    (False, False)
     """
-    return {
-        "format": FORMAT,
-        "frontend": speech_encoder.frontend.config,
-        "subsampling": speech_encoder.subsampling.config,
-        "encoder": {"type": type(speech_encoder.encoder).__name__, **speech_encoder.encoder.config},
-    }
+
+    def _freeze_parameters(self) -> None:
+        """Freeze, under the name that recipes know from the transformers library."""
+        _freeze(self)
 
 
-def build_encoder(config: dict[str, Any]) -> SpeechEncoder:
-    """Build an encoder, untrained, from its description.
+def _freeze(module: nn.Module) -> None:
+    module.requires_grad_(False).eval()
+
+
+class PretrainedEncoder(nn.Module):
+    """A pre-trained encoder with the signature, attributes and shapes of SpeechBrain's ``Wav2Vec2`` lobe.
+
+    In a recipe, one YAML entry swaps the encoder (docs/swap.md has the diffs). Waveforms go
+    in as they are read: the front end normalises its features itself, by the statistics of
+    pre-training. Every result depends on its own utterance alone: padding, whatever
+    stands in it, changes nothing, and is zero in the result.
+
+    What is frozen has no gradient, is in eval mode whatever ``train()`` is called on (so
+    without dropout and layer drop), and costs no backward pass. Parts whose
+    parameters are made untrainable later (``.model.feature_extractor._freeze_parameters()``,
+    SpeechBrain's ``AdaptedModel``) count as frozen too, from the next ``train()`` on.
 
     Arguments
     ---------
-    config : dict
-        As :func:`encoder_config` gives it.
+    source : str or Path
+        An encoder folder; a pre-training run's output folder; a Hugging Face hub id; or
+        "random:" and one of these: the same architecture and the same front-end
+        statistics with fresh weights, drawn by PyTorch's global generator (so by the
+        recipe's seed).
+    save_path : str or Path, optional
+        Where downloads from the hub are kept; the hub's own cache if left out.
+    output_norm : bool
+        Normalise each utterance's output to mean 0 and variance 1, over its own frames
+        and channels together.
+    freeze : bool
+        Freeze all of it.
+    freeze_feature_extractor : bool
+        Freeze front end and subsampling.
+    apply_spec_augment : bool
+        Hide spans of the front end's features in training, unless all is frozen: 5 % of
+        the frames, in spans of 200 ms, and 10 % of the features (mel bins), in spans of a
+        tenth of them, become zero, which is the mean. The spans come from PyTorch's
+        global generator.
+    output_all_hiddens : bool
+        Return all hidden states instead of the last.
+    freeze_layers : int
+        Freeze so many of the lowest layers, and what is below them: front end and
+        subsampling. No layer is dropped in training then.
+    output_rate : int
+        Frames a second of the result: the encoder's own rate (25; 50 of wav2vec 2.0), or
+        a multiple of it: each frame is repeated.
 
-    Returns
-    -------
-    SpeechEncoder
+    Attributes
+    ----------
+    model : SpeechEncoder
+        What was loaded; ``.model.feature_extractor`` is its front end with
+        subsampling, ``.model.encoder.layers`` are its layers.
+    freeze : bool
+        Whether all is frozen.
+    output_dim : int
+        Channels D of the result.
+    num_layers : int
+        Layers L.
 
     Raises
     ------
     InputError
-        If the description is of another format, or not of a known encoder.
+        If there is no encoder at the source, or an option does not fit it.
 
     Example
     -------
-    >>> build_encoder({"format": 2})
-    Traceback (most recent call last):
-    speechbrain_bestrq.errors.InputError: encoder config: format 2 is not 1: install the release that wrote it.
-    """
-    if not isinstance(config, dict):
-        raise InputError("encoder config: not a JSON object: copy the folder again.")
-    if config.get("format") != FORMAT:
-        found = config.get("format")
-        raise InputError(f"encoder config: format {found} is not {FORMAT}: install the release that wrote it.")
-    try:
-        settings = dict(config["encoder"])
-        kind = settings.pop("type")
-        if kind != ConformerEncoder.__name__:
-            raise InputError(f"encoder config: unknown encoder type {kind!r}: install the release that wrote it.")
-        return SpeechEncoder(
-            LogMel(**config["frontend"]), ConvSubsampling(**config["subsampling"]), ConformerEncoder(**settings)
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"encoder config: not a whole description of an encoder ({error}).") from error
-
-
-def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card: str, **facts: Any) -> Path:
-    """Write an encoder folder; an older one of the same name is replaced only when the new one is whole.
-
-    Arguments
-    ---------
-    speech_encoder : SpeechEncoder
-        What to save.
-    folder : str or Path
-        Where to.
-    card : str
-        Markdown for people: data, hours, steps, cost, curve.
-    **facts
-        Plain JSON to keep in config.json under "training".
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Example
-    -------
-    >>> import tempfile, torch
-    >>> speech_encoder = SpeechEncoder(
-    ...     LogMel(normalize="utterance"),
-    ...     ConvSubsampling(d_model=16),
-    ...     ConformerEncoder(16, num_layers=1, num_heads=2, d_ffn=32),
+    >>> from speechbrain_bestrq.artefact import save_encoder
+    >>> from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
+    >>> from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+    >>> folder = save_encoder(
+    ...     SpeechEncoder(
+    ...         LogMel(normalize="utterance"),
+    ...         ConvSubsampling(d_model=16),
+    ...         ConformerEncoder(16, num_layers=2, num_heads=2, d_ffn=32),
+    ...     ),
+    ...     getfixture("tmp_path") / "encoder",
+    ...     "# A small encoder",
     ... )
-    >>> folder = save_encoder(speech_encoder, Path(tempfile.mkdtemp()) / "encoder", "# A small encoder", steps=0)
-    >>> sorted(path.name for path in folder.iterdir())
-    ['README.md', 'config.json', 'model.safetensors']
-    >>> hidden, lengths = load_encoder(folder)(torch.randn(1, 16000))
-    >>> hidden.shape
-    torch.Size([2, 1, 25, 16])
+    >>> encoder = PretrainedEncoder(folder, freeze=True, output_all_hiddens=True)
+    >>> encoder(torch.randn(4, 16000), torch.tensor([1.0, 0.8, 0.5, 0.5])).shape
+    torch.Size([3, 4, 25, 16])
     """
-    folder = Path(folder)
-    beside = folder.with_name(f"{folder.name}.writing")
-    replaced = folder.with_name(f"{folder.name}.replaced")
-    for leftover in (beside, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    config = {**encoder_config(speech_encoder), "training": facts}
-    (beside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (beside / CARD_FILE).write_text(card, encoding="utf-8")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in speech_encoder.state_dict().items()}
-    save_file(weights, beside / WEIGHTS_FILE)
-    if folder.exists():
-        folder.rename(replaced)
-    beside.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return folder
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        save_path: str | os.PathLike | None = None,
+        output_norm: bool = False,
+        freeze: bool = False,
+        freeze_feature_extractor: bool = False,
+        apply_spec_augment: bool = False,
+        output_all_hiddens: bool = False,
+        freeze_layers: int = 0,
+        output_rate: int = 25,
+    ):
+        super().__init__()
+        name = os.fspath(source)
+        folder = find_encoder(name.removeprefix(RANDOM_PREFIX), save_path)
+        self.model = load_encoder(folder, trained=not name.startswith(RANDOM_PREFIX))
+        # a plain attribute and no submodule: each parameter has one name
+        extractor = FeatureExtractor([self.model.frontend, self.model.subsampling])
+        object.__setattr__(self.model, "feature_extractor", extractor)
+        layers = self.model.encoder.layers
+        self.output_dim, self.num_layers = self.model.encoder.d_model, len(layers)
+        if not 0 <= freeze_layers <= self.num_layers:
+            raise InputError(f"freeze_layers is {freeze_layers}: {source} has {self.num_layers} layers.")
+        seconds = 100  # long enough for the frames that an encoder lacks at the end not to matter
+        own_rate = round(self.model.num_frames(seconds * self.model.frontend.sample_rate) / seconds)
+        if output_rate < own_rate or output_rate % own_rate:
+            raise InputError(
+                f"output_rate is {output_rate}: this encoder has {own_rate} frames a second; give that, or a multiple."
+            )
+        self._repeats = output_rate // own_rate
+        self._time_span = round(TIME_SPAN * own_rate * self.model.subsampling.factor)
+        self.output_norm, self.output_all_hiddens = output_norm, output_all_hiddens
+        self.apply_spec_augment = apply_spec_augment
+        self.freeze = freeze
+        if freeze:
+            _freeze(self.model)
+        elif freeze_layers:
+            for part in (extractor, *self._below_layers(), *layers[:freeze_layers]):
+                _freeze(part)
+        elif freeze_feature_extractor:
+            _freeze(extractor)
+        self.train()
+
+    def train(self, mode: bool = True) -> "PretrainedEncoder":
+        """Set training or eval mode; what is frozen stays in eval mode.
+
+        Arguments
+        ---------
+        mode : bool
+            True for training.
+
+        Returns
+        -------
+        PretrainedEncoder
+            Itself.
+
+        Raises
+        ------
+        InputError
+            If all is frozen and something in it is trainable: it would not be trained.
+        """
+        if mode and self.freeze:
+            trainable = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+            if trainable:
+                raise InputError(
+                    f"freeze: True runs the encoder without gradients, but {trainable[0]} is to be trained: set "
+                    "freeze: False (AdaptedModel freezes all but the adapters by itself)."
+                )
+            mode = False
+        super().train(mode)
+        if mode:
+            layers = [layer for layer in self.model.encoder.layers if _is_frozen(layer)]
+            for part in (self.model.frontend, self.model.subsampling, *layers):
+                if _is_frozen(part):
+                    part.eval()
+            if layers:
+                for part in self._below_layers():
+                    part.eval()
+                # the encoder draws which layers to drop, from the frozen ones too; its other parts keep their mode
+                self.model.encoder.training = False
+        return self
+
+    def _below_layers(self) -> list[nn.Module]:
+        """The encoder's parts between subsampling and the lowest layer: a Transformer's positions, say."""
+        encoder = self.model.encoder
+        above = {"norm"} if getattr(encoder, "norm_first", True) else set()
+        return [part for name, part in encoder.named_children() if name not in {"layers", *above}]
+
+    def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """Encode waveforms.
+
+        Arguments
+        ---------
+        wav : Tensor
+            In [-1, 1] at the encoder's sample rate (16 kHz), shape (B, N).
+        wav_lens : Tensor, optional
+            Relative lengths, shape (B,); None when nothing is padded.
+
+        Returns
+        -------
+        Tensor
+            Shape (B, T, D): the last layer's output after the final norm; zero in the
+            padding. With ``output_all_hiddens`` (L + 1, B, T, D): the first layer's
+            input, then each layer's output, the last one as above.
+
+        Raises
+        ------
+        ValueError
+            If the waveforms have another shape, or are all too short for a frame.
+        """
+        if wav.ndim != 2:
+            raise ValueError(f"waveforms have the shape (batch, samples), not {tuple(wav.shape)}.")
+        if self.freeze:
+            with torch.no_grad():
+                return self._encode(wav, wav_lens)
+        return self._encode(wav, wav_lens)
+
+    def _encode(self, wav: Tensor, wav_lens: Tensor | None) -> Tensor:
+        features, lengths = self.model.frontend(wav, wav_lens)
+        if self.apply_spec_augment and self.training:
+            features = spec_augment(features, lengths, self._time_span)
+        hidden, frames = self.model.encode(features, lengths)
+        if not self.output_all_hiddens:
+            hidden = hidden[-1]
+        if self.output_norm:
+            hidden = normalize_utterances(hidden, None if lengths is None else frames)
+        return hidden if self._repeats == 1 else hidden.repeat_interleave(self._repeats, dim=-2)
+
+    @torch.no_grad()
+    def encode_file(self, path: str | os.PathLike) -> Tensor:
+        """Encode an audio file of any rate and number of channels, in eval mode and without gradient.
+
+        Arguments
+        ---------
+        path : str or Path
+            Of a format that libsndfile reads (wav, flac, ogg, opus, mp3...).
+
+        Returns
+        -------
+        Tensor
+            Shape (1, T, D), or (L + 1, 1, T, D): see :meth:`forward`.
+
+        Raises
+        ------
+        InputError
+            If the file cannot be read.
+        """
+        rate = self.model.frontend.sample_rate
+        try:
+            audio = soundfile.info(os.fspath(path))
+        except (soundfile.SoundFileError, OSError) as error:
+            raise InputError(f"{path} cannot be read as audio ({error}): give a wav, flac, ogg or mp3.") from error
+        samples = -(-audio.frames * rate // audio.samplerate)
+        if not self.model.num_frames(samples):
+            raise InputError(f"{path} has {samples / rate:.3f} s of audio, too short for a frame: leave it out.")
+        wav = torch.from_numpy(read_segment(os.fspath(path), 0, samples, rate))
+        training = self.training
+        self.eval()
+        try:
+            return self(wav[None].to(next(self.model.parameters()).device))
+        finally:
+            self.train(training)
 
 
-def load_encoder(folder: str | os.PathLike) -> SpeechEncoder:
-    """Load an encoder folder; nothing in it is run.
+def _is_frozen(module: nn.Module) -> bool:
+    """Say whether a module has parameters and trains none of them."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def spec_augment(features: Tensor, lengths: Tensor | None = None, time_span: int = 20) -> Tensor:
+    """Hide spans of frames and of features behind zeros (SpecAugment, arXiv 1904.08779).
 
     Arguments
     ---------
-    folder : str or Path
-        As :func:`save_encoder` wrote it.
+    features : Tensor
+        Normalised, shape (B, T, F).
+    lengths : Tensor, optional
+        Frames of each utterance, shape (B,); None when nothing is padded.
+    time_span : int
+        Frames in a span.
 
     Returns
     -------
-    SpeechEncoder
-        In eval mode, on the CPU.
+    Tensor
+        Shape (B, T, F). The spans come from the global generator of the features' device.
 
-    Raises
-    ------
-    InputError
-        If a file is missing or does not fit.
+    Example
+    -------
+    >>> spec_augment(torch.ones(2, 100, 80)).unique().tolist()
+    [0.0, 1.0]
     """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is no encoder folder: it has no {name}.")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's own error, and that of bytes that are no text
-        raise InputError(f"{folder / CONFIG_FILE} is not JSON ({error}): copy the folder again.") from error
-    speech_encoder = build_encoder(config)
-    try:
-        speech_encoder.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} ({reason}).") from error
-    if not all(tensor.isfinite().all() for tensor in speech_encoder.state_dict().values()):
-        raise InputError(f"{folder / WEIGHTS_FILE} holds values that are not finite: it was saved before training.")
-    return speech_encoder.eval()
+    batch, frames, channels = features.shape
+    if lengths is None:
+        lengths = torch.full((batch,), frames, device=features.device)
+    widths = torch.full((batch,), channels, device=features.device)
+    feature_span = max(round(FEATURE_SPAN * channels), 1)
+    in_time = span_mask(lengths, frames, TIME_SHARE / time_span, time_span, min_spans=0)
+    in_features = span_mask(widths, channels, FEATURE_SHARE / feature_span, feature_span, min_spans=0)
+    return features.masked_fill(in_time[:, :, None] | in_features[:, None], 0.0)
+
+
+def normalize_utterances(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Normalise each utterance to mean 0 and variance 1, over its frames and channels together.
+
+    As ``torch.nn.functional.layer_norm`` over both axes, which SpeechBrain's lobes use,
+    but over the utterance's own frames: its padding does not count.
+
+    Arguments
+    ---------
+    hidden : Tensor
+        Shape (..., B, T, D).
+    lengths : Tensor, optional
+        Frames of each utterance, shape (B,); None when nothing is padded.
+
+    Returns
+    -------
+    Tensor
+        float32, of the same shape; zero in the padding.
+
+    Example
+    -------
+    >>> normalize_utterances(torch.tensor([[[1.0], [3.0], [99.0]]]), torch.tensor([2])).round().flatten().tolist()
+    [-1.0, 1.0, 0.0]
+    """
+    hidden = hidden.float()
+    frames, channels = hidden.shape[-2:]
+    if lengths is None:
+        return nn.functional.layer_norm(hidden, (frames, channels))
+    padding = ~valid_frames(lengths, frames)[..., None]
+    count = lengths.clamp(min=1)[:, None, None] * channels
+    mean = hidden.masked_fill(padding, 0.0).sum((-2, -1), keepdim=True) / count
+    centred = (hidden - mean).masked_fill(padding, 0.0)
+    variance = centred.square().sum((-2, -1), keepdim=True) / count
+    return centred * torch.rsqrt(variance + 1e-5)

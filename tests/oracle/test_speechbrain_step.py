@@ -44,7 +44,7 @@ class GivenFeatures(nn.Module):
 class GivenSubsampling(nn.Module):
     """SpeechBrain's convolutions and projection in the place of ours."""
 
-    factor = 4
+    factor = stack = 4
 
     def __init__(self, theirs):
         super().__init__()

@@ -1,6 +1,7 @@
 """A step never waits for the device."""
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,14 +33,16 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-def test_a_step_off_the_log_line_reads_nothing_back(toy, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["bestrq", "wav2vec2"])
+def test_a_step_off_the_log_line_reads_nothing_back(method, toy, tmp_path, monkeypatch):
     """Trap: the finite check before the backward pass and ``loss.cpu()`` make the host wait twice a micro-batch.
 
     Mutations: in pretraining.py, PretrainingBrain.fit_batch, ``return self.shown_loss`` -> ``return
     torch.tensor(loss.item())``; in bestrq.py, BestRQ.forward, before ``labels = `` add ``mask =
-    MaskedFrames.from_mask(mask.mask)``.
+    MaskedFrames.from_mask(mask.mask)``; in contrastive.py, contrastive_loss, ``place = masked.indices.clamp(min=0)`` ->
+    ``place = masked.mask.flatten().nonzero()[:, 0]``.
     """
-    model = toy.make_model(dropout=0.1, layer_drop=0.2)
+    model = toy.make_model(method, dropout=0.1, layer_drop=0.2)
     waves = np.random.default_rng(1).standard_normal((6, 2, 9600))
     batches = [toy.make_batch(model, list(pair), number=number) for number, pair in enumerate(waves)]
     # one batch is padded

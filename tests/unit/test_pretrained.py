@@ -1,213 +1,367 @@
-"""An encoder folder is whole, says when it is not, and gives the encoder back bit for bit."""
+"""A pre-trained encoder is the same frozen, fine-tuned, padded, compiled or in bf16; each option does what it says."""
 
-import json
-from pathlib import Path
+import copy
 
+import numpy as np
 import pytest
+import soundfile
 import torch
-from safetensors.torch import load_file, save_file
+import torchaudio
+from speechbrain.nnet.adapters import AdaptedModel, LoRA
 
-from speechbrain_bestrq import pretrained
+from speechbrain_bestrq.artefact import load_encoder, save_encoder
+from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.model_card import write_card
-from speechbrain_bestrq.pretrained import build_encoder, encoder_config, load_encoder, save_encoder
-
-
-class Killed(BaseException):
-    """Stands for a kill in the middle of saving."""
+from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
+from speechbrain_bestrq.pretrained import PretrainedEncoder, spec_augment
+from speechbrain_bestrq.transformer import TransformerEncoder
 
 
 @pytest.fixture
-def saved(make_speech_encoder, tmp_path):
-    """An encoder with global statistics and its folder."""
-    speech_encoder = make_speech_encoder(normalize="global")
-    return speech_encoder, save_encoder(speech_encoder, tmp_path / "encoder", "# Card", steps=100)
+def folder(make_speech_encoder, tmp_path):
+    """An encoder folder of three layers, with global statistics, dropout and layer drop."""
+    speech_encoder = make_speech_encoder(normalize="global", num_layers=3, dropout=0.1, layer_drop=0.2)
+    return save_encoder(speech_encoder, tmp_path / "encoder", "# Card")
 
 
-def rewrite_config(folder, change):
-    """Change a folder's config by a function on its dictionary."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
+@pytest.fixture
+def wav2vec2_folder(tmp_path):
+    """Return a function that makes the folder of a tiny wav2vec 2.0 encoder of two layers, with dropout."""
+
+    def make(norm):
+        torch.manual_seed(1)
+        encoder = TransformerEncoder(
+            16, num_layers=2, num_heads=2, d_ffn=32, dropout=0.5, layer_drop=0.5, norm=norm, position_groups=2
+        )
+        speech_encoder = SpeechEncoder(ConvFeatureExtractor((8,) * 7), FeatureProjection(8, 16, dropout=0.5), encoder)
+        return save_encoder(speech_encoder, tmp_path / "wav2vec2", "# Card")
+
+    return make
+
+
+@pytest.fixture
+def wavs():
+    """Two utterances of half a second."""
+    return 0.1 * torch.randn(2, 8000, generator=torch.Generator().manual_seed(1))
+
+
+def kept_for_backward(encoder, wavs):
+    """Count the numbers that a forward pass keeps for the backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        encoder(wavs)
+    return sum(kept)
+
+
+# ---------------------------------------------------------------- shapes and attributes
+
+
+def test_it_has_the_attributes_that_recipes_touch(folder):
+    encoder = PretrainedEncoder(folder, freeze=True)
+    assert (encoder.freeze, encoder.output_dim, encoder.num_layers) == (True, 16, 3)
+    assert encoder.output_norm is False and encoder.output_all_hiddens is False
+    assert len(encoder.model.encoder.layers) == 3
+    extracted = set(encoder.model.feature_extractor.parameters())
+    assert extracted == set(encoder.model.subsampling.parameters())
+
+
+def test_it_gives_the_last_hidden_state_or_all(folder, wavs):
+    expected, _ = load_encoder(folder)(wavs, torch.tensor([1.0, 0.5]))
+    last = PretrainedEncoder(folder, freeze=True)(wavs, torch.tensor([1.0, 0.5]))
+    states = PretrainedEncoder(folder, freeze=True, output_all_hiddens=True)(wavs, torch.tensor([1.0, 0.5]))
+    assert torch.equal(states, expected) and torch.equal(last, expected[-1])
+    assert states.shape == (4, 2, 12, 16)
+
+
+def test_each_parameter_has_one_name_and_no_buffer_is_one(folder):
+    encoder = PretrainedEncoder(folder)
+    parameters = list(encoder.parameters())
+    assert len({id(parameter) for parameter in parameters}) == len(parameters)
+    names = {name for name, _ in encoder.named_parameters()}
+    buffers = {"model.frontend.mean", "model.frontend.deviation"}
+    assert set(encoder.state_dict()) == names | buffers and not names & buffers
+    assert {name.removeprefix("model.") for name in encoder.state_dict()} == set(load_encoder(folder).state_dict())
+
+
+def test_a_copy_shares_nothing_with_the_original(folder, wavs):
+    encoder = PretrainedEncoder(folder)
+    other = copy.deepcopy(encoder)
+    other.model.feature_extractor._freeze_parameters()
+    assert not any(parameter.requires_grad for parameter in other.model.subsampling.parameters())
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_waveforms_without_a_batch_are_refused(folder):
+    with pytest.raises(ValueError, match=r"shape \(batch, samples\), not \(8000,\)"):
+        PretrainedEncoder(folder)(torch.randn(8000))
+
+
+# ---------------------------------------------------------------- padding and lengths
 
 
 @pytest.mark.parametrize("attention", ["rotary", "relative"])
 @pytest.mark.parametrize("normalize", ["global", "utterance"])
-def test_a_round_trip_changes_no_bit(attention, normalize, make_speech_encoder, tmp_path):
-    speech_encoder = make_speech_encoder(attention, normalize, dropout=0.1, layer_drop=0.2)
-    folder = save_encoder(speech_encoder, tmp_path / "deep" / "encoder", "# Card")
-    loaded = load_encoder(folder)
-    assert not loaded.training
-    assert encoder_config(loaded) == encoder_config(speech_encoder)
-    wavs, wav_lens = 0.1 * torch.randn(2, 8000), torch.tensor([1.0, 0.5])
-    for expected, found in zip(speech_encoder(wavs, wav_lens), loaded(wavs, wav_lens), strict=True):
-        assert torch.equal(expected, found)
+@pytest.mark.parametrize("options", [{}, {"output_norm": True}, {"output_norm": True, "output_rate": 50}])
+def test_junk_in_the_padding_changes_no_layer(
+    make_speech_encoder, padded_with_junk, relative_difference, tmp_path, attention, normalize, options
+):
+    speech_encoder = make_speech_encoder(attention, normalize)
+    folder = save_encoder(speech_encoder, tmp_path / "encoder", "# Card")
+    encoder = PretrainedEncoder(folder, freeze=True, output_all_hiddens=True, **options)
+    utterances, batch, wav_lens = padded_with_junk([16000, 9000, 12345])
+    together = encoder(batch, wav_lens)
+    for number, utterance in enumerate(utterances):
+        alone = encoder(utterance[None])[:, 0]
+        frames = alone.shape[1]
+        for ours, theirs in zip(alone, together[:, number, :frames], strict=True):
+            assert relative_difference(ours, theirs) < 1e-5
+        assert not together[:, number, frames:].any()
 
 
-def test_a_folder_holds_config_weights_card_and_facts(saved):
-    speech_encoder, folder = saved
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert (folder / "README.md").read_text() == "# Card"
-    assert json.loads((folder / "config.json").read_text())["training"] == {"steps": 100}
-    assert set(load_file(folder / "model.safetensors")) == set(speech_encoder.state_dict())
-
-
-def test_the_description_alone_builds_the_same_architecture(make_speech_encoder):
-    speech_encoder = make_speech_encoder("relative", "global")
-    config = json.loads(json.dumps(encoder_config(speech_encoder)))
-    rebuilt = build_encoder(config)
-    assert encoder_config(rebuilt) == config
-    shapes = {name: tensor.shape for name, tensor in speech_encoder.state_dict().items()}
-    assert {name: tensor.shape for name, tensor in rebuilt.state_dict().items()} == shapes
-
-
-def test_an_older_folder_is_replaced(saved, make_speech_encoder):
-    _, folder = saved
-    newer = make_speech_encoder(normalize="global", seed=1)
-    save_encoder(newer, folder, "# Newer")
-    assert (folder / "README.md").read_text() == "# Newer"
-    assert torch.equal(load_encoder(folder).encoder.norm.weight, newer.encoder.norm.weight)
-    assert [path.name for path in folder.parent.iterdir()] == ["encoder"]
-
-
-def test_a_kill_while_saving_leaves_the_older_folder_whole(saved, make_speech_encoder, monkeypatch):
-    older, folder = saved
-
-    def die(weights, path):
-        Path(path).write_bytes(b"half")
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pretrained, "save_file", die)
-        with pytest.raises(Killed):
-            save_encoder(make_speech_encoder(normalize="global", seed=1), folder, "# Newer")
-    assert (folder / "README.md").read_text() == "# Card"
-    assert torch.equal(load_encoder(folder).encoder.norm.weight, older.encoder.norm.weight)
-    save_encoder(older, folder, "# Again")
-    assert [path.name for path in folder.parent.iterdir()] == ["encoder"]
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file_is_named(saved, name):
-    _, folder = saved
-    (folder / name).unlink()
-    with pytest.raises(InputError, match=f"no encoder folder: it has no {name}"):
-        load_encoder(folder)
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere"):
-        load_encoder(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda config: config.update(format=2), "format 2 is not 1"),
-        (lambda config: config.pop("format"), "format None is not 1"),
-        (lambda config: config.pop("frontend"), "not a whole description.*frontend"),
-        (lambda config: config["encoder"].pop("type"), "not a whole description.*type"),
-        (lambda config: config["encoder"].update(type="Wav2Vec2Model"), "unknown encoder type 'Wav2Vec2Model'"),
-        (lambda config: config["encoder"].update(hidden_size=768), "not a whole description.*hidden_size"),
-        (lambda config: config["encoder"].update(attention="flash"), "not a whole description.*flash"),
-    ],
-)
-def test_a_foreign_config_is_refused(saved, change, message):
-    _, folder = saved
-    rewrite_config(folder, change)
-    with pytest.raises(InputError, match=message) as refusal:
-        load_encoder(folder)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", "null", '"encoder"'])
-def test_a_config_that_is_no_dictionary_is_refused(saved, text):
-    _, folder = saved
-    (folder / "config.json").write_text(text)
-    with pytest.raises(InputError, match="config"):
-        load_encoder(folder)
-
-
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00"])
-def test_a_config_that_is_not_json_is_named(saved, content):
-    _, folder = saved
-    (folder / "config.json").write_bytes(content)
-    with pytest.raises(InputError, match="config.json"):
-        load_encoder(folder)
-
-
-@pytest.mark.parametrize("content", [b"", b"half", b"\x08\x00\x00\x00\x00\x00\x00\x00{}"])
-def test_broken_weights_are_named_in_one_line(saved, content):
-    _, folder = saved
-    (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match="model.safetensors") as refusal:
-        load_encoder(folder)
-    assert "\n" not in str(refusal.value)
-
-
-def test_weights_of_other_shapes_are_refused_in_one_line(saved):
-    _, folder = saved
-    rewrite_config(folder, lambda config: config["encoder"].update(d_ffn=64))
-    with pytest.raises(InputError, match="model.safetensors does not fit config.json") as refusal:
-        load_encoder(folder)
-    assert "\n" not in str(refusal.value)
-
-
-def test_missing_weights_are_refused(saved):
-    _, folder = saved
-    weights = load_file(folder / "model.safetensors")
-    del weights["encoder.norm.weight"]
-    save_file(weights, folder / "model.safetensors")
-    with pytest.raises(InputError, match="encoder.norm.weight"):
-        load_encoder(folder)
-
-
-@pytest.mark.parametrize("name", ["encoder.norm.weight", "frontend.mean"])
-def test_weights_that_are_not_finite_are_refused(saved, name):
-    _, folder = saved
-    weights = load_file(folder / "model.safetensors")
-    weights[name][0] = torch.nan
-    save_file(weights, folder / "model.safetensors")
-    with pytest.raises(InputError, match="not finite"):
-        load_encoder(folder)
-
-
-@pytest.fixture
-def facts():
-    """What a run knows for its encoder's card."""
-    return dict(
-        model="BestRQ",
-        corpus="LibriSpeech",
-        train_hours=960.1,
-        train_utterances=281241,
-        step=200,
-        audio_hours=12.5,
-        device_hours=1.25,
-        device="cpu",
-        world_size=2,
-        precision="bf16",
-        parameters=123456,
-        seed=7,
-        command="python train.py hparams/bestrq.yaml",
+@pytest.mark.parametrize("samples", [16000, 16159, 15990, 12345])
+def test_the_last_tenth_of_a_second_matters(folder, samples):
+    encoder = PretrainedEncoder(folder, freeze=True)
+    wav = 0.1 * torch.randn(1, 20000, generator=torch.Generator().manual_seed(1))
+    other = wav.clone()
+    other[:, samples - 1600 : samples] = 0.1 * torch.randn(1, 1600, generator=torch.Generator().manual_seed(2))
+    wav_lens = torch.tensor([samples / 20000])
+    frames = encoder.model.num_frames(samples)
+    changed = (encoder(wav, wav_lens) - encoder(other, wav_lens)).abs().amax(-1)[0]
+    assert changed[frames - 1] > 1e-3 and not changed[frames:].any()
+    # what lies beyond the utterance does not
+    assert torch.equal(
+        encoder(wav, wav_lens), encoder(torch.cat((wav[:, :samples], 9 + 0 * wav[:, samples:]), 1), wav_lens)
     )
 
 
-def test_a_card_holds_data_hours_steps_cost_and_command(facts):
-    card = write_card(facts, [])
-    for part in ("LibriSpeech: 960.1 h, 281241", "12.5 h", "1.25 device-hours on 2 x cpu, bf16", "123456", "hparams"):
-        assert part in card
-    assert "## Validation" not in card
+def test_output_norm_is_the_layer_norm_of_the_utterance_alone(folder, wavs, relative_difference):
+    plain, normed = (PretrainedEncoder(folder, freeze=True, output_norm=norm) for norm in (False, True))
+    expected = torch.nn.functional.layer_norm(plain(wavs), (12, 16))
+    assert relative_difference(expected, normed(wavs)) < 1e-5
+    assert relative_difference(expected[:1], normed(wavs, torch.tensor([1.0, 0.6]))[:1]) < 1e-5
 
 
-@pytest.mark.parametrize("count", [1, 40, 41, 1000])
-def test_a_card_shows_the_course_from_first_to_last_in_a_bounded_table(facts, count):
-    lines = [
-        dict(step=step, audio_hours=step / 10, loss=5.0, gain=1.0, accuracy=0.1, commonest_share=0.05)
-        for step in range(1, count + 1)
-    ]
-    rows = write_card(facts, lines).split("commonest label |\n")[1].splitlines()[1:]
-    steps = [int(row.split("|")[1]) for row in rows if row]
-    assert steps == sorted(set(steps))
-    assert steps[0] == 1 and steps[-1] == count
-    assert len(steps) <= 41
+def test_an_output_rate_of_50_gives_each_frame_twice(folder, wavs):
+    slow, fast = (PretrainedEncoder(folder, freeze=True, output_rate=rate)(wavs) for rate in (25, 50))
+    assert fast.shape == (2, 24, 16)
+    assert torch.equal(fast[:, ::2], slow) and torch.equal(fast[:, 1::2], slow)
+
+
+@pytest.mark.parametrize("rate", [0, 20, 40, 49])
+def test_another_output_rate_is_refused(folder, rate):
+    with pytest.raises(InputError, match=f"output_rate is {rate}: this encoder has 25 frames a second"):
+        PretrainedEncoder(folder, output_rate=rate)
+
+
+# ---------------------------------------------------------------- frozen and trained
+
+
+def test_frozen_means_no_gradient_no_dropout_and_nothing_kept(folder, wavs):
+    encoder = PretrainedEncoder(folder, freeze=True, apply_spec_augment=True).train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    encoded = encoder(wavs.requires_grad_())
+    assert not encoded.requires_grad and torch.equal(encoded, encoder(wavs))
+    assert kept_for_backward(encoder, wavs) == 0
+
+
+def test_what_is_not_frozen_gets_a_gradient_in_every_parameter(folder, wavs):
+    encoder = PretrainedEncoder(folder)
+    assert encoder.training and encoder.model.encoder.training
+    torch.manual_seed(1)
+    encoder(wavs).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_lowest_layers_can_be_frozen_with_what_is_below_them(folder, wavs, count):
+    encoder = PretrainedEncoder(folder, freeze_layers=count).train()
+    encoder(wavs).square().sum().backward()
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    parts = (*(f"model.encoder.layers.{number}." for number in range(count, 3)), "model.encoder.norm.")
+    assert trained == {name for name, _ in encoder.named_parameters() if name.startswith(parts)}
+    modes = [layer.training for layer in encoder.model.encoder.layers]
+    assert modes == [number >= count for number in range(3)] and not encoder.model.subsampling.training
+
+
+def test_what_is_frozen_at_the_bottom_keeps_nothing_for_the_backward_pass(folder, wavs):
+    kept = [kept_for_backward(PretrainedEncoder(folder, freeze_layers=count).eval(), wavs) for count in range(4)]
+    assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2] > 10 * kept[3] > 0
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_wav2vec2_encoder_is_frozen_below_its_layers_too(wav2vec2_folder, norm):
+    folder = wav2vec2_folder(norm)
+    encoder = PretrainedEncoder(folder, freeze_layers=1, output_all_hiddens=True, output_rate=50).train()
+    wavs = 0.1 * torch.randn(2, 8000, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    states = encoder(wavs)
+    expected = PretrainedEncoder(folder, freeze=True, output_all_hiddens=True, output_rate=50)(wavs)
+    assert torch.equal(states[:2], expected[:2]) and not torch.equal(states[2], expected[2])
+    states.square().sum().backward()
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    parts = ("model.encoder.layers.1.", *(["model.encoder.norm."] if norm == "pre" else []))
+    assert trained == {name for name, _ in encoder.named_parameters() if name.startswith(parts)}
+
+
+def test_a_wav2vec2_encoder_has_50_frames_a_second(wav2vec2_folder):
+    folder = wav2vec2_folder("post")
+    with pytest.raises(InputError, match="output_rate is 25: this encoder has 50 frames a second"):
+        PretrainedEncoder(folder)
+    frozen = PretrainedEncoder(folder, freeze_feature_extractor=True, output_rate=50).train()
+    assert not any(parameter.requires_grad for parameter in frozen.model.frontend.parameters())
+    assert not frozen.model.frontend.training and frozen.model.encoder.training
+
+
+@pytest.mark.parametrize("count", [-1, 4])
+def test_more_layers_than_there_are_cannot_be_frozen(folder, count):
+    with pytest.raises(InputError, match=f"freeze_layers is {count}: .* has 3 layers"):
+        PretrainedEncoder(folder, freeze_layers=count)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_front_end_and_convolutions_can_be_frozen(folder, wavs, later):
+    encoder = PretrainedEncoder(folder, freeze_feature_extractor=not later)
+    if later:
+        encoder.model.feature_extractor._freeze_parameters()
+    encoder.train()
+    encoder(wavs).square().sum().backward()
+    frozen = {name for name, parameter in encoder.named_parameters() if parameter.grad is None}
+    assert frozen == {name for name, _ in encoder.named_parameters() if name.startswith("model.subsampling.")}
+    assert not encoder.model.subsampling.training and encoder.model.encoder.training
+
+
+# ---------------------------------------------------------------- SpecAugment
+
+
+def test_spec_augment_is_for_training_what_is_not_frozen(make_speech_encoder, tmp_path):
+    folder = save_encoder(make_speech_encoder(), tmp_path / "encoder", "# Card")
+    wavs = 0.1 * torch.randn(4, 32000, generator=torch.Generator().manual_seed(1))
+    plain = PretrainedEncoder(folder, freeze=True)(wavs)
+    augmented, frozen = (PretrainedEncoder(folder, apply_spec_augment=True, freeze=freeze) for freeze in (False, True))
+    assert torch.equal(frozen.train()(wavs), plain) and torch.equal(augmented.eval()(wavs), plain)
+    augmented.train()
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(augmented(wavs))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert not torch.allclose(results[0], plain, atol=1e-3)
+
+
+def test_spec_augment_hides_spans_in_time_and_frequency_of_each_utterance():
+    torch.manual_seed(1)
+    hidden = spec_augment(torch.ones(200, 1000, 80), torch.full((200,), 900)) == 0
+    frames, bins = hidden.all(2)[:, :900].float(), hidden[:, 900:].all(1).float()
+    assert frames.mean().item() == pytest.approx(0.05, abs=0.01)
+    assert bins.mean().item() == pytest.approx(0.1, abs=0.02)
+    assert len({tuple(row.tolist()) for row in bins}) > 100  # each utterance has its own
+    edges = torch.nn.functional.pad(frames, (1, 1)).diff(dim=1)
+    starts, ends = edges.eq(1).nonzero(), edges.eq(-1).nonzero()
+    inside = (starts[:, 1] > 0) & (ends[:, 1] < 900)
+    assert (ends[inside, 1] - starts[inside, 1]).min() == 20
+
+
+# ---------------------------------------------------------------- untrained
+
+
+def test_random_gives_fresh_weights_by_the_global_seed_and_the_same_statistics(folder):
+    trained = PretrainedEncoder(folder).state_dict()
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(PretrainedEncoder(f"random:{folder}").state_dict())
+    weight = "model.encoder.layers.0.attention.qkv.weight"
+    assert torch.equal(states[0][weight], states[1][weight]) and not torch.equal(states[0][weight], states[2][weight])
+    assert not torch.equal(states[0][weight], trained[weight])
+    assert torch.equal(states[0]["model.encoder.norm.weight"], torch.ones(16))
+    for name in ("model.frontend.mean", "model.frontend.deviation"):
+        assert torch.equal(states[0][name], trained[name])
+
+
+def test_loading_a_trained_encoder_leaves_the_global_generator_as_it_was(folder):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    PretrainedEncoder(folder)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_file_of_any_rate_and_channels_is_encoded(folder, tmp_path, relative_difference):
+    generator = np.random.default_rng(1)
+    stereo = 0.1 * generator.standard_normal((22050, 2))
+    soundfile.write(tmp_path / "a.flac", stereo, 44100)
+    encoder = PretrainedEncoder(folder)
+    found = encoder.encode_file(tmp_path / "a.flac")
+    assert encoder.training and not found.requires_grad
+    mono = torch.from_numpy(soundfile.read(tmp_path / "a.flac", dtype="float32")[0].mean(1))
+    wav = torchaudio.functional.resample(mono, 44100, 16000)
+    assert relative_difference(PretrainedEncoder(folder, freeze=True)(wav[None]), found) < 1e-4
+
+
+def test_a_file_that_is_no_audio_or_too_short_is_named(folder, tmp_path):
+    encoder = PretrainedEncoder(folder, freeze=True)
+    (tmp_path / "text.wav").write_text("no audio")
+    soundfile.write(tmp_path / "short.wav", np.zeros(100), 16000)
+    for name in ("text.wav", "short.wav", "missing.wav"):
+        with pytest.raises(InputError, match=name) as refusal:
+            encoder.encode_file(tmp_path / name)
+        assert "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------- precision, compilation, adapters
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_bf16_is_near_fp32_and_trains(folder, wavs, relative_difference, freeze):
+    encoder = PretrainedEncoder(folder, freeze=freeze, output_all_hiddens=True, output_norm=True).eval()
+    wav_lens = torch.tensor([1.0, 0.6])
+    expected = encoder(wavs, wav_lens).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = encoder(wavs, wav_lens)
+    assert found.isfinite().all() and relative_difference(expected, found.detach().float()) < 0.05
+    if not freeze:
+        found.float().square().sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_compiled_it_is_the_same(folder, wavs, relative_difference, freeze):
+    encoder = PretrainedEncoder(folder, freeze=freeze, output_norm=True).eval()
+    compiled = torch.compile(encoder, backend="eager")  # what is traced, without minutes of a C++ compiler
+    wav_lens = torch.tensor([1.0, 0.6])
+    for width in (8000, 6400):
+        expected, found = encoder(wavs[:, :width], wav_lens), compiled(wavs[:, :width], wav_lens)
+        assert relative_difference(expected, found) < 1e-5 and found.requires_grad != freeze
+    compiled.train()
+    assert encoder.model.encoder.training != freeze
+
+
+def test_lora_reaches_query_key_and_value_and_trains_only_adapters(folder, wavs):
+    adapted = AdaptedModel(
+        PretrainedEncoder(folder), LoRA, target_layers=["*.attention.qkv"], adapter_kwargs={"rank": 2}
+    )
+    assert (adapted.output_dim, adapted.freeze) == (16, False)
+    adapted.eval()
+    assert torch.equal(adapted(wavs), PretrainedEncoder(folder, freeze=True)(wavs))  # they start at zero
+    adapted.train()
+    assert not adapted.model.subsampling.training and adapted.model.encoder.layers[0].training
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    optimizer = torch.optim.Adam(adapted.parameters(), 0.1, weight_decay=0.1)
+    for _ in range(2):  # the first update only moves the upper of the two factors away from zero
+        torch.manual_seed(2)
+        adapted(wavs).square().sum().backward()
+        optimizer.step()
+    changed = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
+    layers = [f"adapted_model.model.encoder.layers.{number}.attention.qkv" for number in range(3)]
+    assert changed == {f"{layer}.adapter_{side}_proj.weight" for layer in layers for side in ("down", "up")}
+
+
+def test_adapters_in_a_frozen_encoder_are_refused_before_a_step(folder):
+    adapted = AdaptedModel(PretrainedEncoder(folder, freeze=True), LoRA, target_layers=["*.qkv"])
+    with pytest.raises(InputError, match="freeze: True runs the encoder without gradients.*set freeze: False"):
+        adapted.train()

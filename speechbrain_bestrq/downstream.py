@@ -1,0 +1,217 @@
+"""What downstream tasks share: the learned mix of an encoder's hidden states."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from speechbrain_bestrq.pretrained import PretrainedEncoder
+
+
+class LayerMix(nn.Module):
+    """A learned mix of hidden states: their sum, weighted by a softmax.
+
+    As in ELMo (arXiv 1802.05365) and SUPERB (arXiv 2105.01051). The logits start at
+    zero: all states count alike at first.
+
+    Arguments
+    ---------
+    num_layers : int
+        Hidden states to mix: the encoder's layers, and one for the input of the first.
+    layernorm : bool
+        Normalise each state's frames (LayerNorm without parameters) before the sum, so
+        that a weight says what it seems to, whatever the states' scales.
+
+    Attributes
+    ----------
+    weights : Parameter
+        The logits, shape (num_layers,).
+
+    Example
+    -------
+    >>> mix = LayerMix(3)
+    >>> mix(torch.randn(3, 4, 25, 16)).shape
+    torch.Size([4, 25, 16])
+    >>> mix.describe()
+    'layer weights, lowest first: 0.333 0.333 0.333'
+    """
+
+    def __init__(self, num_layers: int, layernorm: bool = False):
+        super().__init__()
+        self.num_layers, self.layernorm = num_layers, layernorm
+        self.weights = nn.Parameter(torch.zeros(num_layers))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Mix.
+
+        Arguments
+        ---------
+        hidden : Tensor
+            Shape (num_layers, B, T, D).
+
+        Returns
+        -------
+        Tensor
+            float32, shape (B, T, D); zero where all states are (in the padding).
+
+        Raises
+        ------
+        ValueError
+            If there is another number of states.
+        """
+        if len(hidden) != self.num_layers:
+            raise ValueError(f"the mix is of {self.num_layers} hidden states, not of {len(hidden)}.")
+        with torch.autocast(hidden.device.type, enabled=False):  # a matrix product would round the weights to bf16
+            hidden = hidden.float()
+            if self.layernorm:
+                hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:])
+            return torch.tensordot(self.weights.softmax(0), hidden, dims=1)
+
+    def shares(self) -> list[float]:
+        """Give each state's weight in the sum; makes the host wait for a GPU, so once an epoch.
+
+        Returns
+        -------
+        list of float
+            Sums to 1; the input of the first layer comes first.
+        """
+        return self.weights.detach().softmax(0).tolist()
+
+    def describe(self) -> str:
+        """Say the weights in one line, for a log.
+
+        Returns
+        -------
+        str
+        """
+        return "layer weights, lowest first: " + " ".join(f"{share:.3f}" for share in self.shares())
+
+
+class WeightedEncoder(nn.Module):
+    """A pre-trained encoder and a :class:`LayerMix`, in the place of SpeechBrain's ``WeightedSSLModel``.
+
+    Arguments
+    ---------
+    hub : str or Path
+        The encoder's source; the name is that of ``WeightedSSLModel``.
+    save_path, freeze, freeze_feature_extractor, apply_spec_augment, freeze_layers, output_rate
+        See :class:`speechbrain_bestrq.pretrained.PretrainedEncoder`.
+    layernorm : bool
+        See :class:`LayerMix`.
+
+    Attributes
+    ----------
+    encoder : PretrainedEncoder
+    mix : LayerMix
+    weights : Parameter
+        The mix's logits, shape (num_layers,). They are trained also when the encoder is frozen.
+    num_layers : int
+        Hidden states: the encoder's layers and one.
+    output_dim : int
+        Channels D of the result.
+
+    Example
+    -------
+    >>> from speechbrain_bestrq.artefact import save_encoder
+    >>> from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
+    >>> from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+    >>> folder = save_encoder(
+    ...     SpeechEncoder(
+    ...         LogMel(normalize="utterance"),
+    ...         ConvSubsampling(d_model=16),
+    ...         ConformerEncoder(16, num_layers=2, num_heads=2, d_ffn=32),
+    ...     ),
+    ...     getfixture("tmp_path") / "encoder",
+    ...     "# A small encoder",
+    ... )
+    >>> encoder = WeightedEncoder(folder, freeze=True)
+    >>> encoder(torch.randn(4, 16000)).shape, encoder.num_layers
+    (torch.Size([4, 25, 16]), 3)
+    """
+
+    def __init__(
+        self,
+        hub: str | os.PathLike,
+        save_path: str | os.PathLike | None = None,
+        layernorm: bool = False,
+        freeze: bool = False,
+        freeze_feature_extractor: bool = False,
+        apply_spec_augment: bool = False,
+        freeze_layers: int = 0,
+        output_rate: int = 25,
+    ):
+        super().__init__()
+        self.encoder = PretrainedEncoder(
+            hub,
+            save_path,
+            freeze=freeze,
+            freeze_feature_extractor=freeze_feature_extractor,
+            apply_spec_augment=apply_spec_augment,
+            output_all_hiddens=True,
+            freeze_layers=freeze_layers,
+            output_rate=output_rate,
+        )
+        self.mix = LayerMix(self.encoder.num_layers + 1, layernorm)
+        self.num_layers, self.output_dim = self.mix.num_layers, self.encoder.output_dim
+        self.freeze = freeze
+
+    @property
+    def weights(self) -> nn.Parameter:
+        """The mix's logits."""
+        return self.mix.weights
+
+    def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """Encode waveforms (B, N) of relative lengths (B,) into (B, T, D); zero in the padding."""
+        return self.mix(self.encoder(wav, wav_lens))
+
+
+def draw_layer_weights(history: Sequence[Sequence[float]], path: str | os.PathLike) -> Path:
+    """Draw how the weights of a :class:`LayerMix` went, and where they came to.
+
+    Arguments
+    ---------
+    history : sequence of sequence of float
+        The shares after each epoch, as :meth:`LayerMix.shares` gives them.
+    path : str or Path
+        The PNG.
+
+    Returns
+    -------
+    Path
+        The PNG.
+
+    Raises
+    ------
+    ValueError
+        If the history is empty.
+
+    Example
+    -------
+    >>> path = draw_layer_weights([[0.5, 0.5], [0.4, 0.6]], getfixture("tmp_path") / "layers.png")
+    >>> path.read_bytes()[1:4]
+    b'PNG'
+    """
+    if not history:
+        raise ValueError("no weights to draw: the history is empty.")
+    states = range(len(history[-1]))
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    last, course = figure.subplots(1, 2)
+    last.bar(states, history[-1], color="tab:blue")
+    last.axhline(1 / len(states), color="gray", linestyle="--", linewidth=1, label="all alike")
+    last.set(title=f"after epoch {len(history)}", xlabel="hidden state (0: input of the first layer)", ylabel="weight")
+    last.set_ylim(bottom=0)
+    last.legend()
+    for state in states:
+        course.plot(range(1, len(history) + 1), [shares[state] for shares in history], marker=".", label=f"{state}")
+    course.set(title="over the epochs", xlabel="epoch", ylabel="weight")
+    course.set_ylim(bottom=0)
+    course.legend(title="state", ncols=2, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.writing")
+    figure.savefig(beside, format="png")
+    beside.replace(path)
+    return path

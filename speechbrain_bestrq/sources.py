@@ -1,0 +1,68 @@
+"""Where an encoder comes from: a folder, a run's output folder, or the Hugging Face hub."""
+
+import os
+import re
+from pathlib import Path
+
+import huggingface_hub
+
+from speechbrain_bestrq.artefact import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from speechbrain_bestrq.errors import InputError
+
+#: A wav2vec 2.0 of transformers says here whether its waveforms are normalised.
+INPUT_FILE = "preprocessor_config.json"
+#: In a run's output folder, the encoder of its last step.
+RUN_SUBFOLDER = "encoder"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None = None) -> Path:
+    """Find an encoder folder; what is on the hub is downloaded first.
+
+    Arguments
+    ---------
+    source : str or Path
+        An encoder folder; the output folder of a pre-training run; or a hub id
+        "user/name". A folder of that name goes before the hub.
+    save_path : str or Path, optional
+        Where downloads are kept; the hub's own cache if left out.
+
+    Returns
+    -------
+    Path
+        A folder for :func:`speechbrain_bestrq.artefact.load_encoder`.
+
+    Raises
+    ------
+    InputError
+        If there is no such folder here and no such encoder on the hub.
+
+    Example
+    -------
+    >>> run = getfixture("tmp_path") / "run"
+    >>> (run / "encoder").mkdir(parents=True)
+    >>> _ = (run / "encoder" / "config.json").write_text("{}")
+    >>> find_encoder(run).name
+    'encoder'
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        inner = path / RUN_SUBFOLDER
+        return inner if not (path / CONFIG_FILE).exists() and inner.is_dir() else path
+    if path.exists():
+        raise InputError(f"{source} is a file: give the encoder folder, with {CONFIG_FILE} and {WEIGHTS_FILE} in it.")
+    if not _HUB_ID.fullmatch(os.fspath(source)):
+        raise InputError(f"{source} is no folder: give an encoder folder, a run's output folder or a hub id.")
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            os.fspath(source),
+            cache_dir=os.fspath(save_path) if save_path else None,
+            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, INPUT_FILE],
+        )
+    except Exception as error:  # what it raises without network depends on its release and on its HTTP library
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"{source} is neither a folder here nor an encoder that the hub gave: check the path or the id, and the "
+            f"network ({reason})."
+        ) from error
+    return Path(snapshot)
