@@ -1,6 +1,7 @@
 """The benchmarks run, and say what they measured; their figures are not judged here."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,18 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
+def load(name):
+    """A benchmark as a module."""
+    specification = importlib.util.spec_from_file_location(f"benchmark_of_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     """The benchmark of the quantizer, which measures memory in the process of the test."""
-    specification = importlib.util.spec_from_file_location("benchmark_of_quantizer", FOLDER / "quantizer.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load("quantizer")
     # a fresh process for each would take seconds to import PyTorch
     monkeypatch.setattr(module, "measure_memory", module.extra_megabytes)
     return module
@@ -53,3 +60,50 @@ def test_a_file_is_never_overwritten(benchmark, capsys, tmp_path):
         benchmark.main([*SMALL, "--output", str(kept)])
     assert "exists already" in capsys.readouterr().err
     assert kept.read_text() == "kept"
+
+
+@pytest.fixture
+def step_benchmark(monkeypatch):
+    """The benchmark of the training step, which imports its neighbour."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return load("pretrain_step")
+
+
+TINY = "--size small --utterances 2 --steps 2 --repeats 2".split()
+
+
+def test_the_steps_benchmark_compares_all_contenders_on_the_same_audio(step_benchmark, capsys, tmp_path):
+    output = tmp_path / "results" / "cpu.md"
+    step_benchmark.main([*TINY, "--seconds", "1.5", "--output", str(output)])
+    text = capsys.readouterr().out
+    assert output.read_text() == text
+    rows = {cells[1].strip(): cells for line in text.splitlines() if (cells := line.split("|"))[0] == "" and cells[1:]}
+    names = {"SpeechBrain", "ours, relative", "ours, rotary"}
+    assert names <= rows.keys()
+    assert rows["SpeechBrain"][5].strip() == "1.00"
+    measured = json.loads(output.with_suffix(".json").read_text())["measurements"]
+    assert {one["contender"] for one in measured} == names
+    for one in measured:
+        assert one["audio_seconds"] == 2 * 2 * 1.5
+        assert len(one["block_seconds"]) == 2 and min(one["block_seconds"]) > 0
+        assert 0.3 < one["mask_share"] < 0.8
+        assert one["kernels_per_step"] > 100
+
+
+def test_the_mixed_lengths_are_spread_like_librispeechs_and_have_no_padding(step_benchmark):
+    arguments = step_benchmark.parse(["--seconds", "mix", "--steps", "40"])
+    waveforms = step_benchmark.make_waveforms(arguments, 100.0)
+    seconds = [wavs.shape[1] / 16000 for wavs in waveforms]
+    assert len(set(seconds)) > 5 and min(seconds) < 8 and max(seconds) > 15
+    assert all(wavs.numel() <= 100 * 16000 for wavs in waveforms)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--seconds", "long"], "number or mix"), (["--steps", "0"], "at least 1"), (["--device", "cuda"], "no GPU here")],
+)
+def test_wrong_settings_of_the_steps_benchmark_are_refused(step_benchmark, capsys, monkeypatch, words, message):
+    monkeypatch.setattr(step_benchmark.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        step_benchmark.main(words)
+    assert message in capsys.readouterr().err
