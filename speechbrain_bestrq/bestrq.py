@@ -1,37 +1,21 @@
 """BEST-RQ: predict the quantized features behind a mask (arXiv 2202.01855, 2405.04296)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from speechbrain_bestrq.accounting import code_statistics
+from speechbrain_bestrq.artefact import encoder_config
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.masking import MaskedFrames, SpanMasking
-from speechbrain_bestrq.pretrained import encoder_config
+from speechbrain_bestrq.pretraining_model import IGNORED, PretrainingModel, PretrainingOutput
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
 
-#: Label of the indices that only fill up a batch's fixed number of targets.
-IGNORED = -100
 
-
-@dataclass
-class PretrainingOutput:
-    """What a pre-training model returns for a batch."""
-
-    loss: Tensor
-    """Mean over the masked frames, a scalar with its graph; zero if there is none."""
-    num_targets: int
-    """Masked frames: the weight of the loss among other batches."""
-    shape: tuple[int, int]
-    """Utterances and encoder frames of the batch."""
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over the batch, on the device and without graph."""
-
-
-class BestRQ(nn.Module):
+class BestRQ(PretrainingModel):
     """BEST-RQ pre-training model.
 
     The normalised features of the masked frames are replaced by noise; the encoder
@@ -77,15 +61,14 @@ class BestRQ(nn.Module):
         masking: SpanMasking,
         noise_deviation: float = 0.1,
     ):
-        super().__init__()
+        super().__init__(speech_encoder, masking)
         frontend = speech_encoder.frontend
         if quantizer.input_dim != frontend.stack * frontend.num_mels:
             raise ValueError(
                 f"the quantizer's input_dim is {quantizer.input_dim}, but {frontend.stack} stacked frames of "
                 f"{frontend.num_mels} features are {frontend.stack * frontend.num_mels}."
             )
-        self.speech_encoder, self.quantizer, self.masking = speech_encoder, quantizer, masking
-        self.noise_deviation = noise_deviation
+        self.quantizer, self.noise_deviation = quantizer, noise_deviation
         self.head = nn.Linear(speech_encoder.encoder.d_model, quantizer.num_codebooks * quantizer.codebook_size)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -126,13 +109,7 @@ class BestRQ(nn.Module):
         factor = self.speech_encoder.subsampling.factor
         frames = long // factor
         lengths = None if feature_lengths is None else feature_lengths // factor
-        if mask is None:
-            every = torch.full((batch,), frames, device=wavs.device) if lengths is None else lengths
-            mask = self.masking(every, frames, generator)
-        elif isinstance(mask, Tensor):
-            mask = MaskedFrames.from_mask(mask)
-        if mask.mask.shape != (batch, frames):
-            raise ValueError(f"the mask has shape {tuple(mask.mask.shape)}, but the batch {(batch, frames)} frames.")
+        mask = self._masked_frames(mask, (batch, frames), lengths, wavs.device, generator)
 
         labels = self._label(features, mask, factor)
         if noise is None:
@@ -217,6 +194,11 @@ class BestRQ(nn.Module):
             else:
                 yield stacked[valid_frames(lengths // frontend.stack, stacked.shape[1])]
 
+    def statistics(self, loss: Tensor, label_counts: Tensor) -> dict[str, Tensor]:
+        """Use of the codes, and the gain: how far the loss is below the labels' unigram cross-entropy, nats."""
+        codes = code_statistics(label_counts)
+        return {**codes, "gain": codes["unigram_entropy"] - loss}
+
     def signature(self) -> dict[str, Any]:
         """Describe, as plain JSON, what a checkpoint must agree with to be loaded."""
         quantizer = self.quantizer
@@ -228,10 +210,6 @@ class BestRQ(nn.Module):
                 for name in ("codebook_dim", "codebook_size", "num_codebooks", "seed", "normalize", "whiten")
             },
         }
-
-    def encode(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Hidden states of unmasked speech: see :meth:`SpeechEncoder.forward`."""
-        return self.speech_encoder(wavs, wav_lens)
 
     def flops(self, utterances: int, frames: int, targets: int) -> float:
         """Floating-point operations of one training step (forward and twice that backward), analytic.

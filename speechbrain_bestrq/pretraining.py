@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from speechbrain_bestrq.accounting import JsonLines, LateReader, code_statistics, datasheet_flops, format_line
+from speechbrain_bestrq.accounting import JsonLines, LateReader, datasheet_flops, format_line
+from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.audio import PretrainingBatch
 from speechbrain_bestrq.batching import LadderBatchSampler
-from speechbrain_bestrq.bestrq import PretrainingOutput
+from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.model_card import write_card
-from speechbrain_bestrq.pretrained import save_encoder
+from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +34,15 @@ HISTOGRAM_MEMORY = 0.995
 #: Updates in a row that may be skipped before the run is given up.
 MOST_SKIPS_IN_A_ROW = 50
 
-#: Sums over the batches of an update, in the order of the tensor that ranks add up.
+#: Sums over the batches of an update, in the order of the tensor that ranks add up; the model's loss terms come after.
 SUMS = ("targets", "loss", "correct", "frames", "seconds")
 
 
 class PretrainingBrain(sb.Brain):
     """Trains a pre-training model, on one device or several.
 
-    The model is ``modules["model"]``: ``forward(wavs, wav_lens, mask=, generator=)``
-    returns a :class:`~speechbrain_bestrq.bestrq.PretrainingOutput`.
+    The model is ``modules["model"]``, a
+    :class:`~speechbrain_bestrq.pretraining_model.PretrainingModel`.
 
     * The gradient of an update is that of the mean loss over all masked frames of all
       its micro-batches on all ranks: each micro-batch adds the *sum* of its losses,
@@ -77,7 +78,8 @@ class PretrainingBrain(sb.Brain):
         if self.optimizer_step_limit is not None:
             # a run option without a default arrives as text
             self.optimizer_step_limit = int(self.optimizer_step_limit)
-        self.model: nn.Module = self.modules["model"]
+        self.model: PretrainingModel = self.modules["model"]
+        self.sum_names = (*SUMS, *self.model.loss_terms)
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.run_facts = {**run_facts, **self._machine_facts()}
@@ -103,6 +105,7 @@ class PretrainingBrain(sb.Brain):
         return {
             "model": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "frames_per_second": self._frames_per_second(),
             "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
             "precision": self.precision,
             "world_size": self.world_size,
@@ -111,10 +114,16 @@ class PretrainingBrain(sb.Brain):
             "versions": {"torch": torch.__version__, "speechbrain": sb.__version__},
         }
 
+    def _frames_per_second(self) -> float:
+        """Encoder frames in a second of speech, in the long run."""
+        minute = 60 * self.model.speech_encoder.frontend.sample_rate
+        frames = self.model.speech_encoder.num_frames
+        return (frames(2 * minute) - frames(minute)) / 60
+
     # ---------------------------------------------------------------- start
 
     def measure(self, batches: Any) -> None:
-        """Set the model's statistics of the training audio; a run that is resumed has them.
+        """Set the model's statistics of the training audio, check the codebook's use; a resumed run has both behind it.
 
         Arguments
         ---------
@@ -126,9 +135,11 @@ class PretrainingBrain(sb.Brain):
             return
         if if_main_process():
             try:
-                self.model.measure(batches())
+                audio = batches()
+                self.model.measure(audio)
             except ValueError as error:
                 raise InputError(f"statistics of the training audio: {error}") from error
+            log_codebook_use(self.model, audio)
         if self.world_size > 1:
             for tensor in self.model.state_dict().values():
                 torch.distributed.broadcast(tensor, src=0)
@@ -216,6 +227,7 @@ class PretrainingBrain(sb.Brain):
         self.on_fit_batch_start(batch, last)
         batch = batch.to(self.device)
         torch.manual_seed(batch.dropout_seed)
+        self.model.start_update(self.optimizer_step + 1)
         with self.no_sync(not last):
             with self.training_ctx:
                 output = self.compute_forward(batch, sb.Stage.TRAIN)
@@ -295,7 +307,7 @@ class PretrainingBrain(sb.Brain):
         self._start_clock()
 
     def _zero_sums(self) -> Tensor:
-        return torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+        return torch.zeros(len(self.sum_names), dtype=torch.float64, device=self.device)
 
     def _add_up(self, sums: Tensor, output: PretrainingOutput, batch: PretrainingBatch) -> None:
         """Add a batch to the sums, and its labels to the histogram, on the device."""
@@ -308,6 +320,7 @@ class PretrainingBrain(sb.Brain):
                 metrics["correct"].double() / self.model.labels_per_target,
                 metrics["frames"].double(),
                 torch.full_like(sums[0], batch.seconds),
+                *(metrics[name].double() * targets for name in self.model.loss_terms),
             ]
         )
         sums += values
@@ -333,15 +346,14 @@ class PretrainingBrain(sb.Brain):
         if self.world_size > 1:
             histogram = histogram.clone()
             torch.distributed.all_reduce(histogram)
-        averages = dict(zip(SUMS, sums.unbind(), strict=True))
+        averages = dict(zip(self.sum_names, sums.unbind(), strict=True))
         targets = averages["targets"].clamp(min=1)
-        codes = code_statistics(histogram)
         loss = averages["loss"] / targets
         return {
             "loss": loss,
+            **{name: averages[name] / targets for name in self.model.loss_terms},
             "accuracy": averages["correct"] / targets,
-            **codes,
-            "gain": codes["unigram_entropy"] - loss,
+            **self.model.statistics(loss, histogram),
             "mask_ratio": averages["targets"] / averages["frames"].clamp(min=1),
         }
 
@@ -385,7 +397,8 @@ class PretrainingBrain(sb.Brain):
             nothing = entry["mask_ratio"] == 0 and entry["skipped_updates"] > 0
             self.skipped_in_a_row = self.skipped_in_a_row + updates if nothing else 0
             if nothing:  # all updates of this line were skipped: it has no loss
-                entry |= dict.fromkeys(("loss", "accuracy", "gain", "mask_ratio"), float("nan"))
+                without = ("loss", *self.model.loss_terms, "accuracy", "gain", "mask_ratio")
+                entry |= {name: float("nan") for name in without if name in entry}
             if self.skipped_in_a_row >= MOST_SKIPS_IN_A_ROW:
                 raise RuntimeError(
                     f"none of the last {self.skipped_in_a_row} updates up to {entry['step']} had finite gradients: "
@@ -393,7 +406,7 @@ class PretrainingBrain(sb.Brain):
                 )
             self.shown_loss = torch.tensor(entry["loss"])
             if self.bar is not None:
-                shown = {"loss": entry["loss"], "accuracy": entry["accuracy"], "gain": entry["gain"]}
+                shown = {name: entry[name] for name in ("loss", "accuracy", "gain") if name in entry}
                 speed = f"{entry['audio_seconds_per_second']:.0f} s/s"
                 self.bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()}, audio=speed, refresh=False)
             self._write(entry)

@@ -207,14 +207,20 @@ def _panels(log: RunLog) -> list[_Panel]:
     train = log.train
     return [
         _Panel("loss (nats)", pair("loss") + pair("unigram_entropy", "unigram", "--")),
-        _Panel("gain over unigram (nats)", pair("gain")),
+        _second_panel(log, pair),
         _Panel(
             "accuracy on masked frames",
             pair("accuracy") + pair("commonest_share", "commonest label", "--"),
             percent=True,
             from_zero=True,
         ),
-        _Panel("codes", pair("codes_used", "used") + pair("code_perplexity", "perplexity", "--"), log=True),
+        _Panel(
+            "codes",
+            pair("codes_used", "used")
+            + pair("code_perplexity", "perplexity", "--")
+            + pair("probability_perplexity", "perplexity of probabilities", ":"),
+            log=True,
+        ),
         _Panel(
             "learning rate",
             [
@@ -235,6 +241,15 @@ def _panels(log: RunLog) -> list[_Panel]:
             right_title="share of time, of peak",
         ),
     ]
+
+
+def _second_panel(log: RunLog, pair: Callable[..., list[_Line]]) -> _Panel:
+    """The gain of a model that predicts labels; the terms of the loss of one that learns its codes."""
+    if any("diversity_loss" in row for row in (*log.train, *log.valid)):
+        return _Panel(
+            "diversity and penalty", pair("diversity_loss", "diversity") + pair("feature_penalty", "penalty", "--")
+        )
+    return _Panel("gain over unigram (nats)", pair("gain"))
 
 
 def _points(line: _Line, log_scale: bool) -> tuple[list[int], list[float]]:

@@ -27,6 +27,11 @@ VALIDATION_FIELDS = (
 """What a validation line may hold of a model's quality, beside its step: numbers or null."""
 TRAINING_FIELDS = (
     *VALIDATION_FIELDS,
+    "contrastive_loss",
+    "diversity_loss",
+    "feature_penalty",
+    "probability_perplexity",
+    "temperature",
     "learning_rate",
     "gradient_norm",
     "skipped_updates",
@@ -35,7 +40,7 @@ TRAINING_FIELDS = (
     "utilisation",
     "peak_memory_gb",
 )
-"""What a training line may hold, beside its step: numbers or null."""
+"""What any line may hold, beside its step: numbers or null."""
 RUN_NUMBERS = (
     "parameters",
     "train_hours",

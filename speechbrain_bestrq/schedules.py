@@ -32,6 +32,35 @@ class WarmupNoam:
         return self.peak * min(update / self.warmup_updates, math.sqrt(self.warmup_updates / update))
 
 
+class WarmupLinear:
+    """Linear warm-up, then a straight line to zero behind the last update (arXiv 2006.11477, section 4.2).
+
+    Arguments
+    ---------
+    peak : float
+        Learning rate at the end of the warm-up.
+    warmup_updates : int
+        Length of the warm-up.
+    total_updates : int
+        Updates of the whole run.
+
+    Example
+    -------
+    >>> schedule = WarmupLinear(peak=1e-3, warmup_updates=10, total_updates=109)
+    >>> schedule(1), schedule(10), schedule(60), round(schedule(109), 9)
+    (0.0001, 0.001, 0.0005, 1e-05)
+    """
+
+    def __init__(self, peak: float, warmup_updates: int, total_updates: int):
+        self.peak, self.warmup_updates = peak, max(warmup_updates, 1)
+        self.total_updates = max(total_updates, self.warmup_updates)
+
+    def __call__(self, update: int) -> float:
+        """Learning rate of an update, counted from 1."""
+        left = max(self.total_updates + 1 - update, 0) / (self.total_updates + 1 - self.warmup_updates)
+        return self.peak * min(update / self.warmup_updates, left)
+
+
 class WarmupCosine:
     """Linear warm-up, then half a cosine down to a share of the peak at the last update.
 

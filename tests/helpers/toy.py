@@ -23,11 +23,15 @@ from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.bestrq import BestRQ
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
+from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer
 from speechbrain_bestrq.masking import SpanMasking
 from speechbrain_bestrq.pretraining import PretrainingBrain
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
 from speechbrain_bestrq.schedules import WarmupNoam
+from speechbrain_bestrq.transformer import TransformerEncoder
+from speechbrain_bestrq.wav2vec2 import Wav2Vec2
 
 RATE = 16000
 
@@ -62,7 +66,12 @@ def make_table(folder):
     return AudioTable([path.stem for path in paths], map(str, paths), seconds, RATE)
 
 
-def make_model(
+def make_model(method="bestrq", **settings):
+    """A pre-training model whose weights are a function of its ``model_seed``."""
+    return {"bestrq": make_bestrq, "wav2vec2": make_wav2vec2}[method](**settings)
+
+
+def make_bestrq(
     dropout=0.0,
     layer_drop=0.0,
     d_model=16,
@@ -76,7 +85,7 @@ def make_model(
     grid=False,
     model_seed=0,
 ):
-    """A BEST-RQ model whose weights are a function of ``model_seed``."""
+    """A BEST-RQ model."""
     torch.manual_seed(model_seed)
     return BestRQ(
         SpeechEncoder(
@@ -95,6 +104,46 @@ def make_model(
         ),
         RandomProjectionQuantizer(320, codebook_size=codebook_size, seed=quantizer_seed),
         SpanMasking(prob, span, grid=grid),
+    )
+
+
+def make_wav2vec2(
+    dropout=0.0,
+    layer_drop=0.0,
+    extractor_norm="group",
+    norm="post",
+    normalize_input=False,
+    codebook_size=6,
+    num_negatives=5,
+    temperature_decay=0.9,
+    model_seed=0,
+    **weights,
+):
+    """A wav2vec 2.0 model."""
+    torch.manual_seed(model_seed)
+    return Wav2Vec2(
+        SpeechEncoder(
+            ConvFeatureExtractor((8,) * 7, norm=extractor_norm, normalize_input=normalize_input),
+            FeatureProjection(8, 16, dropout=dropout),
+            TransformerEncoder(
+                16,
+                num_layers=2,
+                num_heads=2,
+                d_ffn=32,
+                dropout=dropout,
+                attention_dropout=dropout,
+                layer_drop=layer_drop,
+                norm=norm,
+                position_kernel_size=8,
+                position_groups=4,
+            ),
+        ),
+        GumbelQuantizer(8, code_dim=8, codebook_size=codebook_size, temperature_decay=temperature_decay),
+        SpanMasking(0.065, 10, min_spans=2),
+        target_dim=8,
+        num_negatives=num_negatives,
+        quantizer_dropout=dropout,
+        **weights,
     )
 
 

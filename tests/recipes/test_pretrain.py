@@ -13,8 +13,8 @@ import soundfile
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
+from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.pretrained import load_encoder
 from speechbrain_bestrq.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain"
@@ -23,9 +23,19 @@ PARAMETERS = {
     "bestrq_paper": 80_447_520,
     "bestrq_small": 5_924_096,
     "bestrq_large": 390_674_400,
+    "wav2vec2": 95_044_608,
+    "wav2vec2_paper": 90_856_064,
+    "wav2vec2_small": 5_733_888,
 }
+#: What makes the models of a method small.
+SIZES = {
+    "bestrq": "--kernel_size=3 --codebook_size=64".split(),
+    "wav2vec2": "--num_features=8 --codebook_size=6 --code_dim=8 --target_dim=8 --num_negatives=5".split(),
+}
+#: Frames in a second alone: convolutions without padding lose some at the end.
+FRAMES = dict.fromkeys(PARAMETERS, 25) | {"wav2vec2": 49, "wav2vec2_small": 49, "wav2vec2_paper": 48}
 TOY = (
-    "--d_model=16 --num_layers=1 --num_heads=2 --d_ffn=32 --kernel_size=3 --codebook_size=64 --max_batch_seconds=8 "
+    "--d_model=16 --num_layers=1 --num_heads=2 --d_ffn=32 --max_batch_seconds=8 "
     "--grad_accumulation_factor=2 --min_seconds=0.5 --num_workers=0 --log_interval=1 --optimizer_step_limit=2 "
     "--encoder_at_steps=[1] --noprogressbar --device=cpu"
 ).split()
@@ -60,7 +70,8 @@ def train():
 
 def arguments(name, librispeech, output_folder, *more):
     given = [f"--data_folder={librispeech}", f"--output_folder={output_folder}", "--train_splits=[train-clean-100]"]
-    last_wins = {option.split("=")[0]: option for option in (*given, *TOY, *more)}
+    options = (*given, *TOY, *SIZES[name.split("_")[0]], *more)
+    last_wins = {option.split("=")[0]: option for option in options}
     return [str(RECIPE / "hparams" / f"{name}.yaml"), *last_wins.values()]
 
 
@@ -93,8 +104,8 @@ def test_two_steps_at_toy_size_leave_logs_checkpoint_and_encoder(name, train, li
     assert list((tmp_path / "tensorboard").iterdir())
     for folder in ("encoder", "encoder@1"):
         hidden, lengths = load_encoder(tmp_path / folder)(torch.randn(1, 16000))
-        assert hidden.shape == (2, 1, 25, 16)
-        assert lengths.tolist() == [25]
+        assert hidden.shape == (2, 1, FRAMES[name], 16)
+        assert lengths.tolist() == [FRAMES[name]]
     card = (tmp_path / "encoder" / "README.md").read_text()
     assert "LibriSpeech" in card
     assert "| updates | 2 |" in card
@@ -197,6 +208,14 @@ def test_run_options_reach_what_refers_to_them_in_the_yaml(librispeech, tmp_path
 def test_a_key_given_twice_is_refused(librispeech, tmp_path):
     with pytest.raises(InputError, match="--seed is given more than once"):
         load_recipe([*arguments("bestrq_small", librispeech, tmp_path), "--seed=1", "--seed=2"])
+
+
+def test_the_codebook_is_looked_at_once_at_the_start_of_a_new_run(train, librispeech, tmp_path):
+    train.main(arguments("bestrq_small", librispeech, tmp_path))
+    train.main(arguments("bestrq_small", librispeech, tmp_path, "--optimizer_step_limit=3"))
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("Codebook 1 of 1") == 1
+    assert log.index("Measuring the statistics") < log.index("Codebook 1 of 1") < log.index("train | step 1")
 
 
 def test_validation_amid_an_epoch_changes_nothing_in_training(train, librispeech, tmp_path):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from speechbrain_bestrq import pretraining
+from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.pretrained import load_encoder
 
 RATE = 16000
 
@@ -285,6 +286,49 @@ def test_another_models_checkpoint_is_refused(toy, tmp_path, corpus):
     with pytest.raises(InputError, match=r"encoder.d_model: 16 there, 32 here"):
         toy.train(tmp_path, **{**settings, "updates": 2}, model={"d_model": 32})
     assert (tmp_path / "train_log.jsonl").read_bytes() == log
+
+
+# ---------------------------------------------------------------- the codebook at the start
+
+
+@pytest.fixture(scope="module")
+def tones(toy, tmp_path_factory):
+    """Audio of 48 s whose frames are all alike: whatever the codebook, one code is on most of them."""
+    wave = 0.1 * np.sin(2 * np.pi * 440 * np.arange(4 * RATE) / RATE)
+    return str(toy.write_waves(tmp_path_factory.mktemp("tones") / "train", [wave] * 12))
+
+
+def test_a_new_run_is_told_of_a_collapsed_codebook_and_goes_on_and_a_resumed_one_is_not(toy, tmp_path, tones, caplog):
+    settings = {"train_folder": tones, "max_batch_seconds": 20.0}
+    with caplog.at_level("INFO"):
+        result = toy.train(tmp_path, **settings, updates=2, checkpoint_every=1)
+    assert result.brain.optimizer_step == 2
+    told = [record for record in caplog.records if "Codebook 1 of 1" in record.message]
+    warned = [record for record in caplog.records if record.message.startswith("Little to learn from these labels")]
+    assert len(told) == len(warned) == 1 and warned[0].levelname == "WARNING"
+    assert "commonest code labels" in warned[0].message and "set whiten: 16" in warned[0].message
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        toy.train(tmp_path, **settings, updates=3)
+    assert not [record for record in caplog.records if "Codebook" in record.message]
+
+
+def test_the_look_at_the_codebook_changes_nothing_in_training(toy, tmp_path, corpus, monkeypatch):
+    """With dropout and noise on: losses are equal to the last bit, and so is the global generator before training."""
+    states = {}
+
+    def noted(brain):
+        states[brain.folder.name] = torch.random.get_rng_state()
+
+    on_fit_start = toy.ToyBrain.on_fit_start
+    monkeypatch.setattr(toy.ToyBrain, "on_fit_start", lambda brain: (noted(brain), on_fit_start(brain)))
+    settings = {**corpus, **STOCHASTIC, "updates": 4, "model": {"dropout": 0.1, "normalize": "global"}}
+    toy.train(tmp_path / "with", **settings)
+    monkeypatch.setattr(pretraining, "log_codebook_use", lambda model, audio: None)
+    toy.train(tmp_path / "without", **settings)
+    assert len(toy.losses(tmp_path / "with")) == 4
+    assert toy.losses(tmp_path / "with") == toy.losses(tmp_path / "without")
+    assert torch.equal(states["with"], states["without"])
 
 
 # ---------------------------------------------------------------- ranks and data

@@ -4,10 +4,14 @@ import math
 
 import pytest
 
-from speechbrain_bestrq.schedules import WarmupCosine, WarmupNoam
+from speechbrain_bestrq.schedules import WarmupCosine, WarmupLinear, WarmupNoam
 
 PEAK, WARMUP, TOTAL = 8e-4, 250, 2000
-SCHEDULES = {"noam": WarmupNoam(PEAK, WARMUP), "cosine": WarmupCosine(PEAK, WARMUP, TOTAL, final_share=0.05)}
+SCHEDULES = {
+    "noam": WarmupNoam(PEAK, WARMUP),
+    "cosine": WarmupCosine(PEAK, WARMUP, TOTAL, final_share=0.05),
+    "linear": WarmupLinear(PEAK, WARMUP, TOTAL),
+}
 BOTH = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
@@ -44,7 +48,18 @@ def test_cosine_is_half_way_in_the_middle_and_ends_at_its_share():
     assert WarmupCosine(PEAK, WARMUP, TOTAL)(TOTAL) == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [WarmupNoam(PEAK, 0), WarmupCosine(PEAK, 0, TOTAL)], ids=["noam", "cosine"])
+def test_linear_falls_by_the_same_step_to_zero_behind_the_last_update():
+    linear = SCHEDULES["linear"]
+    steps = [linear(update) - linear(update + 1) for update in range(WARMUP, TOTAL + 1)]
+    assert steps == pytest.approx([PEAK / (TOTAL + 1 - WARMUP)] * len(steps))
+    assert linear(TOTAL) == pytest.approx(steps[0]) and linear(TOTAL + 1) == linear(TOTAL + 50) == 0.0
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [WarmupNoam(PEAK, 0), WarmupCosine(PEAK, 0, TOTAL), WarmupLinear(PEAK, 0, TOTAL)],
+    ids=["noam", "cosine", "linear"],
+)
 def test_without_warm_up_the_first_update_is_at_the_peak(schedule):
     assert schedule(1) == PEAK
     assert schedule(2) < PEAK

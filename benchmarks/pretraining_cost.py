@@ -1,0 +1,209 @@
+"""Cost of pre-training: BEST-RQ against wav2vec 2.0, on the same audio in the same run.
+
+    python benchmarks/pretraining_cost.py
+    python benchmarks/pretraining_cost.py --device cuda --precision bf16 --utterances 64 --blocks 20
+    python benchmarks/pretraining_cost.py --sizes small --seconds 5 --utterances 2
+
+Models, optimizers and masks are those of the recipe's YAMLs (bestrq.yaml and wav2vec2.yaml, and their small ones). An
+update is one batch: forward, backward, clipping and optimizer, through the Brain's own fit_batch. All hear the same
+waveforms (noise: speed does not depend on what is said), which lie on the device already. Blocks of updates
+alternate between the two, so that whatever else the machine does falls on both alike; medians over the blocks are
+given with the range. FLOPs are counted analytically (model.flops). "of product" is the rate as a share of what one
+large matrix product reached in the same run and precision; "utilisation" that of the datasheet, where one is known.
+Peak memory is that of the model with its optimizer over its first updates: allocated on a GPU; without one, what the
+process came to hold more than before.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from torch import Tensor
+
+from speechbrain_bestrq.accounting import datasheet_flops
+from speechbrain_bestrq.audio import PretrainingBatch
+from speechbrain_bestrq.pretraining import PretrainingBrain
+
+RATE = 16000
+HPARAMS = Path(__file__).resolve().parents[1] / "recipes" / "LibriSpeech" / "pretrain" / "hparams"
+#: The YAMLs of a size: BEST-RQ's, then wav2vec 2.0's.
+YAMLS = {"base": ("bestrq", "wav2vec2"), "small": ("bestrq_small", "wav2vec2_small")}
+#: Seconds for 500 updates of wav2vec 2.0 over those of BEST-RQ in the logs of arXiv 2405.04296.
+PAPER_RATIO = 2.4
+
+
+class Resident(list):
+    """Batches that are on the device already; what the Brain asks of a sampler."""
+
+    epoch, position = 1, 0
+
+
+class Contender:
+    """The updates of one YAML."""
+
+    def __init__(self, name: str, waveforms: list[Tensor], arguments: argparse.Namespace, folder: Path):
+        self.name, device = name, arguments.device
+        held = held_gigabytes(device)
+        with open(HPARAMS / f"{name}.yaml", encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, {"data_folder": "none", "output_folder": str(folder / name)})
+        self.model = hparams["model"]
+        self.model.measure([(0.1 * torch.randn(1, 10 * RATE, generator=torch.Generator().manual_seed(0)), None)])
+        own = {"grad_accumulation_factor": 1, "log_interval": 10**9, "valid_interval": None}
+        options = {"device": device, "precision": arguments.precision, "noprogressbar": True}
+        (folder / name).mkdir(exist_ok=True)
+        self.brain = PretrainingBrain(
+            {"model": self.model},
+            hparams["optimizer"],
+            {**hparams, **own},
+            {**options, "distributed_backend": "gloo"},
+            None,
+            {},
+        )
+        self.batches = Resident(self._batch(number, wavs) for number, wavs in enumerate(waveforms))
+        self.brain.sampler = self.batches
+        self.brain.on_fit_start()
+        self.seconds: list[float] = []
+        shapes = [(*batch.masked.mask.shape, batch.masked.count) for batch in self.batches]
+        self.flops = sum(self.model.flops(*shape) for shape in shapes)
+        self.audio_seconds = sum(batch.seconds for batch in self.batches)
+        self.block()  # warms up
+        self.seconds.clear()
+        self.memory = peak_gigabytes(device) - held
+
+    def _batch(self, number: int, wavs: Tensor) -> PretrainingBatch:
+        frames = self.model.speech_encoder.num_frames(wavs.shape[1])
+        generator = torch.Generator().manual_seed(number)
+        masked = self.model.masking(torch.full((len(wavs),), frames), frames, generator)
+        return PretrainingBatch(wavs, None, masked, number, number, number, wavs.numel() / RATE, 0.0).to(wavs.device)
+
+    def block(self) -> None:
+        """Take an update on each batch."""
+        self.brain.modules.train()
+        start = time.perf_counter()
+        for batch in self.batches:
+            self.brain.step = 0  # every batch is an update, and none the last of an epoch
+            self.brain.fit_batch(batch)
+        if self.brain.device_type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def speed(self) -> float:
+        """Median audio-seconds per second."""
+        return self.audio_seconds / statistics.median(self.seconds)
+
+
+def status_gigabytes(field: str) -> float:
+    """Read a field of /proc/self/status that is given in kB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise RuntimeError(f"/proc/self/status has no {field}.")
+
+
+def held_gigabytes(device: str) -> float:
+    """Memory that is held now; the peak is forgotten."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e9
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_gigabytes("VmRSS")
+
+
+def peak_gigabytes(device: str) -> float:
+    """The most memory held since :func:`held_gigabytes`."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else status_gigabytes("VmHWM")
+
+
+def product_rate(device: str, precision: str) -> float:
+    """FLOP/s of one large matrix product."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device).unbind()
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    context = torch.autocast(device, dtype=dtypes[precision]) if precision in dtypes else nullcontext()
+    times = []
+    with context:
+        for _ in range(10):
+            start = time.perf_counter()
+            a @ b
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def compare(size: str, waveforms: list[Tensor], arguments: argparse.Namespace) -> list[str]:
+    """Measure the two of a size: the rows of a table, and a line on their ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = [Contender(name, waveforms, arguments, Path(folder)) for name in YAMLS[size]]
+        for _ in range(arguments.blocks):
+            for contender in contenders:
+                contender.block()
+    product = product_rate(arguments.device, arguments.precision)
+    peak = None
+    if arguments.device == "cuda":
+        peak = datasheet_flops(torch.cuda.get_device_name(), arguments.precision)
+    rows = []
+    for one in contenders:
+        parameters = sum(parameter.numel() for parameter in one.model.parameters())
+        slowest, fastest = (one.audio_seconds / seconds for seconds in (max(one.seconds), min(one.seconds)))
+        rate = one.flops / statistics.median(one.seconds)
+        rows.append(
+            f"| {one.name} | {parameters / 1e6:.1f} M | {one.speed:.1f} ({slowest:.1f} - {fastest:.1f}) | "
+            f"{one.flops / one.audio_seconds / 1e9:.2f} | {rate / 1e9:.0f} | {100 * rate / product:.0f} % | "
+            f"{'-' if peak is None else f'{100 * rate / peak:.1f} %'} | {one.memory:.2f} |"
+        )
+    ours, theirs = contenders
+    return [
+        *rows,
+        f"{size}: BEST-RQ hears {ours.speed / theirs.speed:.2f} times the audio of wav2vec 2.0 in the same time, with "
+        f"{theirs.flops / ours.flops:.2f} times fewer FLOPs; {PAPER_RATIO} times in the paper.",
+    ]
+
+
+def table(arguments: argparse.Namespace) -> str:
+    """Measure, and put the result into Markdown."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (arguments.utterances, round(arguments.seconds * RATE))
+    waveforms = [(0.1 * torch.randn(shape, generator=generator)).to(arguments.device) for _ in range(arguments.updates)]
+    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
+    lines = [
+        f"{arguments.utterances} x {arguments.seconds:g} s an update, {arguments.blocks} blocks of {arguments.updates} "
+        f"updates in turns, {arguments.precision}; {machine} ({os.cpu_count()} cores), {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}",
+        "",
+        "| YAML | parameters | audio-s/s (range) | GFLOP/audio-s | GFLOP/s | of product | utilisation | peak GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    results = [compare(size, waveforms, arguments) for size in arguments.sizes]
+    lines += [row for result in results for row in result[:-1]]
+    return "\n".join([*lines, "", *(result[-1] for result in results)]) + "\n"
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=tuple(YAMLS), default=list(YAMLS), help="of the models")
+    parser.add_argument("--seconds", type=float, default=12.5, help="of an utterance (%(default)s)")
+    parser.add_argument("--utterances", type=int, default=2, help="in an update (%(default)s)")
+    parser.add_argument("--updates", type=int, default=1, help="in a block (%(default)s)")
+    parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (%(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    arguments = parser.parse_args(words)
+    if min(arguments.utterances, arguments.updates, arguments.blocks) < 1 or arguments.seconds < 1.0:
+        parser.error("give at least one utterance, update and block, and one second.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; take --device cpu.")
+    print(table(arguments), end="")
+
+
+if __name__ == "__main__":
+    main()
