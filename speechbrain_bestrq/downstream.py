@@ -141,7 +141,7 @@ class WeightedEncoder(nn.Module):
         freeze_feature_extractor: bool = False,
         apply_spec_augment: bool = False,
         freeze_layers: int = 0,
-        output_rate: int = 25,
+        output_rate: int | None = None,
     ):
         super().__init__()
         self.encoder = PretrainedEncoder(

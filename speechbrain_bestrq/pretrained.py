@@ -85,9 +85,9 @@ class PretrainedEncoder(nn.Module):
     freeze_layers : int
         Freeze so many of the lowest layers, and what is below them: front end and
         subsampling. No layer is dropped in training then.
-    output_rate : int
-        Frames a second of the result: the encoder's own rate (25; 50 of wav2vec 2.0), or
-        a multiple of it: each frame is repeated.
+    output_rate : int, optional
+        Frames a second of the result: a multiple of the encoder's own rate, by repetition;
+        that rate (25; 50 of wav2vec 2.0) if left out.
 
     Attributes
     ----------
@@ -135,7 +135,7 @@ class PretrainedEncoder(nn.Module):
         apply_spec_augment: bool = False,
         output_all_hiddens: bool = False,
         freeze_layers: int = 0,
-        output_rate: int = 25,
+        output_rate: int | None = None,
     ):
         super().__init__()
         name = os.fspath(source)
@@ -150,10 +150,13 @@ class PretrainedEncoder(nn.Module):
             raise InputError(f"freeze_layers is {freeze_layers}: {source} has {self.num_layers} layers.")
         seconds = 100  # long enough for the frames that an encoder lacks at the end not to matter
         own_rate = round(self.model.num_frames(seconds * self.model.frontend.sample_rate) / seconds)
+        output_rate = own_rate if output_rate is None else output_rate
         if output_rate < own_rate or output_rate % own_rate:
             raise InputError(
                 f"output_rate is {output_rate}: this encoder has {own_rate} frames a second; give that, or a multiple."
             )
+        if apply_spec_augment and not hasattr(self.model.frontend, "num_mels"):
+            raise InputError(f"apply_spec_augment is for encoders of mel features: leave it out for {source}.")
         self._repeats = output_rate // own_rate
         self._time_span = round(TIME_SPAN * own_rate * self.model.subsampling.factor)
         self.output_norm, self.output_all_hiddens = output_norm, output_all_hiddens

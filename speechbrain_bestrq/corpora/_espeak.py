@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,11 +78,16 @@ class Espeak:
     def __init__(self) -> None:
         # -I -S: nothing of the user's environment, and a start within 0.1 s
         command = [sys.executable, "-I", "-S", str(_SERVER), *find_library()]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        greeting = self._process.stdout.read(4)
-        if greeting != struct.pack("<i", SAMPLE_RATE):
+        # complaints go to a file: nobody reads a pipe, which would fill up in the end
+        with tempfile.TemporaryFile() as complaints:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints)
+            greeting = self._process.stdout.read(4)
+            if greeting == struct.pack("<i", SAMPLE_RATE):
+                return
             self._process.kill()
-            reason = self._process.communicate()[1].decode(errors="replace").strip().splitlines()[-1:]
+            self._process.communicate()
+            complaints.seek(0)
+            reason = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
             raise InputError(
                 f"espeak-ng does not start ({''.join(reason) or 'without a reason'}): install espeakng-loader anew."
             )

@@ -215,7 +215,7 @@ class Emotion(NamedTuple):
     """Valence, activation and dominance, 1 to 5."""
 
 
-# Neighbours overlap: with the spread below, a fifth to a third of the utterances could be of another emotion.
+# Neighbours overlap, by the spread below.
 EMOTIONS = {
     "ang": Emotion("Anger", 0.18, Delivery(1.10, 8.0, 20.0, 7.0, 2.0), (2, 4, 4)),
     "hap": Emotion("Happiness", 0.12, Delivery(1.05, 14.0, 20.0, 2.5, 0.8), (4, 3, 3)),

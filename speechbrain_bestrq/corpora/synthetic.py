@@ -67,7 +67,7 @@ def make_synthetic(
     layout : str
         ``librispeech``, ``voxceleb``, ``iemocap`` or ``slurp``.
     hours : float
-        Length of the training part, within some percent (``iemocap``: of all). Each
+        Length of the training part, within a tenth (``iemocap``: of all). Each
         held-out part has a tenth to a fifth of it on top. Every speaker says
         something, however short the time.
     speakers : int, optional
@@ -99,13 +99,13 @@ def make_synthetic(
     ['CORPUS.json', 'SPEAKERS.TXT', 'dev-clean', 'test-clean', 'train-clean-100']
     """
     kind, count = _check_options(layout, hours, speakers, seed, workers)
-    find_library()
     asked = {"layout": layout, "hours": float(hours), "speakers": count, "seed": seed, "format": FORMAT}
     folder = absolute_path(output_folder)
     with _owned(folder, asked) as finished:
         if finished is not None:
             logger.info("%s: synthetic speech is there already, %.2f h", folder, finished["hours"])
             return finished
+        find_library()
         name = f"synthetic speech by espeak-ng in the layout of {kind.corpus}"
         _write_json(folder / _RECORD, {"name": name, "asked": asked})
         utterances = list(kind.plan(hours, count, seed))

@@ -62,7 +62,7 @@ def test_a_second_call_finds_everything_done(finished, capsys, caplog):
 
 
 def test_an_interrupted_demo_goes_on(tmp_path):
-    words = ["demo", "--folder", str(tmp_path), "--hours", "0.02", "--updates", "40"]
+    words = ["demo", "--folder", str(tmp_path), "--hours", "0.02", "--updates", "8"]
     command = [Path(sys.executable).with_name("sb-bestrq"), *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
     deadline = time.monotonic() + 200
@@ -77,7 +77,7 @@ def test_an_interrupted_demo_goes_on(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
-    assert steps == [20, 40, 40]  # two lines of training, one of validation: none twice
+    assert steps == sorted(set(steps)) and steps[-1] == 8  # no validation twice
     assert "Loading a checkpoint" in (tmp_path / "run" / "log.txt").read_text()
 
 

@@ -192,11 +192,11 @@ def test_what_is_frozen_at_the_bottom_keeps_nothing_for_the_backward_pass(folder
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_a_wav2vec2_encoder_is_frozen_below_its_layers_too(wav2vec2_folder, norm):
     folder = wav2vec2_folder(norm)
-    encoder = PretrainedEncoder(folder, freeze_layers=1, output_all_hiddens=True, output_rate=50).train()
+    encoder = PretrainedEncoder(folder, freeze_layers=1, output_all_hiddens=True).train()
     wavs = 0.1 * torch.randn(2, 8000, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(1)
     states = encoder(wavs)
-    expected = PretrainedEncoder(folder, freeze=True, output_all_hiddens=True, output_rate=50)(wavs)
+    expected = PretrainedEncoder(folder, freeze=True, output_all_hiddens=True)(wavs)
     assert torch.equal(states[:2], expected[:2]) and not torch.equal(states[2], expected[2])
     states.square().sum().backward()
     trained = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
@@ -207,9 +207,12 @@ def test_a_wav2vec2_encoder_is_frozen_below_its_layers_too(wav2vec2_folder, norm
 
 def test_a_wav2vec2_encoder_has_50_frames_a_second(wav2vec2_folder):
     folder = wav2vec2_folder("post")
+    assert PretrainedEncoder(folder)(torch.zeros(1, 32000)).shape[1] in (99, 100)
     with pytest.raises(InputError, match="output_rate is 25: this encoder has 50 frames a second"):
-        PretrainedEncoder(folder)
-    frozen = PretrainedEncoder(folder, freeze_feature_extractor=True, output_rate=50).train()
+        PretrainedEncoder(folder, output_rate=25)
+    with pytest.raises(InputError, match="apply_spec_augment is for encoders of mel features"):
+        PretrainedEncoder(folder, apply_spec_augment=True)
+    frozen = PretrainedEncoder(folder, freeze_feature_extractor=True).train()
     assert not any(parameter.requires_grad for parameter in frozen.model.frontend.parameters())
     assert not frozen.model.frontend.training and frozen.model.encoder.training
 
