@@ -398,6 +398,9 @@ def check_codebook(
         raise InputError(f"--minutes is above 0, not {minutes:g}.")
     if manifest is not None and data_folder is not None:
         raise InputError("--data_folder and --manifest exclude each other: give one.")
+    for before, word in zip(["", *overrides], overrides, strict=False):
+        if not word.startswith("--") and (not before.startswith("--") or "=" in before):
+            raise InputError(f"{word!r} belongs to no option: give keys of the YAML as --key value.")
     corpus = manifest if data_folder is None else data_folder
     given = [] if corpus is None else ["--data_folder", str(corpus)]
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,18 +125,21 @@ def _updates_done(run: Path) -> int:
 
 
 def _train(command: list[str]) -> None:
-    """Run the recipe in a process of its own, which writes where this one does."""
+    """Run the recipe in a process of its own, which writes where this one does, and ends when this one does."""
     process = subprocess.Popen([sys.executable, *command], cwd=RECIPE, stdout=sys.stderr)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         status = process.wait()
     except KeyboardInterrupt:
         # the terminal has told the training too: let it end by itself
         process.wait()
         raise
+    finally:
+        process.terminate()
+        process.wait()
+        signal.signal(signal.SIGTERM, before)
     if status:
-        raise InputError(
-            f"the pre-training ended with status {status}: see above; the same command goes on from there."
-        )
+        raise InputError(f"the pre-training ended with status {status}: mend what it says above, and start again.")
 
 
 def demo_text(summary: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ Memory is bounded by a batch, however long the files are: :mod:`speechbrain_best
 cuts long ones, and :mod:`speechbrain_bestrq.hidden_states` writes what is encoded at once.
 """
 
+import datetime
 import hashlib
 import json
 import logging
@@ -35,6 +36,7 @@ from speechbrain_bestrq.corpora.manifest import file_digest
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.hidden_states import FORMATS, HiddenStatesFile, file_header, is_whole
+from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.sources import find_encoder
 from speechbrain_bestrq.windows import WINDOW_SECONDS, Window, plan_batches, plan_windows, samples_per_frame
 
@@ -188,11 +190,16 @@ class _Outputs:
         counts, places = np.unique(self.frames, return_inverse=True)
         headers = [len(file_header(file_format, (self.layers, int(count), self.d_model))) for count in counts]
         self.sizes = 4 * self.layers * self.d_model * self.frames + np.array(headers)[places]
-        self.pending = np.array([not is_whole(self.path(file), int(size)) for file, size in enumerate(self.sizes)])
+        self.pending = np.array([not self._is_done(file, int(size)) for file, size in enumerate(self.sizes)])
 
     def path(self, file: int) -> Path:
         """The output of a file."""
         return self.folder / f"{os.path.splitext(self.table.name(file))[0]}.{self.file_format}"
+
+    def _is_done(self, file: int, size: int) -> bool:
+        """Whether an output is there, whole, and not older than its audio."""
+        path = self.path(file)
+        return is_whole(path, size) and path.stat().st_mtime_ns >= os.stat(self.table.path(file)).st_mtime_ns
 
     def open(self, file: int) -> HiddenStatesFile:
         """Begin an output."""
@@ -225,7 +232,7 @@ class _Progress:
         if self.bar.disable and now - self.said >= PROGRESS_INTERVAL:
             self.said = now
             speed = self.done / (now - self.started)
-            left = time.strftime("%H:%M:%S", time.gmtime((self.total - self.done) / speed))
+            left = datetime.timedelta(seconds=round(max(self.total - self.done, 0.0) / speed))
             done, total = self.done / 3600, self.total / 3600
             logger.info(
                 "%.2f of %.2f hours encoded, %.0f times as fast as real time, %s left", done, total, speed, left
@@ -333,7 +340,12 @@ def encode_folder(
     numbers = chosen_layers(layers, len(speech_encoder.encoder.layers) + 1)
     root = resolve_folder(audio_folder, "audio_folder", "give the folder of your audio")
     suffixes = normalize_extensions(extensions)
-    settings = {"encoder": _fingerprint(source, speech_encoder), "layers": numbers, "format": file_format}
+    settings = {
+        "audio_folder": str(root),
+        "encoder": _fingerprint(source, speech_encoder),
+        "layers": numbers,
+        "format": file_format,
+    }
     _check_settings(absolute_path(output_folder), settings)
 
     files = _Files(root, suffixes, speech_encoder, max_unreadable)
@@ -349,8 +361,9 @@ def encode_folder(
         there,
     )
     try:
-        _write_settings(folder, settings)
-        lost = _encode_pending(speech_encoder, torch.tensor(numbers, device=target), files, outputs, batch_seconds)
+        with sole_writer(folder):
+            _write_settings(folder, settings)
+            lost = _encode_pending(speech_encoder, torch.tensor(numbers, device=target), files, outputs, batch_seconds)
     except OSError as error:
         raise InputError(
             f"'{folder}' cannot be written to ({error.strerror}): mend that, and the same command goes on from there."
@@ -427,6 +440,8 @@ def _find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device is cpu, cuda or cuda:<number>, not {name}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is cpu, cuda or cuda:<number>, not {name}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there are {torch.cuda.device_count()} such devices: give another, or cpu.")
     return device

@@ -56,7 +56,12 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     # SpeechBrain keeps its run options out of the YAML, where others may refer to them
     for name in sorted(run_opts.overridden_args & dict(_top_level(text)).keys()):
         overrides = f"{overrides}\n{name}: {run_opts[name]}"
-    return hparams_file, run_opts, overrides, load_hyperpyyaml(text, overrides)
+    try:
+        return hparams_file, run_opts, overrides, load_hyperpyyaml(text, overrides)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:  # a module's own refusal of a value, after HyperPyYAML's account of it
+        raise InputError(f"{hparams_file}: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _check_open_keys(hparams_file: str, text: str, overrides: str) -> None:
@@ -77,7 +82,10 @@ def _check_open_keys(hparams_file: str, text: str, overrides: str) -> None:
 
 def _top_level(text: str) -> list[tuple[str, str]]:
     """The keys of a YAML and the tags of their values, in order."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"the YAML, or an option after it, cannot be read: {' '.join(str(error).split())}") from error
     return [] if node is None else [(key.value, value.tag) for key, value in node.value]
 
 

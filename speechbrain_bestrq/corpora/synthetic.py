@@ -1,6 +1,5 @@
 """Synthetic corpora: speech by espeak-ng in the layouts of four corpora, to start with where no data are."""
 
-import fcntl
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from speechbrain_bestrq.corpora._options import absolute_path
 from speechbrain_bestrq.corpora._rooms import SAMPLE_RATE, record
 from speechbrain_bestrq.corpora._voices import make_request
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.locking import sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 
 _RECORD = "CORPUS.json"
+
+# Identifiers count the utterances of a speaker, and have room for so many.
+_MOST_HOURS_OF_A_SPEAKER = 10.0
 
 
 def make_synthetic(
@@ -101,6 +104,16 @@ def make_synthetic(
     kind, count = _check_options(layout, hours, speakers, seed, workers)
     asked = {"layout": layout, "hours": float(hours), "speakers": count, "seed": seed, "format": FORMAT}
     folder = absolute_path(output_folder)
+    try:
+        return _make(folder, kind, count, asked, workers or os.cpu_count() or 1)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise InputError(
+            f"output_folder '{folder}' cannot be written to ({error}): mend that; the same command goes on from there."
+        ) from error
+
+
+def _make(folder: Path, kind: Layout, count: int, asked: dict[str, Any], workers: int) -> dict[str, Any]:
+    layout, hours, seed = asked["layout"], asked["hours"], asked["seed"]
     with _owned(folder, asked) as finished:
         if finished is not None:
             logger.info("%s: synthetic speech is there already, %.2f h", folder, finished["hours"])
@@ -109,7 +122,7 @@ def make_synthetic(
         name = f"synthetic speech by espeak-ng in the layout of {kind.corpus}"
         _write_json(folder / _RECORD, {"name": name, "asked": asked})
         utterances = list(kind.plan(hours, count, seed))
-        seconds = _make_audio(folder, utterances, seed, workers or os.cpu_count() or 1)
+        seconds = _make_audio(folder, utterances, seed, workers)
         for path, content in kind.texts(utterances, seconds):
             _write_text(folder / path, content)
         made = {
@@ -139,29 +152,24 @@ def _check_options(
         raise InputError(f"speakers: {kind.corpus} has {kind.speakers}, not {speakers}: leave it out.")
     if speakers is not None and speakers < 2:
         raise InputError(f"speakers is a count, at least 2, not {speakers}.")
+    count = kind.speakers if speakers is None else speakers
+    if hours / count > _MOST_HOURS_OF_A_SPEAKER:
+        raise InputError(
+            f"speakers: {count} would say {hours / count:.0f} hours each, and repeat themselves: give more, at least "
+            f"{math.ceil(hours / _MOST_HOURS_OF_A_SPEAKER)}."
+        )
     if seed < 0:
         raise InputError(f"seed is a whole number, at least 0, not {seed}.")
     if workers is not None and workers < 1:
         raise InputError(f"workers is a count of threads, at least 1, not {workers}: or leave it out.")
-    return kind, kind.speakers if speakers is None else speakers
+    return kind, count
 
 
 @contextmanager
 def _owned(folder: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
     """Keep a folder for this call alone; yield what was made in it if it is finished, None if there is work to do."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"output_folder '{folder}' cannot be made ({error.strerror}): give another.") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"output_folder '{folder}' is being written by another process: wait for it.") from error
+    with sole_writer(folder):
         yield _find_made(folder, asked)
-    finally:
-        os.close(descriptor)
 
 
 def _find_made(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:

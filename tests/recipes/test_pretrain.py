@@ -149,6 +149,7 @@ BAD_INPUT = {
     "unknown corpus": (["--corpus=tedlium"], r"corpus is librispeech or folder"),
     "missing split": (["--valid_splits=[dev-other]"], r"dev-other"),
     "unknown key": (["--peak_learning_rat=1"], r"--peak_learning_rat is no key .* --peak_learning_rate"),
+    "value out of range": (["--whiten=8"], r"bestrq_small.yaml: .*whiten is the number of components kept"),
     "batch bound below the longest utterance": (["--max_batch_seconds=2"], r"max_batch_seconds"),
     "all too short": (["--min_seconds=20"], r"min_seconds"),
     "other rate refused": (["--sample_rate=8000", "--resample=False"], r"resample"),

@@ -309,6 +309,8 @@ BAD_INPUT = {
     "too small a corpus": (["--manifest", "MANIFEST", "--codebook_size=8192"], "4096 are needed; add audio"),
     "no minutes": (["--manifest", "MANIFEST", "--minutes=0"], "--minutes is above 0"),
     "no manifest": (["--manifest", "/nowhere.csv"], "/nowhere.csv"),
+    "a value out of range": (["--manifest", "MANIFEST", "--whiten=8"], "whiten is the number of components kept"),
+    "a word too many": (["--manifest", "MANIFEST", "whiten", "32"], "'whiten' belongs to no option"),
 }
 
 

@@ -18,6 +18,7 @@ from speechbrain_bestrq.cli import main
 from speechbrain_bestrq.encode import chosen_layers, encode_folder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.hidden_states import HiddenStatesFile
+from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.windows import Window, plan_batches, plan_windows, samples_per_frame
 
 RATE = 16000
@@ -149,7 +150,7 @@ def test_a_second_call_does_what_is_missing_and_nothing_else(encoder, audio, tmp
     before = {name: path.read_bytes() for name, path in outputs(out).items()}
     (out / "1.npy").unlink()
     (out / "2.npy").write_bytes(before["2.npy"][:-1])  # cut short by a crash
-    os.utime(out / "deep" / "er" / "é.b.npy", ns=(1, 1))
+    os.utime(out / "deep" / "er" / "é.b.npy", ns=(4 * 10**18, 4 * 10**18))
     kept = times(out)
     soundfile.write(audio / "new.wav", noise(0.5), RATE)
     summary = encode_folder(encoder, audio, out)
@@ -167,6 +168,32 @@ def test_a_second_call_does_what_is_missing_and_nothing_else(encoder, audio, tmp
         else:
             assert after[name] == content and times(out)[name] == kept[name]
     assert encode_folder(encoder, audio, out)["encoded"] == 0
+
+
+def test_audio_that_was_replaced_is_encoded_again(encoder, audio, tmp_path):
+    out = tmp_path / "out"
+    encode_folder(encoder, audio, out)
+    before = (out / "1.npy").read_bytes()
+    name = next(path for path in audio.iterdir() if path.stem == "1")
+    wave, rate = soundfile.read(name)
+    soundfile.write(name, wave[::-1], rate)
+    later = (out / "1.npy").stat().st_mtime_ns + 10**9
+    os.utime(name, ns=(later, later))
+    assert encode_folder(encoder, audio, out)["encoded"] == 1
+    assert (out / "1.npy").read_bytes() != before
+
+
+def test_features_of_another_folder_are_not_taken_for_these(encoder, audio, tmp_path):
+    out = tmp_path / "out"
+    encode_folder(encoder, audio, out)
+    other = shutil.copytree(audio, tmp_path / "other")
+    with pytest.raises(InputError, match="holds hidden states of other settings .audio_folder"):
+        encode_folder(encoder, other, out)
+
+
+def test_two_processes_do_not_write_to_one_folder(encoder, audio, tmp_path):
+    with sole_writer(tmp_path / "out"), pytest.raises(InputError, match="is being written by another process"):
+        encode_folder(encoder, audio, tmp_path / "out")
 
 
 def test_an_interrupted_call_leaves_whole_files_alone_and_is_finished_by_the_next(
