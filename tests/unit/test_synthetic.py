@@ -354,7 +354,7 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path):
         ({"hours": float("nan")}, "hours is the length"),
         ({"speakers": 1}, "speakers is a count, at least 2"),
         ({"layout": "iemocap", "speakers": 12}, "IEMOCAP has 10, not 12: leave it out"),
-        ({"hours": 50.0, "speakers": 4}, "speakers: 4 would say 12 hours each .* at least 5"),
+        ({"hours": 50.0, "speakers": 4}, "speakers: 4 would say 12 hours each, .* at least 5"),
         ({"seed": -1}, "seed is a whole number"),
         ({"workers": 0}, "workers is a count of threads"),
     ],
