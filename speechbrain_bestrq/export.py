@@ -26,7 +26,7 @@ from speechbrain_bestrq.artefact import (
 )
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.safe_reading import read_json
+from speechbrain_bestrq.safe_reading import file_inside, read_json
 from speechbrain_bestrq.sources import find_encoder
 from speechbrain_bestrq.speechbrain_checkpoint import (
     HPARAMS_FILE,
@@ -221,8 +221,9 @@ def to_speechbrain(source: str | os.PathLike, out: str | os.PathLike) -> dict[st
     out, source = _check_out(out), find_encoder(source)
     speech_encoder = load_encoder(source)
     facts = read_json(source / CONFIG_FILE).get("training")
-    card = source / CARD_FILE
-    text = card.read_text(encoding="utf-8") if card.is_file() else "# Speech encoder\n"
+    text = "# Speech encoder\n"
+    if (source / CARD_FILE).is_file():  # a link that leaves the folder is refused: this text is made to be published
+        text = file_inside(source, CARD_FILE).read_text(encoding="utf-8", errors="replace")
     with _new_folder(out) as folder:
         save_encoder(
             speech_encoder, folder, text.rstrip() + _SPEECHBRAIN_USE, **(facts if isinstance(facts, dict) else {})

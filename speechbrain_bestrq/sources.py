@@ -11,7 +11,7 @@ from speechbrain_bestrq.errors import InputError
 
 #: A wav2vec 2.0 of transformers says here whether its waveforms are normalised.
 INPUT_FILE = "preprocessor_config.json"
-#: In a run's output folder, the encoder of its last step.
+#: In a run's output folder, the encoder of its best validation.
 RUN_SUBFOLDER = "encoder"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
