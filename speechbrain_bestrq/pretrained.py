@@ -256,6 +256,10 @@ class PretrainedEncoder(nn.Module):
             hidden = normalize_utterances(hidden, None if lengths is None else frames)
         return hidden if self._repeats == 1 else hidden.repeat_interleave(self._repeats, dim=-2)
 
+    def num_frames(self, samples: int | Tensor) -> int | Tensor:
+        """Frames of the result for so many samples."""
+        return self.model.num_frames(samples) * self._repeats
+
     @torch.no_grad()
     def encode_file(self, path: str | os.PathLike) -> Tensor:
         """Encode an audio file of any rate and number of channels, in eval mode and without gradient.

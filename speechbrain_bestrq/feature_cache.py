@@ -1,0 +1,159 @@
+"""Hidden states of a frozen encoder, computed once and kept on disk."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
+from speechbrain_bestrq.task_encoders import TaskEncoder, state_digest
+
+logger = logging.getLogger(__name__)
+
+_STATES, _INDEX = "states.f32", "index.json"
+_BYTES = 4  # of a float32
+
+
+class FeatureCache:
+    """The hidden states of utterances, in one memory-mapped file; :func:`cache_features` makes it.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Holds ``states.f32`` and ``index.json``.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+        self._places: dict[str, list[int]] = index["places"]
+        self._shape = (index["states"], index["channels"])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Give the hidden states of an utterance: float32, shape (T, S, D)."""
+        start, frames = self._places[name]
+        states, channels = self._shape
+        file = self.folder / _STATES
+        values = np.memmap(file, np.float32, "r", start * states * channels * _BYTES, (frames, states, channels))
+        return torch.from_numpy(np.array(values))
+
+
+def cache_features(
+    folder: str | os.PathLike,
+    encoder: TaskEncoder,
+    rows: Rows,
+    sample_rate: int = 16000,
+    max_batch_seconds: float = 60.0,
+    device: torch.device | str = "cpu",
+) -> FeatureCache:
+    """Compute the hidden states of all utterances in float32, unless they are there already.
+
+    A cache that was made by other weights or of other audio is made again; one that was
+    interrupted too. To be called on the main process only.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Of the cache.
+    encoder : TaskEncoder
+        A frozen one.
+    rows : mapping
+        Of all manifests together.
+    sample_rate : int
+        Samples per second that the encoder takes.
+    max_batch_seconds : float
+        Most audio in a batch, padding included.
+    device : torch.device or str
+        Where to compute.
+
+    Returns
+    -------
+    FeatureCache
+
+    Raises
+    ------
+    InputError
+        If the encoder is to be trained, or the disk is too full.
+    """
+    if not encoder.freeze:
+        raise InputError("cache_features: True is for a frozen encoder: leave it out when the encoder is trained.")
+    folder = Path(folder)
+    identity = _identify(encoder, rows, sample_rate)
+    if _is_made(folder, identity):
+        logger.info("The hidden states of %d utterances are in %s already.", len(rows), folder)
+        return FeatureCache(folder)
+    seconds = {name: float(row["duration"]) for name, row in rows.items()}
+    frames = {name: encoder.num_frames(round(length * sample_rate)) for name, length in seconds.items()}
+    size = sum(frames.values()) * encoder.num_states * encoder.output_dim * _BYTES
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise InputError(
+            f"cache_features: True needs {size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free: make "
+            "room, or leave it out."
+        )
+    logger.info(
+        "Computing the hidden states of %d utterances, %.2f hours: %.2f GB in %s.",
+        len(rows),
+        sum(seconds.values()) / 3600,
+        size / 1e9,
+        folder,
+    )
+    (folder / _INDEX).unlink(missing_ok=True)
+    places: dict[str, list[int]] = {}
+    dataset = make_dataset(rows, sample_rate)
+    sampler = TaskBatchSampler(list(seconds.values()), max_batch_seconds, training=False)
+    device, training = torch.device(device), encoder.training
+    encoder.eval().to(device)
+    position = 0
+    with open(folder / _STATES, "wb") as file, torch.no_grad():
+        for batch in make_task_loader(dataset, sampler):
+            wavs, wav_lens = batch.sig
+            hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
+            for name, states, length in zip(
+                batch.id, hidden.float().permute(1, 2, 0, 3), lengths.tolist(), strict=True
+            ):
+                states[:length].cpu().contiguous().numpy().tofile(file)
+                places[name] = [position, length]
+                position += length
+    encoder.train(training)
+    index = {"identity": identity, "states": encoder.num_states, "channels": encoder.output_dim, "places": places}
+    beside = folder / f"{_INDEX}.writing"
+    beside.write_text(json.dumps(index), encoding="utf-8")
+    os.replace(beside, folder / _INDEX)
+    return FeatureCache(folder)
+
+
+def _identify(encoder: TaskEncoder, rows: Rows, sample_rate: int) -> dict[str, Any]:
+    """What the cached values are a function of."""
+    audio = hashlib.sha256()
+    for name, row in rows.items():
+        audio.update(json.dumps([name, str(row["wav"]), float(row["duration"])]).encode())
+    settings = hashlib.sha256(f"{encoder!r} {encoder.options}".encode()).hexdigest()[:16]
+    return {
+        "encoder": state_digest(encoder),
+        "settings": settings,
+        "audio": audio.hexdigest()[:16],
+        "sample_rate": sample_rate,
+    }
+
+
+def _is_made(folder: Path, identity: dict[str, Any]) -> bool:
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        frames = sum(length for _, length in index["places"].values())
+        whole = frames * index["states"] * index["channels"] * _BYTES
+        return index["identity"] == identity and (folder / _STATES).stat().st_size == whole
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

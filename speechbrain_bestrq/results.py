@@ -1,0 +1,185 @@
+"""What a downstream run came to: ``results.json``, and the errors of each utterance for comparing two runs."""
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.metrics import Interval, paired_bootstrap
+
+RESULTS_FILE = "results.json"
+#: Of the errors of each utterance of a test set.
+ERRORS_FILE = "errors_{}.csv"
+
+
+def interval(value: Interval) -> dict[str, float]:
+    """Give an interval as JSON.
+
+    Example
+    -------
+    >>> interval(Interval(0.5, 0.4, 0.6))
+    {'value': 0.5, 'low': 0.4, 'high': 0.6}
+    """
+    return {"value": value.value, "low": value.low, "high": value.high}
+
+
+def machine() -> dict[str, Any]:
+    """Say on what a run ran: the device, threads and versions."""
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU ({platform.processor() or platform.machine()})"
+    )
+    packages = ("torch", "speechbrain", "speechbrain_bestrq")
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def write_results(folder: str | os.PathLike, results: Mapping[str, Any]) -> Path:
+    """Write ``results.json``, all or nothing.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The run's output folder.
+    results : mapping
+        Plain JSON values.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = write_results(folder, {"task": "ASR", "sets": {"test-clean": {"wer": {"value": 0.2}}}})
+    >>> read_results(folder)["sets"]["test-clean"]["wer"]["value"]
+    0.2
+    """
+    path = Path(folder) / RESULTS_FILE
+    beside = path.with_name(f"{path.name}.writing")
+    beside.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def read_results(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read a run's ``results.json``.
+
+    Arguments
+    ---------
+    folder : str or Path
+        A downstream run's output folder.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    InputError
+        If it is not there or not what :func:`write_results` wrote.
+    """
+    path = Path(folder) / RESULTS_FILE
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: this is no downstream run, or it has not been evaluated yet.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}): run the evaluation again, with --test_only True."
+        ) from error
+    if not isinstance(results, dict) or not isinstance(results.get("sets"), dict):
+        raise InputError(f"{path} holds no results: run the evaluation again, with --test_only True.")
+    return results
+
+
+def write_errors(
+    folder: str | os.PathLike, name: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
+) -> Path:
+    """Write the errors of each utterance of a test set, all or nothing.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The run's output folder.
+    name : str
+        Of the test set.
+    rows : iterable of mapping
+        One for each utterance, with the columns.
+    columns : sequence of str
+        "ID", "group" (the speaker, or empty), then pairs such as "wer_errors", "wer_total".
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    path = Path(folder) / ERRORS_FILE.format(name)
+    beside = path.with_name(f"{path.name}.writing")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
+    return path
+
+
+def compare_runs(folder: str | os.PathLike, other: str | os.PathLike, name: str, metric: str) -> tuple[Interval, float]:
+    """Compare two runs on the same test set by a paired bootstrap over its speakers, or its utterances.
+
+    Arguments
+    ---------
+    folder, other : str or Path
+        Output folders of two runs.
+    name : str
+        Of the test set.
+    metric : str
+        "wer", "cer"...: of the columns in ``errors_<name>.csv``.
+
+    Returns
+    -------
+    difference : Interval
+        The first's rate minus the other's.
+    not_better : float
+        As :func:`speechbrain_bestrq.metrics.paired_bootstrap` gives it.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, or the utterances are not the same.
+    """
+    ours, theirs = (_read_errors(Path(one) / ERRORS_FILE.format(name), metric) for one in (folder, other))
+    if ours.keys() != theirs.keys():
+        raise InputError(f"{folder} and {other} were not tested on the same utterances of {name}: test both again.")
+    groups = [ours[key][2] for key in ours]
+    return paired_bootstrap(
+        [ours[key][0] for key in ours],
+        [theirs[key][0] for key in ours],
+        [ours[key][1] for key in ours],
+        groups if all(groups) else None,
+    )
+
+
+def _read_errors(path: Path, metric: str) -> dict[str, tuple[float, float, str]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {
+                row["ID"]: (float(row[f"{metric}_errors"]), float(row[f"{metric}_total"]), row["group"])
+                for row in csv.DictReader(file)
+            }
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: test the run on that set, with --test_only True.") from error
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} has no errors of {metric} ({error}): test the run again.") from error

@@ -1,0 +1,288 @@
+"""What the downstream tasks share: encoder, mix and head, each with its own optimiser, their cost, their records."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+import torch
+from speechbrain.nnet.schedulers import NewBobScheduler, update_learning_rate
+from speechbrain.utils.distributed import if_main_process
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.frontend import absolute_lengths
+from speechbrain_bestrq.recipe import command_line
+from speechbrain_bestrq.results import machine
+from speechbrain_bestrq.task_encoders import TaskEncoder, state_digest
+
+logger = logging.getLogger(__name__)
+
+LAYER_WEIGHTS_PLOT = "layer_weights.png"
+
+
+class TaskBrain(sb.Brain):
+    """Trains a head, and with it the mix of an encoder's layers and the encoder, on labelled speech.
+
+    A task's Brain has ``compute_forward`` (which begins with :meth:`listen`),
+    ``compute_objectives``, and :meth:`stage_metrics`, whose entry :attr:`metric` chooses the
+    checkpoint and drives the learning rates.
+
+    Of hparams it reads
+
+    - ``encoder_optimizer``, ``mix_optimizer``, ``head_optimizer``: take parameters
+      (``!name:torch.optim.Adam``); needed for what is trained. Modules besides the encoder and the mix
+      count to the head;
+    - ``encoder_annealing``...: SpeechBrain's ``NewBobScheduler``, which goes by the metric, or a schedule that
+      goes by the epoch, such as ``LinearScheduler``; the rate stays where there is none;
+    - ``encoder_start_update``: the first update that trains the encoder (0 if left out). Before,
+      it runs without gradients;
+    - ``speed_perturb``: applied to the waveforms in training, if it is there;
+    - ``output_folder``, ``train_logger``, ``epoch_counter``, ``seed``.
+
+    Arguments
+    ---------
+    modules : dict
+        "encoder" (a :class:`~speechbrain_bestrq.task_encoders.TaskEncoder`), "head", and
+        where the encoder gives several hidden states "mix" (a
+        :class:`~speechbrain_bestrq.downstream.LayerMix`).
+    hparams, run_opts, checkpointer
+        As for ``speechbrain.Brain``. The Brain adds what it trains to the checkpointer.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to train something with.
+    """
+
+    #: Of the validation: the lower the better.
+    metric = "loss"
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        hparams: dict[str, Any],
+        run_opts: Any = None,
+        checkpointer: Any = None,
+    ):
+        self.encoder: TaskEncoder = modules["encoder"]
+        self.mix: LayerMix | None = modules.get("mix")
+        if self.mix is None and self.encoder.num_states > 1:
+            raise ValueError(f"the encoder gives {self.encoder.num_states} hidden states: a mix is needed.")
+        self.parts = _optimized_parts(modules)
+        for part in self.parts:
+            if f"{part}_optimizer" not in hparams:
+                raise InputError(f"{part}_optimizer is missing from the YAML, but the {part} is to be trained: add it.")
+        super().__init__(modules, None, hparams, run_opts, checkpointer)
+        self.seconds = {"train": 0.0, "validation": 0.0}
+        self.layer_weights: list[list[float]] = []
+        self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
+        if checkpointer is not None:
+            for name, module in modules.items():
+                if any(parameter.requires_grad for parameter in module.parameters()):
+                    checkpointer.add_recoverable(name, module)
+            for part in self.parts:
+                if isinstance(self._annealing(part), NewBobScheduler):  # others are functions of the epoch
+                    checkpointer.add_recoverable(f"{part}_annealing", self._annealing(part))
+            checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
+
+    # ---------------------------------------------------------------- computing
+
+    def listen(self, batch: Any, stage: sb.Stage) -> tuple[Tensor, Tensor]:
+        """Encode a batch and mix its hidden states.
+
+        Arguments
+        ---------
+        batch : PaddedBatch
+            On the device; with ``sig``, waveforms, or ``hidden``, cached hidden states
+            (B, T, S, D).
+        stage : sb.Stage
+            The encoder is trained in TRAIN only.
+
+        Returns
+        -------
+        features : Tensor
+            Shape (B, T, D); zero in the padding.
+        lengths : Tensor
+            Frames of each utterance, int64, shape (B,).
+        """
+        if hasattr(batch, "hidden"):
+            states, relative = batch.hidden
+            hidden, lengths = states.permute(2, 0, 1, 3), absolute_lengths(relative, states.shape[1])
+        else:
+            wavs, wav_lens = batch.sig
+            if stage == sb.Stage.TRAIN and hasattr(self.hparams, "speed_perturb"):
+                wavs = self.hparams.speed_perturb(wavs)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained()):
+                hidden, lengths = self.modules.encoder(wavs, wav_lens)
+        return (hidden[0] if self.mix is None else self.modules.mix(hidden)), lengths
+
+    def _encoder_is_trained(self) -> bool:
+        return not self.encoder.freeze and self.optimizer_step >= getattr(self.hparams, "encoder_start_update", 0)
+
+    # ---------------------------------------------------------------- optimisers
+
+    def init_optimizers(self) -> None:
+        """Make an optimiser for each part that is trained."""
+        self.optimizers_dict = {}
+        for part, parameters in self.parts.items():
+            optimizer = getattr(self.hparams, f"{part}_optimizer")(parameters)
+            self.optimizers_dict[part] = optimizer
+            if self.checkpointer is not None:
+                self.checkpointer.add_recoverable(f"{part}_optimizer", optimizer)
+
+    def freeze_optimizers(self, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, torch.optim.Optimizer]:
+        """Leave out the encoder's until it is trained."""
+        return {part: one for part, one in optimizers.items() if part != "encoder" or self._encoder_is_trained()}
+
+    def _annealing(self, part: str) -> Any:
+        return getattr(self.hparams, f"{part}_annealing", None)
+
+    def _anneal(self, epoch: int, value: float) -> dict[str, float]:
+        """Set the rates of the next epoch; return those of this one."""
+        rates = {}
+        for part, optimizer in self.optimizers_dict.items():
+            rates[f"{part}_rate"] = optimizer.param_groups[0]["lr"]
+            annealing = self._annealing(part)
+            # an encoder that is not trained yet is not to blame for a metric that stands still
+            if annealing is None or (part == "encoder" and not self._encoder_is_trained()):
+                continue
+            _, rate = annealing(value if isinstance(annealing, NewBobScheduler) else epoch)
+            update_learning_rate(optimizer, rate)
+        return rates
+
+    # ---------------------------------------------------------------- stages
+
+    def fit(self, epoch_counter: Any, train_set: DataLoader, valid_set: DataLoader) -> None:
+        """Train; go on from the last checkpoint if there is one.
+
+        Arguments
+        ---------
+        epoch_counter : EpochCounter
+            Counts the epochs.
+        train_set, valid_set : DataLoader
+            Of :func:`speechbrain_bestrq.task_data.make_task_loader`.
+        """
+        self.train_sampler = train_set.batch_sampler  # on one device too, each epoch has batches of its own
+        super().fit(epoch_counter, train_set, valid_set)
+        if self.layer_weights and if_main_process():
+            draw_layer_weights(self.layer_weights, Path(self.hparams.output_folder) / LAYER_WEIGHTS_PLOT)
+
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
+        """Start the clock and the metrics."""
+        self._started = time.perf_counter()
+        self.start_metrics(stage)
+
+    def start_metrics(self, stage: sb.Stage) -> None:
+        """Forget what was collected; a task's Brain may start its collectors here."""
+
+    def stage_metrics(self, stage: sb.Stage) -> dict[str, float]:
+        """Give what was collected in VALID or TEST, on the whole set; with the entry :attr:`metric`."""
+        return {}
+
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
+        """Log; after a validation set the rates and save."""
+        elapsed = time.perf_counter() - self._started
+        if stage == sb.Stage.TRAIN:
+            self.seconds["train"] += elapsed
+            self._train_loss = float(stage_loss)
+            return
+        metrics = {"loss": float(stage_loss), **self.stage_metrics(stage)}
+        if stage == sb.Stage.TEST:
+            self.test_metrics = metrics
+            return
+        self.seconds["validation"] += elapsed
+        rates = self._anneal(epoch, metrics[self.metric])
+        meta = {"epoch": epoch, "updates": self.optimizer_step, **rates, "train_seconds": self.seconds["train"]}
+        self.hparams.train_logger.log_stats(meta, {"loss": self._train_loss}, metrics)
+        if self.mix is not None:
+            self.layer_weights.append(self.mix.shares())
+            logger.info("epoch %d: %s", epoch, self.mix.describe())
+        if self.checkpointer is not None:
+            self.checkpointer.save_and_keep_only(meta={"epoch": epoch, **metrics}, min_keys=[self.metric])
+
+    def _save_progress(self, _brain: Any, path: Path) -> None:
+        if if_main_process():
+            progress = {"seconds": self.seconds, "layer_weights": self.layer_weights}
+            Path(path).write_text(json.dumps(progress), encoding="utf-8")
+
+    def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
+        progress = json.loads(Path(path).read_text(encoding="utf-8"))
+        self.seconds, self.layer_weights = progress["seconds"], progress["layer_weights"]
+
+    # ---------------------------------------------------------------- evaluation
+
+    def on_evaluate_start(self, max_key: str | None = None, min_key: str | None = None) -> None:
+        """Load the best checkpoint.
+
+        Raises
+        ------
+        InputError
+            If there is none: nothing was trained.
+        """
+        if self.checkpointer is None or self.checkpointer.find_checkpoint(min_key=self.metric) is None:
+            raise InputError(
+                f"{self.hparams.output_folder} has no checkpoint to test: train first, without --test_only."
+            )
+        super().on_evaluate_start(min_key=self.metric)
+
+    def test(self, loader: DataLoader) -> dict[str, float]:
+        """Evaluate the best checkpoint on a set.
+
+        Arguments
+        ---------
+        loader : DataLoader
+            Of the set.
+
+        Returns
+        -------
+        dict
+            The metrics of the stage, and "seconds".
+        """
+        started = time.perf_counter()
+        self.evaluate(loader)
+        return {**self.test_metrics, "seconds": time.perf_counter() - started}
+
+    def records(self) -> dict[str, Any]:
+        """Give what ``results.json`` says of the run itself, to be called after the tests.
+
+        Returns
+        -------
+        dict
+            Plain JSON values.
+        """
+        world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        best = self.checkpointer.find_checkpoint(min_key=self.metric)
+        return {
+            "encoder": {
+                **self.encoder.describe(),
+                "frozen": self.encoder.freeze,
+                "digest": state_digest(self.encoder),
+            },
+            "seed": self.hparams.seed,
+            "epochs": self.hparams.epoch_counter.current,
+            "updates": self.optimizer_step,
+            "best_epoch": best.meta["epoch"],
+            "validation": {name: value for name, value in best.meta.items() if isinstance(value, float)},
+            "trained_parameters": self.trained_parameters,
+            "layer_weights": self.layer_weights[-1] if self.layer_weights else None,
+            "seconds": dict(self.seconds),
+            "device_hours": sum(self.seconds.values()) * world_size / 3600,
+            "world_size": world_size,
+            "command": command_line(),
+            **machine(),
+        }
+
+
+def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters of each optimiser: encoder, mix, and all else as the head."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, module in modules.items():
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if trainable:
+            parts.setdefault(name if name in ("encoder", "mix") else "head", []).extend(trainable)
+    return parts

@@ -1,0 +1,298 @@
+"""Labelled utterances for the downstream tasks: which of them, read how, in which batches."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from torch import Tensor
+
+from speechbrain_bestrq.audio import read_segment
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.seeding import derived_generator
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+#: How much the length of an utterance is varied before sorting, so that an epoch's batches differ from the last's.
+LENGTH_JITTER = 0.1
+
+
+class TaskBatchSampler(torch.utils.data.Sampler[list[int]]):
+    """Batches of whole utterances of similar length.
+
+    Algorithm, for training. Each length is multiplied by a random factor within 10 % of one,
+    the utterances are sorted by the result, and consecutive ones make a batch until
+    the next would take it, padded, beyond ``max_batch_seconds`` or beyond ``max_batch_size``. The
+    batches are shuffled. Rank r takes every ``world_size``-th from r on; the last few
+    batches are given twice where their number is no multiple of ``world_size``, so that all ranks
+    have equally many. Everything is a function of (seed, epoch).
+
+    For evaluation nothing is drawn, and each rank has all batches: SpeechBrain's Brain
+    evaluates the whole set on every rank.
+
+    Arguments
+    ---------
+    seconds : array_like
+        Duration of each utterance, shape (U,).
+    max_batch_seconds : float
+        Most audio in a batch, padding included; a longer utterance is a batch of its own.
+    training : bool
+        Whether to draw.
+    max_batch_size : int, optional
+        Most utterances in a batch.
+    seed : int
+        Of the draws.
+    rank, world_size : int
+        This process, and their number.
+
+    Example
+    -------
+    >>> sampler = TaskBatchSampler([1.0, 9.0, 1.1, 8.0], max_batch_seconds=18, training=False)
+    >>> list(sampler)
+    [[1, 3], [2, 0]]
+    """
+
+    def __init__(
+        self,
+        seconds: Any,
+        max_batch_seconds: float,
+        training: bool,
+        max_batch_size: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.seconds = np.asarray(seconds, dtype=np.float64)
+        if not len(self.seconds):
+            raise InputError("there are no utterances to make batches of: check the manifest and what was left out.")
+        if max_batch_seconds <= 0 or (max_batch_size or 1) < 1:
+            raise InputError(
+                f"max_batch_seconds and max_batch_size must be above 0, not {max_batch_seconds} and {max_batch_size}."
+            )
+        self.max_batch_seconds, self.max_batch_size = max_batch_seconds, max_batch_size or len(self.seconds)
+        self.training, self.seed = training, seed
+        self.rank, self.world_size = (rank, world_size) if training else (0, 1)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Plan an epoch.
+
+        Arguments
+        ---------
+        epoch : int
+            Its number.
+        """
+        sizes = self.seconds
+        if self.training:
+            generator = derived_generator(self.seed, epoch)
+            factors = 1 + LENGTH_JITTER * (2 * torch.rand(len(sizes), generator=generator).numpy() - 1)
+            sizes = sizes * factors
+        batches = self._cut(np.argsort(-sizes, kind="stable"))
+        if self.training:
+            batches = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+            missing = -len(batches) % self.world_size
+            batches += [batches[place % len(batches)] for place in range(missing)]
+        self._batches = batches[self.rank :: self.world_size]
+
+    def _cut(self, order: np.ndarray) -> list[list[int]]:
+        batches: list[list[int]] = []
+        longest = 0.0
+        for index in order.tolist():
+            longest = max(longest, self.seconds[index])
+            size = len(batches[-1]) + 1 if batches else math.inf
+            if size > self.max_batch_size or size * longest > self.max_batch_seconds:
+                batches.append([])
+                longest = self.seconds[index]
+            batches[-1].append(index)
+        return batches
+
+    def __len__(self) -> int:
+        """Batches of this rank in this epoch."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self._batches
+
+
+def make_dataset(
+    rows: Rows, sample_rate: int = 16000, hidden: Mapping[str, Tensor] | None = None
+) -> DynamicItemDataset:
+    """Make a dataset whose item ``sig`` is the waveform of an utterance, or ``hidden`` its cached hidden states.
+
+    Arguments
+    ---------
+    rows : mapping
+        Of a manifest, as :func:`speechbrain_bestrq.corpora.manifest.read_manifest` gives
+        them.
+    sample_rate : int
+        Samples per second of the waveforms.
+    hidden : mapping, optional
+        A :class:`speechbrain_bestrq.feature_cache.FeatureCache` of these utterances: the audio
+        is left alone then.
+
+    Returns
+    -------
+    DynamicItemDataset
+        With the items ``id`` and ``sig`` (float32, shape (N,)) or ``hidden`` (float32,
+        shape (T, S, D)) as output; recipes add their targets.
+
+    Example
+    -------
+    >>> import numpy, soundfile
+    >>> path = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(path, numpy.zeros(8000), 8000)
+    >>> dataset = make_dataset({"a": {"wav": str(path), "duration": 1.0}})
+    >>> dataset[0]["sig"].shape
+    torch.Size([16000])
+    """
+
+    def read_audio(wav: str, duration: float) -> Tensor:
+        return torch.from_numpy(read_segment(wav, 0, round(float(duration) * sample_rate), sample_rate))
+
+    if hidden is None:
+        item = {"func": read_audio, "takes": ["wav", "duration"], "provides": "sig"}
+    else:
+        item = {"func": hidden.__getitem__, "takes": ["id"], "provides": "hidden"}
+    return DynamicItemDataset({name: dict(row) for name, row in rows.items()}, [item], ["id", item["provides"]])
+
+
+def make_task_loader(
+    dataset: DynamicItemDataset, sampler: TaskBatchSampler, num_workers: int = 0
+) -> torch.utils.data.DataLoader:
+    """Make the loader of a dataset's padded batches.
+
+    Arguments
+    ---------
+    dataset : DynamicItemDataset
+        Its outputs are padded where they are tensors.
+    sampler : TaskBatchSampler
+        Over the same utterances in the same order.
+    num_workers : int
+        Processes that read; 0 reads in this one.
+
+    Returns
+    -------
+    DataLoader
+        Of SpeechBrain's ``PaddedBatch``.
+    """
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=PaddedBatch,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+
+
+def take_hours(rows: Rows, hours: float | None, seed: int = 0, group: str = "spk_id") -> dict[str, Mapping[str, Any]]:
+    """Draw a training set of a given length, spread over the speakers.
+
+    Speakers are gone through in random order, again and again, each giving a random
+    utterance that it has not given yet, until the next would exceed the hours. A larger draw of
+    the same seed holds a smaller one.
+
+    Arguments
+    ---------
+    rows : mapping
+        Of a manifest, with "duration" in seconds.
+    hours : float or None
+        None takes all.
+    seed : int
+        Of the draw.
+    group : str
+        The column of the speaker.
+
+    Returns
+    -------
+    dict
+        Some of the rows, in their order.
+
+    Raises
+    ------
+    InputError
+        If there is not that much, or not one utterance fits.
+
+    Example
+    -------
+    >>> rows = {f"{speaker}{n}": {"duration": 36.0, "spk_id": speaker} for speaker in "abc" for n in range(5)}
+    >>> taken = take_hours(rows, 0.03)
+    >>> sorted(row["spk_id"] for row in taken.values())
+    ['a', 'b', 'c']
+    """
+    if hours is None:
+        return dict(rows)
+    total = sum(float(row["duration"]) for row in rows.values()) / 3600
+    if not 0 < hours <= total:
+        raise InputError(
+            f"{hours} hours of training were asked for, of {total:.2f} that there are: give fewer, or none."
+        )
+    taken, seconds = set(), 0.0
+    for name in _dealt(rows, seed, group):
+        seconds += float(rows[name]["duration"])
+        if seconds > hours * 3600:
+            break
+        taken.add(name)
+    if not taken:
+        raise InputError(f"{hours} hours is less than the first utterance drawn: ask for more.")
+    return {name: row for name, row in rows.items() if name in taken}
+
+
+def take_examples(rows: Rows, label: str, count: int | None, seed: int = 0) -> dict[str, Mapping[str, Any]]:
+    """Draw so many examples of each class.
+
+    Arguments
+    ---------
+    rows : mapping
+        Of a manifest.
+    label : str
+        The column of the class.
+    count : int or None
+        Of each class; of those that have fewer, all. None takes all.
+    seed : int
+        Of the draw. A larger draw of the same seed holds a smaller one.
+
+    Returns
+    -------
+    dict
+        Some of the rows, in their order.
+
+    Raises
+    ------
+    InputError
+        If the count is not above 0.
+
+    Example
+    -------
+    >>> rows = {str(n): {"emotion": "sad" if n < 2 else "happy"} for n in range(10)}
+    >>> sorted(row["emotion"] for row in take_examples(rows, "emotion", 3).values())
+    ['happy', 'happy', 'happy', 'sad', 'sad']
+    """
+    if count is None:
+        return dict(rows)
+    if count < 1:
+        raise InputError(f"the number of examples a class must be above 0, not {count}.")
+    left: dict[Any, int] = {}
+    taken = set()
+    for name in _dealt(rows, seed, label):
+        key = rows[name][label]
+        left[key] = left.get(key, count) - 1
+        if left[key] >= 0:
+            taken.add(name)
+    return {name: row for name, row in rows.items() if name in taken}
+
+
+def _dealt(rows: Rows, seed: int, group: str) -> list[str]:
+    """Names in random order, one of each group in turn."""
+    names = list(rows)
+    shuffled = [names[place] for place in torch.randperm(len(names), generator=derived_generator(seed, 0)).tolist()]
+    given: dict[Any, int] = {}
+    rounds = []
+    for name in shuffled:
+        key = rows[name].get(group)
+        given[key] = given.get(key, -1) + 1
+        rounds.append(given[key])
+    return [shuffled[place] for place in np.argsort(rounds, kind="stable")]

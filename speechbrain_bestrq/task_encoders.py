@@ -1,0 +1,193 @@
+"""What a downstream task listens with: an encoder, pre-trained or not, or filter banks, under one interface."""
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speechbrain_bestrq.artefact import CONFIG_FILE
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.frontend import LogMel, absolute_lengths
+from speechbrain_bestrq.pretrained import RANDOM_PREFIX, PretrainedEncoder
+from speechbrain_bestrq.safe_reading import read_json
+from speechbrain_bestrq.sources import find_encoder
+
+#: The source that is no encoder: log mel features.
+FILTERBANK = "fbank"
+#: Mel frames of 10 ms in a frame of the filter bank: 25 frames a second, as those of BEST-RQ.
+STACKED_FRAMES = 4
+
+
+class FilterbankEncoder(nn.Module):
+    """Log mel features, normalised over each utterance and stacked to 25 frames a second: the baseline without encoder.
+
+    It is what BEST-RQ's encoder hears and what its labels are made of. There is nothing to train in it.
+
+    Arguments
+    ---------
+    num_mels : int
+        Bins; a frame of the result has four times as many channels.
+    sample_rate : int
+        Of the waveforms, Hz.
+
+    Example
+    -------
+    >>> FilterbankEncoder()(torch.randn(2, 16000), torch.tensor([1.0, 0.5])).shape
+    torch.Size([1, 2, 25, 320])
+    """
+
+    def __init__(self, num_mels: int = 80, sample_rate: int = 16000):
+        super().__init__()
+        self.frontend = LogMel(sample_rate=sample_rate, num_mels=num_mels, normalize="utterance", stack=STACKED_FRAMES)
+        self.output_dim = STACKED_FRAMES * num_mels
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """Compute features of waveforms (B, N), shape (1, B, T, 4 num_mels); zero in the padding."""
+        features, _ = self.frontend(wavs, wav_lens)
+        return features.unflatten(1, (-1, STACKED_FRAMES)).flatten(2)[None]
+
+    def num_frames(self, samples: int | Tensor) -> int | Tensor:
+        """Frames of so many samples."""
+        return self.frontend.num_frames(samples) // STACKED_FRAMES
+
+
+class TaskEncoder(nn.Module):
+    """An encoder of any source: waveforms in, hidden states and their lengths out.
+
+    Arguments
+    ---------
+    source : str or Path
+        "fbank" for :class:`FilterbankEncoder`; else as for
+        :class:`speechbrain_bestrq.pretrained.PretrainedEncoder`.
+    all_states : bool
+        Give the hidden states of all layers instead of the last.
+    save_path, freeze, **options
+        As for :class:`speechbrain_bestrq.pretrained.PretrainedEncoder`. Filter banks
+        are always frozen and take none of the options.
+
+    Attributes
+    ----------
+    freeze : bool
+        Whether nothing in it is trained.
+    options : dict
+        What else was given.
+    output_dim : int
+        Channels D.
+    num_states : int
+        Hidden states S that :meth:`forward` gives.
+
+    Raises
+    ------
+    InputError
+        If there is no encoder at the source, or it is to be fine-tuned and has no weights.
+
+    Example
+    -------
+    >>> encoder = TaskEncoder("fbank")
+    >>> hidden, lengths = encoder(torch.randn(2, 16000), torch.tensor([1.0, 0.5]))
+    >>> hidden.shape, lengths.tolist(), encoder.describe()["method"]
+    (torch.Size([1, 2, 25, 320]), [25, 12], 'fbank')
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        save_path: str | os.PathLike | None = None,
+        all_states: bool = True,
+        freeze: bool = True,
+        **options: Any,
+    ):
+        super().__init__()
+        self.source = os.fspath(source)
+        self.options = {"all_states": all_states, **options}
+        if self.source == FILTERBANK:
+            if not freeze:
+                raise InputError("filter banks have no weights to fine-tune: give --encoder an encoder, or freeze.")
+            self.freeze, self.encoder, self._facts = True, FilterbankEncoder(), {}
+            self.num_states = 1
+        else:
+            self.freeze = freeze
+            self.encoder = PretrainedEncoder(source, save_path, freeze=freeze, output_all_hiddens=all_states, **options)
+            self.num_states = self.encoder.num_layers + 1 if all_states else 1
+            folder = find_encoder(self.source.removeprefix(RANDOM_PREFIX), save_path)
+            config = read_json(folder / CONFIG_FILE)
+            self._facts = config.get("training") or {}
+        self.output_dim = self.encoder.output_dim
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Encode waveforms.
+
+        Arguments
+        ---------
+        wavs : Tensor
+            In [-1, 1], shape (B, N).
+        wav_lens : Tensor, optional
+            Relative lengths, shape (B,); None when nothing is padded.
+
+        Returns
+        -------
+        hidden : Tensor
+            Shape (S, B, T, D); zero in the padding.
+        lengths : Tensor
+            Frames of each utterance, int64, shape (B,), on the device of ``wavs``.
+        """
+        hidden = self.encoder(wavs, wav_lens)
+        if hidden.ndim == 3:
+            hidden = hidden[None]
+        if wav_lens is None:
+            return hidden, torch.full((len(wavs),), hidden.shape[2], device=wavs.device)
+        return hidden, self.num_frames(absolute_lengths(wav_lens.to(wavs.device), wavs.shape[1]))
+
+    def num_frames(self, samples: int | Tensor) -> int | Tensor:
+        """Frames of so many samples."""
+        return self.encoder.num_frames(samples)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what this is, for the records.
+
+        Returns
+        -------
+        dict
+            "source"; "method": "fbank", or the pre-training model, with "random" before it
+            if its weights are; "parameters"; and, of a pre-trained encoder, what its folder says of
+            "corpus", "updates", "audio_hours" and "device_hours", None where it says nothing.
+        """
+        facts: dict[str, Any] = {"source": self.source, "parameters": sum(p.numel() for p in self.parameters())}
+        if self.source == FILTERBANK:
+            return facts | {"method": FILTERBANK}
+        method = self._facts.get("model", type(self.encoder.model.encoder).__name__)
+        if self.source.startswith(RANDOM_PREFIX):
+            return facts | {"method": f"random {method}"}
+        told = {"corpus": "corpus", "updates": "step", "audio_hours": "audio_hours", "device_hours": "device_hours"}
+        return facts | {"method": method} | {name: self._facts.get(key) for name, key in told.items()}
+
+
+def state_digest(module: nn.Module) -> str:
+    """Digest the parameters and buffers of a module: equal for bit-identical states only.
+
+    Arguments
+    ---------
+    module : nn.Module
+        Any.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+
+    Example
+    -------
+    >>> layer = nn.Linear(2, 2)
+    >>> before = state_digest(layer)
+    >>> with torch.no_grad():
+    ...     _ = layer.bias.add_(1e-3)
+    >>> state_digest(layer) == before
+    False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,277 @@
+"""Training a head, a mix and an encoder: what is trained, when, at what rate, and what is kept of it."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speechbrain.nnet.schedulers import LinearScheduler, NewBobScheduler
+from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain.utils.train_logger import FileTrainLogger
+
+from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.checkpointing import AtomicCheckpointer
+from speechbrain_bestrq.downstream import LayerMix
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.feature_cache import cache_features
+from speechbrain_bestrq.task_brain import TaskBrain
+from speechbrain_bestrq.task_data import TaskBatchSampler, make_dataset, make_task_loader
+from speechbrain_bestrq.task_encoders import TaskEncoder, state_digest
+
+
+class LoudnessBrain(TaskBrain):
+    """Tells loud from quiet utterances."""
+
+    metric = "error"
+
+    def compute_forward(self, batch, stage):
+        """Score the mean frame."""
+        batch = batch.to(self.device)
+        features, lengths = self.listen(batch, stage)
+        self.modes.add((stage.name, self.encoder.encoder.training))
+        return self.modules.head(features.sum(1) / lengths[:, None])
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Cross-entropy."""
+        targets = torch.tensor([int(loud) for loud in batch.loud])
+        self.outcomes += (predictions.argmax(-1) != targets).tolist()
+        return torch.nn.functional.cross_entropy(predictions, targets)
+
+    modes = set()
+
+    def start_metrics(self, stage):
+        """Forget the outcomes."""
+        self.outcomes = []
+
+    def stage_metrics(self, stage):
+        """Share of wrong answers."""
+        return {"error": float(np.mean(self.outcomes))}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of 12 utterances of noise, every other one loud."""
+    folder = tmp_path_factory.mktemp("audio")
+    generator = np.random.default_rng(0)
+    rows = {}
+    for number in range(12):
+        seconds = 0.5 + 0.1 * number
+        wave = (0.3 if number % 2 else 0.01) * generator.uniform(-1, 1, round(16000 * seconds))
+        soundfile.write(folder / f"{number}.wav", wave, 16000)
+        rows[str(number)] = {"wav": str(folder / f"{number}.wav"), "duration": seconds, "loud": number % 2}
+    return rows
+
+
+@pytest.fixture
+def folder(make_speech_encoder, tmp_path):
+    """An encoder with dropout, of a pre-training that says what it was."""
+    encoder = make_speech_encoder(normalize="global", dropout=0.1)
+    facts = {"model": "BestRQ", "corpus": "Noise", "step": 7, "audio_hours": 1.5, "device_hours": 0.5}
+    return save_encoder(encoder, tmp_path / "encoder", "# Card", **facts)
+
+
+def loaders(rows, hidden=None):
+    """Loaders of training and validation, on the same utterances."""
+    dataset = make_dataset(rows, hidden=hidden)
+    dataset.set_output_keys(["id", "hidden" if hidden else "sig", "loud"])
+    seconds = [row["duration"] for row in rows.values()]
+    return [make_task_loader(dataset, TaskBatchSampler(seconds, 4.0, training)) for training in (True, False)]
+
+
+def make_brain(output, source, epochs=2, all_states=True, mix=True, run_opts=None, encoder=None, **options):
+    """A Brain whose weights are a function of the encoder's source."""
+    settings = {key: options.pop(key) for key in list(options) if key.startswith("freeze")}
+    torch.manual_seed(3)
+    encoder = encoder or TaskEncoder(source, all_states=all_states, **{"freeze": True, **settings})
+    modules = {"encoder": encoder, "head": torch.nn.Linear(encoder.output_dim, 2)}
+    if mix:
+        modules["mix"] = LayerMix(encoder.num_states)
+    output.mkdir(parents=True, exist_ok=True)
+    counter = EpochCounter(epochs)
+    hparams = {
+        "output_folder": str(output),
+        "seed": 3,
+        "epoch_counter": counter,
+        "train_logger": FileTrainLogger(save_file=str(output / "train_log.txt")),
+        "head_optimizer": partial(torch.optim.Adam, lr=1e-2),
+        "mix_optimizer": partial(torch.optim.Adam, lr=1e-1),
+        "encoder_optimizer": partial(torch.optim.Adam, lr=1e-3),
+        **options,
+    }
+    checkpointer = AtomicCheckpointer(checkpoints_dir=output / "save", recoverables={"counter": counter})
+    return LoudnessBrain(modules, hparams, {"device": "cpu", "noprogressbar": True, **(run_opts or {})}, checkpointer)
+
+
+def fit(brain, rows, hidden=None):
+    """Train."""
+    brain.modes = set()
+    brain.fit(brain.hparams.epoch_counter, *loaders(rows, hidden))
+    return brain
+
+
+def changed(before, module):
+    """Names of what is not bit-identical to before."""
+    return {name for name, value in module.state_dict().items() if not torch.equal(before[name], value)}
+
+
+def copied(module):
+    """A copy of the state."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_a_frozen_encoder_stays_bit_identical_in_eval_mode_while_mix_and_head_learn(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder)
+    before = {name: copied(module) for name, module in brain.modules.items()}
+    digest = state_digest(brain.encoder)
+    fit(brain, rows)
+    assert not changed(before["encoder"], brain.encoder) and state_digest(brain.encoder) == digest
+    assert brain.modes == {("TRAIN", False), ("VALID", False)}
+    assert changed(before["mix"], brain.mix) == {"weights"}
+    assert changed(before["head"], brain.modules.head) == {"weight", "bias"}
+    (checkpoint,) = (tmp_path / "run" / "save").iterdir()
+    assert not (checkpoint / "encoder.ckpt").exists()
+
+
+def test_a_fine_tuned_encoder_changes_and_is_in_the_checkpoint(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder, freeze=False)
+    before, digest = copied(brain.encoder), state_digest(brain.encoder)
+    fit(brain, rows)
+    assert changed(before, brain.encoder) == {name for name, _ in brain.encoder.named_parameters()}
+    assert state_digest(brain.encoder) != digest
+    assert ("TRAIN", True) in brain.modes
+    assert all((path / "encoder.ckpt").exists() for path in (tmp_path / "run" / "save").iterdir())
+
+
+def test_the_encoder_rests_until_its_first_update(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder, epochs=1, freeze=False, encoder_start_update=10**6)
+    before = copied(brain.encoder)
+    fit(brain, rows)
+    assert not changed(before, brain.encoder)
+    assert all(parameter.grad is None for parameter in brain.encoder.parameters())
+    again = make_brain(tmp_path / "again", folder, epochs=2, freeze=False, encoder_start_update=brain.optimizer_step)
+    fit(again, rows)
+    assert changed(before, again.encoder) == {name for name, _ in again.encoder.named_parameters()}
+
+
+def test_the_last_hidden_state_alone_needs_no_mix_and_all_need_one(folder, rows, tmp_path):
+    fit(make_brain(tmp_path / "run", folder, all_states=False, mix=False), rows)
+    with pytest.raises(ValueError, match="a mix is needed"):
+        make_brain(tmp_path / "run", folder, mix=False)
+
+
+def test_each_part_has_its_own_rate_and_schedule(rows, folder, tmp_path):
+    class Falling(LoudnessBrain):
+        """Its validation gets worse all the time."""
+
+        def stage_metrics(self, stage):
+            """Error that grows."""
+            self.calls = getattr(self, "calls", 0) + 1
+            return {"error": 1.0 + self.calls}
+
+    brain = make_brain(
+        tmp_path / "run",
+        folder,
+        epochs=3,
+        freeze=False,
+        head_annealing=NewBobScheduler(1e-2, annealing_factor=0.8),
+        mix_annealing=LinearScheduler(1e-1, 1e-2, 3),
+        encoder_start_update=10**6,
+        encoder_annealing=NewBobScheduler(1e-3, annealing_factor=0.1),
+    )
+    brain.__class__ = Falling
+    fit(brain, rows)
+    rates = {part: optimizer.param_groups[0]["lr"] for part, optimizer in brain.optimizers_dict.items()}
+    assert rates["head"] == pytest.approx(1e-2 * 0.8**2)
+    assert rates["mix"] == pytest.approx(1e-2)
+    assert rates["encoder"] == 1e-3  # it was not trained yet
+
+
+def test_what_is_trained_needs_an_optimizer(folder, tmp_path):
+    encoder = TaskEncoder(folder, freeze=False)
+    modules = {"encoder": encoder, "mix": LayerMix(3), "head": torch.nn.Linear(16, 2)}
+    optimizers = {f"{part}_optimizer": torch.optim.Adam for part in ("head", "mix")}
+    with pytest.raises(InputError, match="encoder_optimizer is missing"):
+        LoudnessBrain(modules, optimizers, {"device": "cpu"})
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_run_stopped_after_an_epoch_goes_on_as_if_unbroken(rows, folder, tmp_path, freeze):
+    schedule = {"freeze": freeze, "encoder_start_update": 4}
+    unbroken = fit(make_brain(tmp_path / "unbroken", folder, epochs=3, **schedule), rows)
+    fit(make_brain(tmp_path / "broken", folder, epochs=2, **schedule), rows)
+    torch.manual_seed(123)
+    resumed = make_brain(tmp_path / "broken", folder, epochs=3, **schedule)
+    fit(resumed, rows)
+    assert resumed.optimizer_step == unbroken.optimizer_step
+    assert len(resumed.layer_weights) == 3 and resumed.seconds["train"] > 0
+    if freeze:
+        assert not changed(copied(unbroken.modules.head), resumed.modules.head)
+        assert resumed.layer_weights == unbroken.layer_weights
+
+
+def test_training_on_cached_states_is_training_on_the_audio(rows, folder, tmp_path):
+    heard = fit(make_brain(tmp_path / "heard", folder), rows)
+    encoder = TaskEncoder(folder)
+    cache = cache_features(tmp_path / "cache", encoder, rows)
+    cached = fit(make_brain(tmp_path / "cached", folder, encoder=encoder), rows, cache)
+    difference = (heard.modules.head.weight - cached.modules.head.weight).abs().max()
+    assert difference < 1e-4 * heard.modules.head.weight.abs().max()
+
+
+def test_a_log_of_each_epoch_and_a_plot_of_the_layer_weights(rows, folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    fit(make_brain(tmp_path / "run", folder), rows)
+    lines = (tmp_path / "run" / "train_log.txt").read_text().splitlines()
+    assert len(lines) == 2 and all("error" in line and "head_rate" in line for line in lines)
+    assert sum("layer weights, lowest first" in message for message in caplog.messages) == 2
+    assert (tmp_path / "run" / "layer_weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_checkpoint_is_tested_and_the_records_are_plain_json(rows, folder, tmp_path):
+    brain = fit(make_brain(tmp_path / "run", folder), rows)
+    _, test_loader = loaders(rows)
+    metrics = brain.test(test_loader)
+    best = min(float(json.loads(json.dumps(c.meta["error"]))) for c in brain.checkpointer.list_checkpoints())
+    assert metrics["error"] == best and metrics["seconds"] > 0
+    records = json.loads(json.dumps(brain.records(), allow_nan=False))
+    assert records["encoder"]["method"] == "BestRQ" and records["encoder"]["updates"] == 7
+    assert records["encoder"]["audio_hours"] == 1.5 and records["encoder"]["frozen"] is True
+    assert records["trained_parameters"] == 3 + 2 * 17
+    assert sum(records["layer_weights"]) == pytest.approx(1.0)
+    assert records["device_hours"] == pytest.approx(sum(records["seconds"].values()) / 3600)
+
+
+def test_nothing_is_tested_that_was_not_trained(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder)
+    with pytest.raises(InputError, match="no checkpoint to test"):
+        brain.test(loaders(rows)[1])
+
+
+def test_bf16_trains(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder, freeze=False, run_opts={"precision": "bf16"})
+    before = copied(brain.modules.head)
+    fit(brain, rows)
+    assert changed(before, brain.modules.head)
+    assert all(torch.isfinite(value).all() for value in brain.encoder.state_dict().values())
+
+
+def test_speed_perturbation_is_heard_in_training_only(rows, folder, tmp_path):
+    class Recorder(torch.nn.Module):
+        def forward(self, wavs):
+            self.calls = getattr(self, "calls", 0) + 1
+            return wavs[:, ::2]
+
+    recorder = Recorder()
+    brain = fit(make_brain(tmp_path / "run", folder, epochs=1, speed_perturb=recorder), rows)
+    assert recorder.calls == len(loaders(rows)[0]) and Path(brain.hparams.output_folder).is_dir()
+
+
+def test_filter_banks_are_a_source_like_any_other(rows, tmp_path):
+    brain = fit(make_brain(tmp_path / "run", "fbank", epochs=8, all_states=False, mix=False), rows)
+    assert brain.encoder.describe() == {"source": "fbank", "parameters": 0, "method": "fbank"}
+    assert set(brain.parts) == {"head"}
+    with pytest.raises(InputError, match="no weights to fine-tune"):
+        TaskEncoder("fbank", freeze=False)

@@ -1,0 +1,203 @@
+"""Encoders of any source under one interface, and what is kept of their states and results."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.feature_cache import FeatureCache, cache_features
+from speechbrain_bestrq.metrics import Interval
+from speechbrain_bestrq.results import compare_runs, interval, read_results, write_errors, write_results
+from speechbrain_bestrq.task_encoders import TaskEncoder, state_digest
+
+
+@pytest.fixture
+def folder(make_speech_encoder, tmp_path):
+    """An encoder folder that tells nothing of its training."""
+    return save_encoder(make_speech_encoder(), tmp_path / "encoder", "# Card")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Rows of five utterances of noise."""
+    rows = {}
+    for number in range(5):
+        path, seconds = tmp_path / f"{number}.wav", 0.5 + 0.2 * number
+        soundfile.write(path, 0.1 * np.random.default_rng(number).standard_normal(round(16000 * seconds)), 16000)
+        rows[f"u{number}"] = {"wav": str(path), "duration": seconds}
+    return rows
+
+
+def sources(folder):
+    """Each kind of source."""
+    return ["fbank", str(folder), f"random:{folder}"]
+
+
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("all_states", [True, False])
+def test_no_utterance_depends_on_its_padding(folder, padded_with_junk, relative_difference, kind, all_states):
+    encoder = TaskEncoder(sources(folder)[kind], all_states=all_states).eval()
+    utterances, batch, lengths = padded_with_junk([16000, 9000, 4321])
+    padded, frames = encoder(batch, lengths)
+    assert len(padded) == encoder.num_states and padded.shape[-1] == encoder.output_dim
+    for number, utterance in enumerate(utterances):
+        alone, (count,) = encoder(utterance[None])
+        assert frames[number] == count == encoder.num_frames(len(utterance)) == alone.shape[2]
+        assert relative_difference(alone[:, 0], padded[:, number, :count]) < 1e-5
+        assert padded[:, number, count:].eq(0).all()
+
+
+def test_a_random_encoder_is_a_function_of_the_seed_and_no_trained_one(folder):
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(state_digest(TaskEncoder(f"random:{folder}")))
+    assert states[0] == states[1] != states[2]
+    assert state_digest(TaskEncoder(folder)) not in states
+
+
+def test_frames_are_repeated_for_tasks_that_need_more_of_them(folder):
+    encoder = TaskEncoder(folder, output_rate=50)
+    hidden, frames = encoder(torch.randn(2, 16000), torch.tensor([1.0, 0.5]))
+    assert hidden.shape[2] == 50 and frames.tolist() == [50, 24]
+
+
+def test_the_description_says_what_the_encoder_was(folder, make_speech_encoder, tmp_path):
+    facts = {"model": "Wav2Vec2", "corpus": "Tones", "step": 9, "audio_hours": 2.0, "device_hours": 0.25}
+    told = save_encoder(make_speech_encoder(), tmp_path / "told", "# Card", **facts)
+    description = TaskEncoder(told).describe()
+    parameters = sum(parameter.numel() for parameter in make_speech_encoder().parameters())
+    assert description == {
+        "source": str(told),
+        "method": "Wav2Vec2",
+        "corpus": "Tones",
+        "updates": 9,
+        "audio_hours": 2.0,
+        "device_hours": 0.25,
+        "parameters": parameters,
+    }
+    assert TaskEncoder(f"random:{told}").describe()["method"] == "random Wav2Vec2"
+    assert "audio_hours" not in TaskEncoder(f"random:{told}").describe()
+    assert TaskEncoder(folder).describe()["updates"] is None
+
+
+# ---------------------------------------------------------------- cache
+
+
+def test_cached_states_are_those_of_the_utterance_alone(folder, rows, tmp_path, relative_difference):
+    encoder = TaskEncoder(folder)
+    cache = cache_features(tmp_path / "cache", encoder, rows, max_batch_seconds=2.0)
+    assert len(cache) == len(rows)
+    for name, row in rows.items():
+        wav = torch.from_numpy(soundfile.read(row["wav"], dtype="float32")[0])
+        alone, _ = encoder(wav[None])
+        assert relative_difference(alone[:, 0].transpose(0, 1), cache[name]) < 1e-5
+
+
+def test_a_cache_is_made_again_when_the_weights_or_the_audio_change_and_only_then(folder, rows, tmp_path, monkeypatch):
+    encoder = TaskEncoder(folder)
+    calls = []
+    forward = TaskEncoder.forward
+    monkeypatch.setattr(TaskEncoder, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
+
+    def made(encoder, rows):
+        calls.clear()
+        cache_features(tmp_path / "cache", encoder, rows)
+        return bool(calls)
+
+    assert made(encoder, rows) and not made(encoder, rows)
+    assert made(TaskEncoder(f"random:{folder}"), rows) and made(encoder, rows)
+    assert made(TaskEncoder(folder, output_norm=True), rows) and made(encoder, rows)
+    assert made(encoder, {name: row for name, row in rows.items() if name != "u0"})
+    assert made(encoder, rows)
+    states = tmp_path / "cache" / "states.f32"
+    states.write_bytes(states.read_bytes()[:-4])
+    assert made(encoder, rows)
+
+
+def test_a_cache_that_was_interrupted_is_made_again(folder, rows, tmp_path, monkeypatch):
+    encoder = TaskEncoder(folder)
+
+    def stop(self, *args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskEncoder, "forward", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cache_features(tmp_path / "cache", encoder, rows)
+    assert len(cache_features(tmp_path / "cache", encoder, rows)) == len(rows)
+
+
+def test_the_size_of_a_cache_is_said_first_and_a_full_disk_is_refused(folder, rows, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    encoder = TaskEncoder(folder)
+    cache_features(tmp_path / "cache", encoder, rows)
+    size = (tmp_path / "cache" / "states.f32").stat().st_size
+    assert f"{size / 1e9:.2f} GB" in caplog.messages[0]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": size - 1}))
+    with pytest.raises(InputError, match="free: make room"):
+        cache_features(tmp_path / "other", encoder, rows)
+
+
+def test_an_encoder_that_is_trained_is_not_cached(folder, rows, tmp_path):
+    with pytest.raises(InputError, match="frozen"):
+        cache_features(tmp_path / "cache", TaskEncoder(folder, freeze=False), rows)
+
+
+def test_a_cache_can_be_opened_again(folder, rows, tmp_path):
+    cache = cache_features(tmp_path / "cache", TaskEncoder("fbank"), rows)
+    assert torch.equal(FeatureCache(tmp_path / "cache")["u1"], cache["u1"]) and cache["u1"].shape[1:] == (1, 320)
+
+
+# ---------------------------------------------------------------- results
+
+
+def write_run(folder, errors, speakers=("a", "a", "b", "b")):
+    """A run's errors on four utterances of ten words."""
+    folder.mkdir()
+    rows = [
+        {"ID": f"u{number}", "group": speaker, "wer_errors": count, "wer_total": 10}
+        for number, (count, speaker) in enumerate(zip(errors, speakers, strict=True))
+    ]
+    write_errors(folder, "test-clean", rows, ["ID", "group", "wer_errors", "wer_total"])
+    return folder
+
+
+def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
+    better, worse = write_run(tmp_path / "a", [1, 2, 1, 0]), write_run(tmp_path / "b", [3, 3, 2, 2])
+    difference, not_better = compare_runs(better, worse, "test-clean", "wer")
+    assert difference.value == pytest.approx(-0.15) and difference.high < 0 and not_better == 0.0
+    difference, not_better = compare_runs(better, better, "test-clean", "wer")
+    assert difference.value == 0.0 and not_better == 1.0
+
+
+def test_runs_on_other_utterances_or_without_errors_are_not_compared(tmp_path):
+    one, fewer = write_run(tmp_path / "a", [1, 2, 1, 0]), write_run(tmp_path / "b", [1, 2], "ab")
+    with pytest.raises(InputError, match="not tested on the same utterances"):
+        compare_runs(one, fewer, "test-clean", "wer")
+    with pytest.raises(InputError, match="errors_test-other.csv is missing"):
+        compare_runs(one, fewer, "test-other", "wer")
+    with pytest.raises(InputError, match="has no errors of cer"):
+        compare_runs(one, one, "test-clean", "cer")
+
+
+def test_results_are_written_whole_and_read_back(tmp_path):
+    results = {"sets": {"test-clean": {"wer": interval(Interval(0.5, 0.4, 0.6))}}, "seed": 1}
+    write_results(tmp_path, results)
+    assert read_results(tmp_path) == results
+    with pytest.raises(ValueError):
+        write_results(tmp_path, {"sets": {}, "loss": float("nan")})
+    assert read_results(tmp_path) == results
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"sets": 3})])
+def test_a_file_that_holds_no_results_is_refused(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(InputError, match="--test_only"):
+        read_results(tmp_path)
+    with pytest.raises(InputError, match="not been evaluated yet"):
+        read_results(tmp_path / "nowhere")
