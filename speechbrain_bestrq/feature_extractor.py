@@ -34,6 +34,12 @@ class ConvFeatureExtractor(nn.Module):
         Normalise each waveform to zero mean and unit variance, over its own samples.
     sample_rate : int
         Of the waveforms, Hz.
+    initial_kernels : str
+        "random": He's initial weights, as in wav2vec 2.0. "constant": behind the first convolution
+        they do not vary over the kernel at first, so that each layer averages. Features
+        then begin as smooth mixtures of band energies, which can be predicted from their
+        context; random ones depend on the phase, which cannot, and take many updates to
+        become anything else (docs/LOG.md).
 
     Example
     -------
@@ -55,6 +61,7 @@ class ConvFeatureExtractor(nn.Module):
         bias: bool = False,
         normalize_input: bool = False,
         sample_rate: int = 16000,
+        initial_kernels: str = "random",
     ):
         super().__init__()
         if not len(channels) == len(kernel_sizes) == len(strides) >= 1:
@@ -64,6 +71,8 @@ class ConvFeatureExtractor(nn.Module):
             )
         if norm not in ("group", "layer"):
             raise ValueError(f"norm is 'group' or 'layer', not {norm!r}.")
+        if initial_kernels not in ("random", "constant"):
+            raise ValueError(f"initial_kernels is 'random' or 'constant', not {initial_kernels!r}.")
         self.config = dict(
             channels=list(channels),
             kernel_sizes=list(kernel_sizes),
@@ -72,6 +81,7 @@ class ConvFeatureExtractor(nn.Module):
             bias=bias,
             normalize_input=normalize_input,
             sample_rate=sample_rate,
+            initial_kernels=initial_kernels,
         )
         self.sample_rate, self.normalize_input = sample_rate, normalize_input
         self.convolutions, self.norms = nn.ModuleList(), nn.ModuleList()
@@ -80,6 +90,9 @@ class ConvFeatureExtractor(nn.Module):
         ):
             convolution = nn.Conv1d(inputs, outputs, kernel_size, stride, bias=bias)
             nn.init.kaiming_normal_(convolution.weight)
+            if self.convolutions and initial_kernels == "constant":
+                with torch.no_grad():  # their mean keeps the size of what does not vary over the kernel
+                    convolution.weight.copy_(convolution.weight.mean(2, keepdim=True).expand_as(convolution.weight))
             self.convolutions.append(convolution)
             if norm == "layer":
                 self.norms.append(nn.LayerNorm(outputs))

@@ -111,6 +111,22 @@ def test_normalised_waveforms_forget_loudness_and_offset(relative_difference):
     assert silent.isfinite().all()
 
 
+def test_features_begin_smooth_with_constant_kernels_and_depend_on_the_phase_with_random_ones():
+    similarity = {}
+    for kind in ("random", "constant"):
+        torch.manual_seed(0)
+        extractor = ConvFeatureExtractor((32,) * 7, initial_kernels=kind)
+        varies = [bool(convolution.weight.std(2).gt(0).any()) for convolution in extractor.convolutions]
+        assert varies == [True] + 6 * [kind == "random"]
+        # noise whose loudness rises and falls slowly: two frames that share no sample are alike in that only
+        loudness = 0.5 + 0.45 * torch.sin(2 * torch.pi * 2 * torch.arange(32000) / 16000)
+        features, _ = extractor((loudness * torch.randn(32000))[None])
+        centred = torch.nn.functional.layer_norm(features[0], (32,)).detach()
+        centred -= centred.mean(0)
+        similarity[kind] = torch.nn.functional.cosine_similarity(centred[:-2].flatten(), centred[2:].flatten(), dim=0)
+    assert similarity["random"] < 0.2 and similarity["constant"] > 0.4
+
+
 def test_counted_operations_are_pytorchs(make_model):
     speech_encoder = make_model().eval().speech_encoder
     frontend, frames = speech_encoder.frontend, 40
@@ -132,7 +148,11 @@ def test_a_training_step_is_counted_as_three_forward_passes(make_model):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"norm": "batch"}, "'group' or 'layer'"), ({"strides": (5, 2)}, "equally many, not 7, 7 and 2")],
+    [
+        ({"norm": "batch"}, "'group' or 'layer'"),
+        ({"initial_kernels": "zero"}, "'random' or 'constant'"),
+        ({"strides": (5, 2)}, "equally many, not 7, 7 and 2"),
+    ],
 )
 def test_convolutions_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
