@@ -5,11 +5,13 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from speechbrain.utils.distributed import run_on_main
 from torch import Tensor
 
 from speechbrain_bestrq.errors import InputError
@@ -133,6 +135,40 @@ def cache_features(
     beside.write_text(json.dumps(index), encoding="utf-8")
     os.replace(beside, folder / _INDEX)
     return FeatureCache(folder)
+
+
+def open_cache(
+    hparams: Mapping[str, Any], sets: Mapping[str, Rows], device: torch.device | str = "cpu"
+) -> FeatureCache | None:
+    """Make or find the cache of a recipe, if it asks for one: a collective of all ranks.
+
+    Arguments
+    ---------
+    hparams : mapping
+        With "cache_features", "cache_folder", "speech_encoder", "sample_rate",
+        "max_eval_batch_seconds".
+    sets : mapping
+        The rows of each set.
+    device : torch.device or str
+        Where the main process computes.
+
+    Returns
+    -------
+    FeatureCache or None
+
+    Raises
+    ------
+    InputError
+        As :func:`cache_features`; or if the waveforms are augmented in training.
+    """
+    if not hparams.get("cache_features"):
+        return None
+    if "speed_perturb" in hparams:
+        raise InputError("cache_features: True hears each utterance once: leave it out, or speed_perturb.")
+    together = {name: row for rows in sets.values() for name, row in rows.items()}
+    settings = [hparams["cache_folder"], hparams["speech_encoder"], together, hparams["sample_rate"]]
+    run_on_main(cache_features, args=[*settings, hparams["max_eval_batch_seconds"], device])
+    return FeatureCache(hparams["cache_folder"])
 
 
 def _identify(encoder: TaskEncoder, rows: Rows, sample_rate: int) -> dict[str, Any]:

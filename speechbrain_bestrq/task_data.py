@@ -1,7 +1,7 @@
 """Labelled utterances for the downstream tasks: which of them, read how, in which batches."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,6 +186,57 @@ def make_task_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
+
+
+def make_task_loaders(
+    hparams: Mapping[str, Any],
+    sets: Mapping[str, Rows],
+    items: Sequence[Any],
+    outputs: Sequence[str],
+    hidden: Mapping[str, Tensor] | None = None,
+) -> dict[str, torch.utils.data.DataLoader]:
+    """Make the loaders of a recipe: of its training set, shuffled and shared out over the ranks, and of the others.
+
+    Arguments
+    ---------
+    hparams : mapping
+        With "sample_rate", "seed", "num_workers", "max_batch_seconds", "max_batch_size" and
+        "max_eval_batch_seconds".
+    sets : mapping
+        The rows of "train" and of any other sets.
+    items : sequence
+        Dynamic items of SpeechBrain, for the targets.
+    outputs : sequence of str
+        What a batch has besides its waveforms or hidden states.
+    hidden : mapping, optional
+        As for :func:`make_dataset`.
+
+    Returns
+    -------
+    dict
+        A loader for each set.
+    """
+    rank, world_size = 0, 1
+    if torch.distributed.is_initialized():
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    loaders = {}
+    for name, rows in sets.items():
+        training = name == "train"
+        dataset = make_dataset(rows, hparams["sample_rate"], hidden)
+        for item in items:
+            dataset.add_dynamic_item(item)
+        dataset.set_output_keys(["id", "sig" if hidden is None else "hidden", *outputs])
+        sampler = TaskBatchSampler(
+            [float(row["duration"]) for row in rows.values()],
+            hparams["max_batch_seconds"] if training else hparams["max_eval_batch_seconds"],
+            training,
+            hparams["max_batch_size"] if training else None,
+            hparams["seed"],
+            rank,
+            world_size,
+        )
+        loaders[name] = make_task_loader(dataset, sampler, hparams["num_workers"])
+    return loaders
 
 
 def take_hours(rows: Rows, hours: float | None, seed: int = 0, group: str = "spk_id") -> dict[str, Mapping[str, Any]]:
