@@ -1,5 +1,6 @@
 """What a run has cost and what it has learned: counters, codebook use, one log line."""
 
+import errno
 import json
 import os
 import re
@@ -164,13 +165,20 @@ class JsonLines:
         self.path = Path(path)
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Write one line; what is not finite becomes null (JSON has no NaN)."""
+        """Write one line, or nothing; what is not finite becomes null (JSON has no NaN)."""
         finite = {
             key: None if isinstance(value, float) and not abs(value) < float("inf") else value
             for key, value in entry.items()
         }
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+        with open(self.path, "ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(whole)  # no part of a line stays
+                raise
 
     def read(self) -> list[dict[str, Any]]:
         """Return all whole lines; a last line cut short by a kill is left out."""

@@ -1,26 +1,55 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are whole, or not there: written beside and renamed, with the checksums of their files."""
 
+import errno
+import inspect
+import json
 import logging
 import os
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.checkpoints import (
+    DEFAULT_SAVE_HOOKS,
+    METAFNAME,
+    PARAMFILE_EXT,
+    Checkpoint,
+    Checkpointer,
+    get_default_hook,
+)
+from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 
-#: Folders that are being written bear this prefix, which the Checkpointer does not look at.
-UNFINISHED = "saving"
+logger = logging.getLogger(__name__)
+
+UNFINISHED = "UNFINISHED"
+"""Prefix of a checkpoint folder that is still being written."""
+CHECKSUMS = "checksums.json"
+"""Size and CRC-32 of each other file of a checkpoint."""
+
+#: A full, failing or read-only disk, or a quota: what may be over at the next attempt.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+#: How torch.save puts it.
+_TORCH_DISK_ERRORS = ("PytorchStreamWriter", "unexpected pos", "enforce fail at inline_container")
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; those before are whole."""
 
 
 def sync_tree(folder: Path) -> None:
-    """Make sure that a folder's files and names are on the disk, not only in its cache."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Make sure that the files of a folder, and the folder, are on the disk before what follows."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -28,8 +57,13 @@ class AtomicCheckpointer(Checkpointer):
 
     The Checkpointer writes a checkpoint's meta file first and looks for nothing else
     when it lists them: a run killed while saving leaves a folder that seems valid, and
-    the next start fails on it. Here a checkpoint is written under another name,
-    synced, and renamed.
+    the next start fails on it. Here a checkpoint is written under another name, with
+    size and checksum of each file, synced, and renamed. One whose files are no longer what
+    was written is passed over, and named, when a checkpoint is looked for.
+
+    The main process alone saves, so hooks must not talk to others. A disk that is full or
+    read-only raises :class:`SaveError` on all processes alike. The checkpoints before stay as
+    they are, and saving can be tried again.
 
     Arguments
     ---------
@@ -43,14 +77,17 @@ class AtomicCheckpointer(Checkpointer):
     >>> checkpointer = AtomicCheckpointer(checkpoints_dir=folder, recoverables={"model": torch.nn.Linear(1, 1)})
     >>> checkpoint = checkpointer.save_checkpoint(name="first")
     >>> checkpoint.path.name, sorted(path.name for path in checkpoint.path.iterdir())
-    ('CKPT+first', ['CKPT.yaml', 'model.ckpt'])
+    ('CKPT+first', ['CKPT.yaml', 'checksums.json', 'model.ckpt'])
     """
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
+        self._faults: dict[Path, str] = {}
         if if_main_process() and self.checkpoints_dir.is_dir():
             for leftover in self.checkpoints_dir.glob(f"{UNFINISHED}+*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    # ---------------------------------------------------------------- saving
 
     def save_checkpoint(
         self,
@@ -70,20 +107,60 @@ class AtomicCheckpointer(Checkpointer):
         -------
         Checkpoint or None
             None on all processes but the main one.
+
+        Raises
+        ------
+        SaveError
+            On all processes, if the disk is full, read-only or fails.
         """
-        checkpoint = super().save_checkpoint(meta or {}, end_of_epoch, name, verbosity=logging.DEBUG)
-        ddp_barrier()  # some recoverables may have been saved by another rank
+        checkpoint, failure = None, ""
+        if if_main_process():
+            folder = self._unfinished(
+                super()._new_checkpoint_dirpath() if name is None else super()._custom_checkpoint_dirpath(name)
+            )
+            try:
+                checkpoint = self._publish(self._write(folder, meta or {}, end_of_epoch))
+            except (OSError, RuntimeError) as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                failure = self._disk_failure(error)
+        failure = ddp_broadcast(failure, src=0)
+        if failure:
+            raise SaveError(failure)
         if checkpoint is not None:
-            checkpoint = self._publish(checkpoint)
-            logging.getLogger(__name__).log(verbosity, "Saved a checkpoint in %s", checkpoint.path)
+            self._faults[checkpoint.path] = ""
+            logger.log(verbosity, "Saved a checkpoint in %s", checkpoint.path)
         ddp_barrier()
         return checkpoint
 
-    def _new_checkpoint_dirpath(self) -> Path:
-        return self._unfinished(super()._new_checkpoint_dirpath())
+    def _write(self, folder: Path, meta: dict[str, Any], end_of_epoch: bool) -> Checkpoint:
+        """Write all files of a checkpoint."""
+        folder.mkdir(parents=True, exist_ok=True)
+        saved_meta = self._save_checkpoint_metafile(folder / METAFNAME, meta, end_of_epoch)
+        paths = {key: folder / f"{key}{PARAMFILE_EXT}" for key in self.recoverables}
+        for key, path in paths.items():
+            self._saver(key)(self.recoverables[key], path)
+        checksums = {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+        (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
+        return Checkpoint(folder, saved_meta, paths)
 
-    def _custom_checkpoint_dirpath(self, name: str) -> Path:
-        return self._unfinished(super()._custom_checkpoint_dirpath(name))
+    def _saver(self, key: str) -> Callable[[Any, Path], None]:
+        """The hook that saves a recoverable, without the broadcast that SpeechBrain puts around it."""
+        hook = self.custom_save_hooks.get(key) or get_default_hook(self.recoverables[key], DEFAULT_SAVE_HOOKS)
+        if hook is None:
+            raise TypeError(f"there is no hook to save {key}, a {type(self.recoverables[key]).__name__}: give one.")
+        return inspect.unwrap(hook)
+
+    def _disk_failure(self, error: OSError | RuntimeError) -> str:
+        """Say what is wrong with the disk; raise what is not the disk's fault."""
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            reason = error.strerror
+        elif isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_DISK_ERRORS):
+            reason = "the disk did not take all of it"
+        else:
+            raise error
+        newest = self.find_checkpoint()
+        needed = "" if newest is None else f" a checkpoint needs {_folder_bytes(newest.path) / 1e6:.1f} MB;"
+        return f"no checkpoint could be saved in {self.checkpoints_dir} ({reason}):{needed} make room or mend the disk."
 
     @staticmethod
     def _unfinished(path: Path) -> Path:
@@ -96,5 +173,74 @@ class AtomicCheckpointer(Checkpointer):
         if whole.exists():  # a custom name used again
             shutil.rmtree(whole)
         os.rename(checkpoint.path, whole)
+        _sync(whole.parent)  # so is its name
         paramfiles = {name: whole / path.name for name, path in checkpoint.paramfiles.items()}
         return Checkpoint(whole, checkpoint.meta, paramfiles)
+
+    # ---------------------------------------------------------------- looking for one
+
+    def find_checkpoints(
+        self,
+        importance_key: Callable[[Checkpoint], Any] | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: Callable[[Checkpoint], bool] | None = None,
+        max_num_checkpoints: int | None = None,
+    ) -> list[Checkpoint]:
+        """Find checkpoints as the Checkpointer does; those that are damaged are passed over, and named.
+
+        Arguments
+        ---------
+        importance_key, max_key, min_key, ckpt_predicate, max_num_checkpoints
+            As for :meth:`speechbrain.utils.checkpoints.Checkpointer.find_checkpoints`.
+
+        Returns
+        -------
+        list of Checkpoint
+        """
+
+        def is_wanted(checkpoint: Checkpoint) -> bool:
+            return (ckpt_predicate is None or ckpt_predicate(checkpoint)) and self._is_whole(checkpoint)
+
+        return super().find_checkpoints(importance_key, max_key, min_key, is_wanted, max_num_checkpoints)
+
+    def _is_whole(self, checkpoint: Checkpoint) -> bool:
+        """Whether the files are those that were written; looked at once."""
+        path = checkpoint.path
+        if path not in self._faults:
+            self._faults[path] = _fault(path)
+            if self._faults[path]:
+                logger.warning("%s is damaged and is not used: %s. Delete it.", path, self._faults[path])
+        return not self._faults[path]
+
+
+def _fault(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, if anything; one without checksums is taken as it is."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        return f"its {CHECKSUMS} cannot be read ({error})"
+    for name, (size, checksum) in checksums.items():
+        path = folder / name
+        if not path.is_file():
+            return f"its {name} is missing"
+        if path.stat().st_size != size:
+            return f"its {name} has {path.stat().st_size} bytes instead of {size}"
+        if _checksum(path) != [size, checksum]:
+            return f"its {name} has other bytes than were written"
+    return ""
+
+
+def _checksum(path: Path) -> list[int]:
+    """Size and CRC-32 of a file."""
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

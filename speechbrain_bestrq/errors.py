@@ -1,7 +1,9 @@
 """The error that is the user's to mend, and the exit statuses of every command."""
 
-#: Exit status after an :class:`InputError`, and after Ctrl-C.
+#: Exit status after an :class:`InputError`, and after an interruption.
 USER_ERROR, INTERRUPTED = 2, 130
+#: Exit status of a run that ended in order before it was done (EX_TEMPFAIL): the same command goes on with it.
+START_AGAIN = 75
 
 
 class InputError(ValueError):

@@ -15,8 +15,9 @@ from speechbrain.utils.distributed import run_on_main
 from torch import Tensor
 
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
-from speechbrain_bestrq.task_encoders import TaskEncoder, state_digest
+from speechbrain_bestrq.task_encoders import TaskEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def cache_features(
 
 
 def open_cache(
-    hparams: Mapping[str, Any], sets: Mapping[str, Rows], device: torch.device | str = "cpu"
+    hparams: Mapping[str, Any], sets: Mapping[str, Rows], device: torch.device | str | None = None
 ) -> FeatureCache | None:
     """Make or find the cache of a recipe, if it asks for one: a collective of all ranks.
 
@@ -149,8 +150,8 @@ def open_cache(
         "max_eval_batch_seconds".
     sets : mapping
         The rows of each set.
-    device : torch.device or str
-        Where the main process computes.
+    device : torch.device or str, optional
+        Where the main process computes; the GPU, if there is one, when left out.
 
     Returns
     -------
@@ -167,6 +168,7 @@ def open_cache(
         raise InputError("cache_features: True hears each utterance once: leave it out, or speed_perturb.")
     together = {name: row for rows in sets.values() for name, row in rows.items()}
     settings = [hparams["cache_folder"], hparams["speech_encoder"], together, hparams["sample_rate"]]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     run_on_main(cache_features, args=[*settings, hparams["max_eval_batch_seconds"], device])
     return FeatureCache(hparams["cache_folder"])
 
@@ -178,7 +180,7 @@ def _identify(encoder: TaskEncoder, rows: Rows, sample_rate: int) -> dict[str, A
         audio.update(json.dumps([name, str(row["wav"]), float(row["duration"])]).encode())
     settings = hashlib.sha256(f"{encoder!r} {encoder.options}".encode()).hexdigest()[:16]
     return {
-        "encoder": state_digest(encoder),
+        "encoder": digest(encoder.state_dict()),
         "settings": settings,
         "audio": audio.hexdigest()[:16],
         "sample_rate": sample_rate,

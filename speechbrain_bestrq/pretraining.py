@@ -10,7 +10,7 @@ from typing import Any
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import ckpt_recency
-from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -20,19 +20,24 @@ from tqdm import tqdm
 from speechbrain_bestrq.accounting import JsonLines, LateReader, datasheet_flops, format_line
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.audio import PretrainingBatch
-from speechbrain_bestrq.batching import LadderBatchSampler
+from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.model_card import write_card
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
+from speechbrain_bestrq.resuming import check_ranks_agree, check_resumable, digest, load_state, save_state
+from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 
 logger = logging.getLogger(__name__)
 
 #: Share of the label histogram that stays from one update to the next: a memory of some hundred updates.
 HISTOGRAM_MEMORY = 0.995
 
-#: Updates in a row that may be skipped before the run is given up.
-MOST_SKIPS_IN_A_ROW = 50
+#: Times that a run goes back to its last checkpoint, each time with half the learning rate, before it is given up.
+MOST_REWINDS = 4
+
+#: Updates from which on the usual gradient norm is known, and how much of it stays from one to the next.
+SPIKES_FROM, NORM_MEMORY = 100, 0.99
 
 #: Sums over the batches of an update, in the order of the tensor that ranks add up; the model's loss terms come after.
 SUMS = ("targets", "loss", "correct", "frames", "seconds")
@@ -53,14 +58,20 @@ class PretrainingBrain(sb.Brain):
     * The finite check is made on the device, on the norm of the gradients that all
       ranks share: an update that is not finite is skipped by all alike, and counted.
     * Nothing is read back from the device but the log line, late.
+    * A signal (SIGTERM, SIGUSR1, Ctrl-C) ends the run after the update, with a
+      checkpoint and :class:`~speechbrain_bestrq.stopping.StoppedError`.
 
     Arguments
     ---------
     modules, opt_class, hparams, run_opts, checkpointer
         As for :class:`speechbrain.Brain`. ``opt_class`` makes a fused optimizer.
         Of ``hparams``: ``lr_schedule``, ``output_folder``, ``log_interval`` (updates),
-        ``optimizer_step_limit``, ``encoder_at_steps``, ``seed``, and ``valid_interval``
-        (updates; validation is at the end of each epoch in any case).
+        ``optimizer_step_limit``, ``encoder_at_steps``, ``seed``. Where they are there:
+        ``valid_interval`` (updates; validation is at the end of each epoch in any case);
+        ``spike_ratio``: updates whose gradient norm is this many times the usual are skipped too;
+        ``max_skipped_updates`` (50) in a row, after which ``on_nonfinite`` "stop"s the run or
+        "rewind"s it to the last checkpoint with half the rate; ``max_unsaved_hours`` (2) that it
+        trains on when the disk takes no checkpoint.
     run_facts : dict
         What run.json and the encoder's card tell of the data (corpus, hours...).
     """
@@ -90,6 +101,9 @@ class PretrainingBrain(sb.Brain):
         self.tensorboard = None
         self.bar = None
         self.best_valid_loss, self.skipped_in_a_row = float("inf"), 0
+        self.rate_scale, self.rewinds, self.best_perplexity = 1.0, 0, 0.0
+        self.unsaved_since, self.unwritten = None, []
+        self.usual_norm = torch.zeros((), device=self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
         self.device_seconds_before, self.started = 0.0, time.perf_counter()
         # a micro-batch of this many masked frames weighs 1, so that summed losses keep their scale in fp16
@@ -160,22 +174,36 @@ class PretrainingBrain(sb.Brain):
         """
         self.sampler, self.valid_set = train_set.batch_sampler, valid_set
         if self.checkpointer is not None:
-            self.checkpointer.add_recoverable("sampler", self.sampler, _load_state, _save_state)
+            self.checkpointer.add_recoverable("sampler", self.sampler, load_state, save_state)
             newest = self.checkpointer.find_checkpoint()
             if newest is not None and newest.meta["step"] >= (self.optimizer_step_limit or float("inf")):
                 logger.info("This run is done: %s holds update %d.", newest.path, newest.meta["step"])
                 return
         self.show_bar = not self.noprogressbar and if_main_process()
-        # the progress bar is our own: it reads nothing back from the device
-        super().fit(epoch_counter, train_set, valid_set, progressbar=False)
+        with Requests() as self.requests:
+            while True:
+                try:
+                    # the progress bar is our own: it reads nothing back from the device
+                    super().fit(epoch_counter, train_set, valid_set, progressbar=False)
+                    break
+                except _RewindError:
+                    self._prepare_rewind()
         self._write_log_lines(wait=True)
         for output in (self.bar, self.tensorboard):
             if output is not None:
                 output.close()
 
     def on_fit_start(self) -> None:
-        """Refuse a foreign checkpoint, then load it; open the logs."""
+        """Refuse a foreign checkpoint and ranks that are not alike, then load the newest; open the logs."""
         check_resumable(self.checkpointer, self.model, self.sampler)
+        check_ranks_agree(
+            model=self.model.signature(),
+            buffers=digest(dict(self.model.named_buffers())),
+            training=self.sampler.state_dict(),
+            precision=self.precision,
+            seed=self.hparams.seed,
+            updates=(self.grad_accumulation_factor, self.optimizer_step_limit),
+        )
         super().on_fit_start()
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")
@@ -246,7 +274,7 @@ class PretrainingBrain(sb.Brain):
     def optimizers_step(self) -> None:
         """Scale the gradients to the mean over all targets, clip them, update if they are finite."""
         update = self.optimizer_step + 1
-        rate = self.hparams.lr_schedule(update)
+        rate = self.hparams.lr_schedule(update) * self.rate_scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums = self.update_sums
@@ -260,18 +288,21 @@ class PretrainingBrain(sb.Brain):
         if self.max_grad_norm > 0:
             scale = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
-        finite = norm.isfinite()
+        good = norm.isfinite()
+        if getattr(self.hparams, "spike_ratio", 0) and update > SPIKES_FROM:
+            good &= norm <= self.hparams.spike_ratio * self.usual_norm
+        memory = NORM_MEMORY if update > 1 else 0.0
+        self.usual_norm = torch.where(good, memory * self.usual_norm + (1 - memory) * norm, self.usual_norm)
+        # what GradScaler does for fused optimizers: the kernel itself skips the update. The norm is not finite
+        # where a gradient is not
+        self.optimizer.found_inf = (~good).float()
+        self.optimizer.step()
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
             self.scaler.update()
-        else:
-            # what GradScaler does for fused optimizers: the kernel itself skips the update
-            self.optimizer.found_inf = (~finite).float()
-            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_step = update
-        self.window_sums += torch.where(finite, sums, 0.0)
-        self.totals += torch.stack([sums[4], (~finite).double()])
+        self.window_sums += torch.where(good, sums, 0.0)
+        self.totals += torch.stack([sums[4], (~good).double()])
         self.histogram *= HISTOGRAM_MEMORY
         self.gradient_norm = norm
         self.update_sums = self._zero_sums()
@@ -293,6 +324,33 @@ class PretrainingBrain(sb.Brain):
         interval = getattr(self.hparams, "valid_interval", None)
         if interval and self.optimizer_step % interval == 0 and not self._validation_is_next:
             self._validate_amid_epoch()
+        self._heed_requests()
+
+    def _heed_requests(self) -> None:
+        """End the run, or go back to the last checkpoint, if a rank was asked to."""
+        asked = self.requests.agreed()
+        if asked == Request.REWIND:
+            raise _RewindError
+        if asked == Request.STOP and not self._optimizer_step_limit_exceeded:  # a run that is done ends by itself
+            self._save_checkpoint(end_of_epoch=False, stopping=True)
+            where = "no checkpoint" if self.unsaved_since or not self.checkpointer else "a checkpoint"
+            signal = self.requests.signal or "a signal to another rank"
+            raise StoppedError(
+                f"by {signal} after update {self.optimizer_step}, with {where} of it; the same command goes on."
+            )
+
+    def _prepare_rewind(self) -> None:
+        """Make ready to load the last checkpoint again and to go on from it with half the rate."""
+        self.rewinds += 1
+        self.rate_scale /= 2
+        self.reader, self.skipped_in_a_row = LateReader(), 0
+        self.update_sums = self._zero_sums()
+        logger.warning(
+            "Going back to the last checkpoint, for the %d. time of at most %d, with %g of the learning rate.",
+            self.rewinds,
+            MOST_REWINDS,
+            self.rate_scale,
+        )
 
     @property
     def _validation_is_next(self) -> bool:
@@ -399,11 +457,9 @@ class PretrainingBrain(sb.Brain):
             if nothing:  # all updates of this line were skipped: it has no loss
                 without = ("loss", *self.model.loss_terms, "accuracy", "gain", "mask_ratio")
                 entry |= {name: float("nan") for name in without if name in entry}
-            if self.skipped_in_a_row >= MOST_SKIPS_IN_A_ROW:
-                raise RuntimeError(
-                    f"none of the last {self.skipped_in_a_row} updates up to {entry['step']} had finite gradients: "
-                    "lower the learning rate or lengthen the warm-up, train in bf16 or fp32, and start again to resume."
-                )
+            if self.skipped_in_a_row >= getattr(self.hparams, "max_skipped_updates", 50):
+                self._give_up_or_rewind(entry["step"])
+            self._warn_of_falling_codebook_use(entry)
             self.shown_loss = torch.tensor(entry["loss"])
             if self.bar is not None:
                 shown = {name: entry[name] for name in ("loss", "accuracy", "gain") if name in entry}
@@ -411,15 +467,45 @@ class PretrainingBrain(sb.Brain):
                 self.bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()}, audio=speed, refresh=False)
             self._write(entry)
 
+    def _give_up_or_rewind(self, step: int) -> None:
+        """Ask all ranks to go back to the last checkpoint, if the YAML wants it and it may still help."""
+        rewind = getattr(self.hparams, "on_nonfinite", "stop") == "rewind"
+        has_checkpoint = self.checkpointer is not None and self.checkpointer.find_checkpoint() is not None
+        if rewind and has_checkpoint and self.rewinds < MOST_REWINDS:
+            self.requests.ask(Request.REWIND)
+            return
+        raise RuntimeError(
+            f"none of the last {self.skipped_in_a_row} updates up to {step} had finite, ordinary gradients: "
+            "lower the learning rate or lengthen the warm-up, train in bf16 or fp32, and start again to resume."
+        )
+
+    def _warn_of_falling_codebook_use(self, entry: dict[str, Any]) -> None:
+        """Warn when half of the codes that were in use are not any more."""
+        perplexity = entry.get("code_perplexity", 0.0)
+        if perplexity < self.best_perplexity / 2:
+            logger.warning(
+                "The perplexity of the codes in use fell from %.1f to %.1f: see codes_used and commonest_share.",
+                self.best_perplexity,
+                perplexity,
+            )
+            self.best_perplexity = perplexity  # warn again when it halves again
+        self.best_perplexity = max(self.best_perplexity, perplexity)
+
     def _write(self, entry: dict[str, Any]) -> None:
-        """Write one entry as text, as JSON and to TensorBoard."""
+        """Write one entry as text, as JSON and to TensorBoard; a full disk gets the JSON with the next one."""
         if not if_main_process():
             return
         logger.info(format_line(entry))
-        self.log.append(entry)
-        for name, value in entry.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self.tensorboard.add_scalar(f"{entry['event']}/{name}", value, entry["step"])
+        self.unwritten.append(entry)
+        try:
+            while self.unwritten:
+                self.log.append(self.unwritten[0])
+                self.unwritten.pop(0)
+            for name, value in entry.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.tensorboard.add_scalar(f"{entry['event']}/{name}", value, entry["step"])
+        except OSError as error:
+            logger.error("The log in %s cannot be written (%s): make room.", self.folder, error)
 
     # ---------------------------------------------------------------- stages
 
@@ -477,7 +563,11 @@ class PretrainingBrain(sb.Brain):
 
         Time is looked at with the log lines, so that ranks talk no more often than that.
         """
-        if self.checkpointer is None or self.window_updates and self.ckpt_interval_minutes > 0:
+        if self.checkpointer is None:
+            return False
+        if self.unsaved_since and self.window_updates == 0:  # try again with each log line
+            return True
+        if self.window_updates and self.ckpt_interval_minutes > 0:
             return False
         between_updates = self.step % self.grad_accumulation_factor == 0
         if not between_updates or self._validation_is_next:  # which saves anyway, when it is done
@@ -489,32 +579,54 @@ class PretrainingBrain(sb.Brain):
     def _save_intra_epoch_ckpt(self) -> None:
         self._save_checkpoint(end_of_epoch=False)
 
-    def _save_checkpoint(self, end_of_epoch: bool, **meta: float) -> None:
+    def _save_checkpoint(self, end_of_epoch: bool, stopping: bool = False, **meta: float) -> None:
         """Save; keep the newest and the best."""
         if self.checkpointer is None:
             return
         self._write_log_lines(wait=True)  # a resumed run logs nothing of before its checkpoint
+        if self.skipped_in_a_row and not stopping:
+            return  # nothing was learned since the last one, which a rewind goes back to
         signature = json.dumps(self.model.signature(), sort_keys=True)
-        self.checkpointer.save_checkpoint(
-            meta={"step": self.optimizer_step, "signature": signature, **meta}, end_of_epoch=end_of_epoch
+        self.shared_histogram = self.histogram.clone()
+        if self.world_size > 1:
+            torch.distributed.all_reduce(self.shared_histogram)
+        try:
+            self.checkpointer.save_checkpoint(
+                meta={"step": self.optimizer_step, "signature": signature, **meta}, end_of_epoch=end_of_epoch
+            )
+        except SaveError as error:
+            self._train_on_unsaved(error)
+            return
+        self.unsaved_since = None
+        # two of the newest, for one may be damaged, and the best
+        best = self.checkpointer.find_checkpoint(min_key="valid_loss")
+        self.checkpointer.delete_checkpoints(
+            num_to_keep=2,
+            importance_keys=[ckpt_recency],
+            ckpt_predicate=lambda checkpoint: best is None or checkpoint.path != best.path,
         )
-        kept = {"num_to_keep": 1, "min_keys": ["valid_loss"], "importance_keys": [ckpt_recency]}
-        run_on_main(self.checkpointer.delete_checkpoints, kwargs=kept)
+
+    def _train_on_unsaved(self, error: SaveError) -> None:
+        """Say that a checkpoint could not be saved; give up when that has been so for too long."""
+        now = time.perf_counter()
+        self.unsaved_since = self.unsaved_since or now
+        most_hours = getattr(self.hparams, "max_unsaved_hours", 2.0)
+        if now - self.unsaved_since > 3600 * most_hours:
+            raise InputError(f"{error} Nothing could be saved for {most_hours:g} hours: start again then.") from error
+        logger.error("%s Training goes on, and tries again.", error)
 
     def _save_progress(self, _brain: Any, path: Path) -> None:
-        """Save the counters that SpeechBrain does not know of: a collective of all ranks."""
-        histogram = self.histogram.clone()
-        if self.world_size > 1:
-            torch.distributed.all_reduce(histogram)
-        if if_main_process():
-            state = {
-                "totals": self.totals,
-                "window_sums": self.window_sums,
-                "histogram": histogram,
-                "device_seconds": self.device_hours * 3600,
-                "best_valid_loss": self.best_valid_loss,
-            }
-            torch.save(state, path)
+        """Save the counters that SpeechBrain does not know of."""
+        state = {
+            "totals": self.totals,
+            "window_sums": self.window_sums,
+            "histogram": self.shared_histogram,
+            "device_seconds": self.device_hours * 3600,
+            "best_valid_loss": self.best_valid_loss,
+            "rate_scale": self.rate_scale,
+            "usual_norm": self.usual_norm,
+        }
+        torch.save(state, path)
 
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
@@ -522,6 +634,9 @@ class PretrainingBrain(sb.Brain):
         # histograms are added up over the ranks: the first holds what all had
         self.histogram = state["histogram"] * (self.rank == 0)
         self.device_seconds_before, self.best_valid_loss = state["device_seconds"], state["best_valid_loss"]
+        # a run that went back here with a lower rate keeps it
+        self.rate_scale = min(self.rate_scale, state.get("rate_scale", 1.0))
+        self.usual_norm = state.get("usual_norm", self.usual_norm)
 
     def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> None:
         """Write the artefact of this step."""
@@ -534,87 +649,15 @@ class PretrainingBrain(sb.Brain):
             "device_hours": self.device_hours,
             "validation": entry,
         }
-        card = write_card(facts, [line for line in self.log.read() if line["event"] == "valid"])
-        save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
-
-
-def check_resumable(checkpointer: Any, model: nn.Module, sampler: LadderBatchSampler) -> None:
-    """Refuse to go on from a checkpoint of another model or of other batches, before anything is written.
-
-    Arguments
-    ---------
-    checkpointer : Checkpointer or None
-        Of the run.
-    model : nn.Module
-        The pre-training model.
-    sampler : LadderBatchSampler
-        Of the training batches; it is set to the place of the newest checkpoint.
-
-    Raises
-    ------
-    InputError
-        As :func:`check_signature` and the sampler's ``load_state_dict``, about the
-        newest checkpoint.
-    """
-    checkpoint = None if checkpointer is None else checkpointer.find_checkpoint()
-    if checkpoint is not None:
-        check_signature(model.signature(), checkpoint.meta.get("signature", "{}"), checkpoint.path)
         try:
-            _load_state(sampler, checkpoint.paramfiles["sampler"], checkpoint.meta["end-of-epoch"])
-        except InputError as error:
-            raise InputError(f"{checkpoint.path}: {error}") from error
+            card = write_card(facts, [line for line in self.log.read() if line["event"] == "valid"])
+            save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
+        except OSError as error:
+            logger.error("%s cannot be written (%s): make room.", self.folder / name, error)
 
 
-def check_signature(ours: dict[str, Any], saved: str, folder: Path) -> None:
-    """Refuse a checkpoint of another model.
-
-    Arguments
-    ---------
-    ours : dict
-        The model's ``signature()``.
-    saved : str
-        The checkpoint's, as JSON.
-    folder : Path
-        The checkpoint.
-
-    Raises
-    ------
-    InputError
-        Naming the settings that differ.
-
-    Example
-    -------
-    >>> check_signature({"encoder": {"d_model": 8}}, '{"encoder": {"d_model": 16}}', Path("save/CKPT"))
-    Traceback (most recent call last):
-    speechbrain_bestrq.errors.InputError: save/CKPT is of another model (encoder.d_model: 16 there, 8 here): \
-give another output_folder, or the settings it was trained with.
-    """
-    here, there = _flat(ours), _flat(json.loads(saved))
-    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    if names:
-        differences = ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
-        raise InputError(
-            f"{folder} is of another model ({differences}): give another output_folder, "
-            "or the settings it was trained with."
-        )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _save_state(recoverable: Any, path: Path) -> None:
-    """A checkpoint hook for small states of plain types."""
-    if if_main_process():
-        Path(path).write_text(json.dumps(recoverable.state_dict()), encoding="utf-8")
-
-
-def _load_state(recoverable: Any, path: Path, end_of_epoch: bool) -> None:
-    recoverable.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+class _RewindError(Exception):
+    """Leaves SpeechBrain's loop over the epochs, to begin it again from the last checkpoint."""
 
 
 def _peak_memory_gb(device_type: str) -> float:

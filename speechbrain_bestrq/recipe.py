@@ -14,7 +14,8 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
-from speechbrain_bestrq.errors import INTERRUPTED, USER_ERROR, InputError
+from speechbrain_bestrq.errors import INTERRUPTED, START_AGAIN, USER_ERROR, InputError
+from speechbrain_bestrq.stopping import StoppedError
 
 
 def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, Any]]:
@@ -92,7 +93,8 @@ def _top_level(text: str) -> list[tuple[str, str]]:
 def run_recipe(main: Callable[[list[str]], None]) -> None:
     """Run a recipe's ``main`` on the command line.
 
-    The user's errors become one line and exit status 2, Ctrl-C one line and 130.
+    The user's errors become one line and exit status 2; a run that was asked to stop, and did in order, one
+    line and 75 ("start me again"); an interruption one line and 130.
 
     Arguments
     ---------
@@ -107,6 +109,10 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
             message = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
             print(f"error: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except StoppedError as stopped:
+        if sb.utils.distributed.if_main_process():
+            print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(START_AGAIN)
     except KeyboardInterrupt:
         if sb.utils.distributed.if_main_process():
             print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr)

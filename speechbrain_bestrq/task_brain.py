@@ -18,7 +18,8 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.recipe import command_line
 from speechbrain_bestrq.results import machine
-from speechbrain_bestrq.task_encoders import TaskEncoder, state_digest
+from speechbrain_bestrq.resuming import digest
+from speechbrain_bestrq.task_encoders import TaskEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class TaskBrain(sb.Brain):
       count to the head;
     - ``encoder_annealing``...: SpeechBrain's ``NewBobScheduler``, which goes by the metric, or a schedule that
       goes by the epoch, such as ``LinearScheduler``; the rate stays where there is none;
+    - ``annealing_metric``: what NewBob goes by, if not :attr:`metric`;
     - ``encoder_start_update``: the first update that trains the encoder (0 if left out). Before,
       it runs without gradients;
     - ``speed_perturb``: applied to the waveforms in training, if it is there;
@@ -196,7 +198,7 @@ class TaskBrain(sb.Brain):
             self.test_metrics = metrics
             return
         self.seconds["validation"] += elapsed
-        rates = self._anneal(epoch, metrics[self.metric])
+        rates = self._anneal(epoch, metrics[getattr(self.hparams, "annealing_metric", self.metric)])
         meta = {"epoch": epoch, "updates": self.optimizer_step, **rates, "train_seconds": self.seconds["train"]}
         self.hparams.train_logger.log_stats(meta, {"loss": self._train_loss}, metrics)
         if self.mix is not None:
@@ -261,13 +263,13 @@ class TaskBrain(sb.Brain):
             "encoder": {
                 **self.encoder.describe(),
                 "frozen": self.encoder.freeze,
-                "digest": state_digest(self.encoder),
+                "digest": digest(self.encoder.state_dict()),
             },
             "seed": self.hparams.seed,
             "epochs": self.hparams.epoch_counter.current,
             "updates": self.optimizer_step,
             "best_epoch": best.meta["epoch"],
-            "validation": {name: value for name, value in best.meta.items() if isinstance(value, float)},
+            "validation": {name: best.meta[name] for name in best.meta.keys() & {"loss", *self.test_metrics}},
             "trained_parameters": self.trained_parameters,
             "layer_weights": self.layer_weights[-1] if self.layer_weights else None,
             "seconds": dict(self.seconds),

@@ -1,6 +1,5 @@
 """What a downstream task listens with: an encoder, pre-trained or not, or filter banks, under one interface."""
 
-import hashlib
 import os
 from typing import Any
 
@@ -162,32 +161,3 @@ class TaskEncoder(nn.Module):
             return facts | {"method": f"random {method}"}
         told = {"corpus": "corpus", "updates": "step", "audio_hours": "audio_hours", "device_hours": "device_hours"}
         return facts | {"method": method} | {name: self._facts.get(key) for name, key in told.items()}
-
-
-def state_digest(module: nn.Module) -> str:
-    """Digest the parameters and buffers of a module: equal for bit-identical states only.
-
-    Arguments
-    ---------
-    module : nn.Module
-        Any.
-
-    Returns
-    -------
-    str
-        16 hexadecimal digits.
-
-    Example
-    -------
-    >>> layer = nn.Linear(2, 2)
-    >>> before = state_digest(layer)
-    >>> with torch.no_grad():
-    ...     _ = layer.bias.add_(1e-3)
-    >>> state_digest(layer) == before
-    False
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

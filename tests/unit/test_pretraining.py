@@ -189,7 +189,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(toy, tmp_path):
 def test_nothing_but_skipped_updates_stops_the_run(toy, tmp_path):
     model = toy.make_model()
     batches = [toy.make_batch(model, [np.full(3200, np.nan, dtype=np.float32)])] * 100
-    with pytest.raises(RuntimeError, match="none of the last .* had finite gradients"):
+    with pytest.raises(RuntimeError, match="none of the last .* had finite, ordinary gradients"):
         toy.fit_batches(tmp_path, model, batches, log_interval=50)
 
 
@@ -427,14 +427,13 @@ def test_the_best_encoder_survives_a_kill_between_checkpoint_and_encoder(toy, tm
     assert (tmp_path / "encoder" / "model.safetensors").exists()
 
 
-def test_the_newest_and_the_best_checkpoint_are_kept(toy, tmp_path, corpus):
+def test_the_two_newest_and_the_best_checkpoint_are_kept(toy, tmp_path, corpus):
     """The first validation is the best of a model that diverges."""
     result = toy.train(tmp_path, **corpus, updates=9, checkpoint_every=2, peak=3.0, warmup=9, max_grad_norm=0.0)
     checkpoints = result.brain.checkpointer.list_checkpoints()
     valid = toy.log_lines(tmp_path, "valid")
     best = min(valid, key=lambda line: line["loss"])
-    assert sorted({checkpoint.meta["step"] for checkpoint in checkpoints}) == sorted({best["step"], 9})
-    assert len(checkpoints) <= 2
+    assert sorted(checkpoint.meta["step"] for checkpoint in checkpoints) == [best["step"], 8, 9]
 
 
 # ---------------------------------------------------------------- learning

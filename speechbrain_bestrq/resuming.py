@@ -1,0 +1,149 @@
+"""What a run checks before it goes on: that the checkpoint is its own, and that all ranks are of one mind."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.utils.distributed import if_main_process
+from torch import nn
+
+from speechbrain_bestrq.batching import LadderBatchSampler
+from speechbrain_bestrq.errors import InputError
+
+
+def check_resumable(checkpointer: Any, model: nn.Module, sampler: LadderBatchSampler) -> None:
+    """Refuse to go on from a checkpoint of another model or of other batches, before anything is written.
+
+    Arguments
+    ---------
+    checkpointer : Checkpointer or None
+        Of the run.
+    model : nn.Module
+        The pre-training model.
+    sampler : LadderBatchSampler
+        Of the training batches; it is set to the place of the newest checkpoint.
+
+    Raises
+    ------
+    InputError
+        As :func:`check_signature` and the sampler's ``load_state_dict``, about the
+        newest checkpoint.
+    """
+    checkpoint = None if checkpointer is None else checkpointer.find_checkpoint()
+    if checkpoint is not None:
+        check_signature(model.signature(), checkpoint.meta.get("signature", "{}"), checkpoint.path)
+        try:
+            load_state(sampler, checkpoint.paramfiles["sampler"], checkpoint.meta["end-of-epoch"])
+        except InputError as error:
+            raise InputError(f"{checkpoint.path}: {error}") from error
+
+
+def check_signature(ours: dict[str, Any], saved: str, folder: Path) -> None:
+    """Refuse a checkpoint of another model.
+
+    Arguments
+    ---------
+    ours : dict
+        The model's ``signature()``.
+    saved : str
+        The checkpoint's, as JSON.
+    folder : Path
+        The checkpoint.
+
+    Raises
+    ------
+    InputError
+        Naming the settings that differ.
+
+    Example
+    -------
+    >>> check_signature({"encoder": {"d_model": 8}}, '{"encoder": {"d_model": 16}}', Path("save/CKPT"))
+    Traceback (most recent call last):
+    speechbrain_bestrq.errors.InputError: save/CKPT is of another model (encoder.d_model: 16 there, 8 here): \
+give another output_folder, or the settings it was trained with.
+    """
+    here, there = _flat(ours), _flat(json.loads(saved))
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if names:
+        differences = ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
+        raise InputError(
+            f"{folder} is of another model ({differences}): give another output_folder, "
+            "or the settings it was trained with."
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def check_ranks_agree(**facts: Any) -> None:
+    """Refuse to train on ranks that were given different things; a collective of all ranks.
+
+    DDP would go on without a word: with other data a rank trains on them, with another
+    model or other labels the sum of the gradients means nothing.
+
+    Arguments
+    ---------
+    **facts
+        What must be the same on all ranks: plain values, or dicts of them.
+
+    Raises
+    ------
+    InputError
+        On all ranks, naming what differs and where.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    everyones: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyones, _flat(facts))
+    first = everyones[0]
+    for rank, theirs in enumerate(everyones):
+        names = sorted(name for name in first.keys() | theirs.keys() if first.get(name) != theirs.get(name))
+        if names:
+            differences = ", ".join(f"{name}: {theirs.get(name)} there, {first.get(name)} on rank 0" for name in names)
+            raise InputError(
+                f"rank {rank} was given other things than rank 0 ({differences}): start all ranks with the same files "
+                "and options."
+            )
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """Digest tensors: equal for bit-identical ones only.
+
+    Arguments
+    ---------
+    state : dict
+        Of a module.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+
+    Example
+    -------
+    >>> digest({"weight": torch.zeros(2)}) == digest({"weight": torch.zeros(2)}) != digest({"weight": torch.ones(2)})
+    True
+    """
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def save_state(recoverable: Any, path: Path) -> None:
+    """Save a small state of plain types: a hook for a checkpointer."""
+    if if_main_process():
+        Path(path).write_text(json.dumps(recoverable.state_dict()), encoding="utf-8")
+
+
+def load_state(recoverable: Any, path: Path, end_of_epoch: bool) -> None:
+    """Load what :func:`save_state` saved."""
+    recoverable.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,0 +1,106 @@
+"""Ending in order: what asks a run to stop, or to go back, is heeded by all ranks after the same update."""
+
+import signal
+import threading
+from enum import IntEnum
+from types import FrameType
+
+import torch
+
+#: What asks a run to stop: a scheduler's warning, a pre-emption, Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StoppedError(Exception):
+    """The run ended in order because it was asked to; started again it goes on."""
+
+
+class Request(IntEnum):
+    """What a rank may ask for; where several ask, the highest counts."""
+
+    GO_ON = 0
+    REWIND = 1
+    STOP = 2
+
+
+class Requests:
+    """Collects requests to stop, from signals, and to go back to the last checkpoint, on all ranks.
+
+    A signal may reach one rank only, or the ranks at different updates. After each update every
+    rank calls :meth:`agreed`; the answer is the same on all, one update late where there are several,
+    so that nobody waits.
+
+    The same signal once more does what it did before: a second Ctrl-C interrupts at once.
+
+    Example
+    -------
+    >>> with Requests() as requests:
+    ...     before = requests.agreed()
+    ...     signal.raise_signal(signal.SIGUSR1)
+    ...     (before.name, requests.agreed().name, requests.signal)
+    ('GO_ON', 'STOP', 'SIGUSR1')
+    """
+
+    def __init__(self) -> None:
+        self.signal = ""
+        """The signal that came here, if any."""
+        self._asked = Request.GO_ON
+        self._before: dict[int, object] = {}
+        self._group = self._pending = None
+
+    def __enter__(self) -> "Requests":
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # requests travel between the hosts, whatever the devices do
+            self._group = torch.distributed.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        self.ask(Request.STOP)
+        signal.signal(number, self._before[number])
+
+    def ask(self, request: Request) -> None:
+        """Ask for something; may be called on any rank, at any time."""
+        self._asked = max(self._asked, request)
+
+    def agreed(self) -> Request:
+        """Give what was asked for on any rank; to be called after each update, on all ranks."""
+        asked = self._asked
+        if self._group is not None:
+            asked, mine = Request.GO_ON, torch.tensor([int(self._asked)])
+            if self._pending is not None:
+                theirs, work = self._pending
+                work.wait()
+                asked = Request(int(theirs))
+            work = torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+            self._pending = mine, work
+        if asked == Request.REWIND:  # is done, and over
+            self._asked = Request.GO_ON if self._asked == Request.REWIND else self._asked
+            self._finish()
+        return asked
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)
+        if error[0] is None:
+            self._finish()
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """Leave it to the main process to end; for the processes that load data, which get its signals too.
+
+    Arguments
+    ---------
+    worker : int
+        Number of the worker, as PyTorch's ``worker_init_fn`` is given.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

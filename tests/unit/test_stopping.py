@@ -1,0 +1,316 @@
+"""A run that is asked to end ends in order; what goes wrong on the way is skipped, tried again or said."""
+
+import errno
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from speechbrain_bestrq import checkpointing
+from speechbrain_bestrq.accounting import JsonLines
+from speechbrain_bestrq.checkpointing import AtomicCheckpointer, SaveError
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.resuming import check_ranks_agree
+from speechbrain_bestrq.stopping import Request, Requests, StoppedError
+
+
+@pytest.fixture
+def corpus(toy, tmp_path):
+    """Ten utterances to train on and two to validate on."""
+    seconds = np.random.default_rng(3).uniform(0.6, 2.0, size=10)
+    return {
+        "train_folder": toy.write_noise(tmp_path / "audio", seconds, seed=1),
+        "valid_folder": toy.write_noise(tmp_path / "valid", [1.0, 0.7], seed=2),
+    }
+
+
+def signal_after(monkeypatch, toy, update, number):
+    """Let a signal come in the middle of an update."""
+    add_up = toy.ToyBrain._add_up
+
+    def interrupted(self, sums, output, batch):
+        add_up(self, sums, output, batch)
+        if self.optimizer_step == update - 1 and self.modules["model"].training:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(toy.ToyBrain, "_add_up", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("update", [3, 6])
+def test_a_signal_ends_the_run_after_the_update_and_the_same_command_goes_on_as_if_unbroken(
+    toy, tmp_path, corpus, monkeypatch, number, update
+):
+    unbroken = toy.train(tmp_path / "unbroken", **corpus, updates=8, model={"dropout": 0.1})
+    assert len(unbroken.sampler) == 6  # so that the signals come amid an epoch and in its last update
+    with monkeypatch.context() as patch:
+        signal_after(patch, toy, update, number)
+        with pytest.raises(StoppedError, match=f"by {number.name} after update {update}, with a checkpoint of it"):
+            toy.train(tmp_path / "run", **corpus, updates=8, model={"dropout": 0.1})
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    resumed = toy.train(tmp_path / "run", **corpus, updates=8, model={"dropout": 0.1})
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+    ours, theirs = resumed.model.state_dict(), unbroken.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_is_done_is_not_stopped_before_its_validation(toy, tmp_path, corpus, monkeypatch):
+    signal_after(monkeypatch, toy, 4, signal.SIGTERM)
+    toy.train(tmp_path, **corpus, updates=4)
+    assert (tmp_path / "encoder").is_dir() and toy.log_lines(tmp_path, "valid")
+
+
+def test_a_second_signal_of_a_kind_does_what_it_did_before():
+    with Requests():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_to_stop_goes_before_to_rewind():
+    with Requests() as requests:
+        requests.ask(Request.REWIND)
+        assert requests.agreed() == Request.REWIND and requests.agreed() == Request.GO_ON
+        requests.ask(Request.STOP)
+        requests.ask(Request.REWIND)
+        assert requests.agreed() == Request.STOP
+
+
+# ---------------------------------------------------------------- the disk
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    """A checkpointer of a layer, with a checkpoint "first"."""
+    checkpointer = AtomicCheckpointer(checkpoints_dir=tmp_path / "save", recoverables={"model": torch.nn.Linear(9, 9)})
+    checkpointer.save_checkpoint(name="first", meta={"step": 1})
+    return checkpointer
+
+
+def fill_disk(patch, number=errno.ENOSPC):
+    """Let files be synced no more."""
+
+    def refuse(path):
+        raise OSError(number, os.strerror(number))
+
+    patch.setattr(checkpointing, "_sync", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_takes_no_checkpoint_is_named_with_what_is_needed_and_the_earlier_one_stays(
+    checkpointer, monkeypatch, number
+):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, number)
+        with pytest.raises(SaveError, match=rf"save \({os.strerror(number)}\): a checkpoint needs 0.0 MB"):
+            checkpointer.save_checkpoint(name="second")
+    assert [path.name for path in checkpointer.checkpoints_dir.iterdir()] == ["CKPT+first"]
+    assert checkpointer.save_checkpoint(name="second") is not None
+
+
+def test_what_is_not_the_disks_fault_is_no_save_error(checkpointer):
+    def broken(_instance, _path):
+        raise RuntimeError("a bug")
+
+    checkpointer.add_recoverable("broken", object(), custom_save_hook=broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        checkpointer.save_checkpoint(name="second")
+
+
+def test_training_goes_on_while_nothing_can_be_saved_and_tries_again(toy, tmp_path, corpus, monkeypatch, caplog):
+    unbroken = toy.train(tmp_path / "unbroken", **corpus, updates=8)
+    saved = []
+    save = AtomicCheckpointer.save_checkpoint
+
+    def full_at_first(self, *arguments, **options):
+        with monkeypatch.context() as patch:
+            if len(saved) < 3:
+                fill_disk(patch)
+            saved.append(options["meta"]["step"])
+            return save(self, *arguments, **options)
+
+    monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", full_at_first)
+    result = toy.train(tmp_path / "run", **corpus, updates=8, checkpoint_every=2)
+    assert saved[:4] == [2, 3, 4, 5] and saved[-1] == 8
+    assert sum("Training goes on" in message for message in caplog.messages) == 3
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(result.model.state_dict().values(), unbroken.model.state_dict().values(), strict=True)
+    )
+
+
+def test_a_disk_that_stays_full_ends_the_run_when_the_yaml_says_so(toy, tmp_path, corpus, monkeypatch):
+    fill_disk(monkeypatch)
+    with pytest.raises(InputError, match="Nothing could be saved for 0 hours"):
+        toy.train(tmp_path, **corpus, updates=8, checkpoint_every=2, max_unsaved_hours=0.0)
+
+
+def test_a_log_line_is_written_whole_or_later(tmp_path, monkeypatch):
+    log = JsonLines(tmp_path / "log.jsonl")
+    log.append({"step": 1})
+    write = type(open(tmp_path / "x", "wb", buffering=0)).write
+
+    class Full:
+        """A file that takes three bytes."""
+
+        def __init__(self, *arguments, **options):
+            self.file = open(*arguments, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, data):
+            return write(self.file, data[:3])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("speechbrain_bestrq.accounting.open", Full, raising=False)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            log.append({"step": 2})
+    log.append({"step": 3})
+    assert log.read() == [{"step": 1}, {"step": 3}]
+
+
+# ---------------------------------------------------------------- damaged checkpoints
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(toy, tmp_path, corpus, caplog, damage):
+    toy.train(tmp_path / "unbroken", **corpus, updates=9)
+    toy.train(tmp_path / "run", **corpus, updates=9, checkpoint_every=2, stop_after=6)
+    checkpoints = AtomicCheckpointer(checkpoints_dir=tmp_path / "run" / "save").list_checkpoints()
+    newest = max(checkpoints, key=lambda checkpoint: checkpoint.meta["step"])
+    file = newest.path / "model.ckpt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flip" else content[:-7])
+    toy.train(tmp_path / "run", **corpus, updates=9)
+    assert any(str(newest.path) in message and "model.ckpt" in message for message in caplog.messages)
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+    assert newest.path.is_dir(), "it is the user's to delete"
+
+
+# ---------------------------------------------------------------- updates that go wrong
+
+
+def waves(good, bad, total):
+    """An utterance for each update; the bad ones are not finite."""
+    generator = np.random.default_rng(0)
+    one = lambda number: 0.1 * generator.standard_normal(3200).astype(np.float32)  # noqa: E731
+    return [np.full(3200, np.nan, np.float32) if number in bad else one(number) for number in range(total)]
+
+
+def test_too_many_skipped_updates_go_back_to_the_checkpoint_with_half_the_rate(toy, tmp_path, corpus, caplog):
+    class Diverging(toy.ToyBrain):
+        """Its gradients are not finite from update 5 on, while the rate is the first."""
+
+        def optimizers_step(self):
+            if self.optimizer_step >= 4 and self.rate_scale == 1.0:
+                next(iter(self.model.parameters())).grad.fill_(float("nan"))
+            super().optimizers_step()
+
+    options = {"updates": 12, "checkpoint_every": 2, "max_skipped_updates": 3, "on_nonfinite": "rewind"}
+    original, toy.ToyBrain = toy.ToyBrain, Diverging
+    try:
+        result = toy.train(tmp_path, **corpus, **options)
+    finally:
+        toy.ToyBrain = original
+    assert result.brain.optimizer_step == 12 and result.brain.rewinds == 1 and result.brain.rate_scale == 0.5
+    steps = [step for step, _ in toy.losses(tmp_path)]
+    assert steps == list(range(1, 13))
+    assert all(math.isfinite(loss) for _, loss in toy.losses(tmp_path))
+    rates = {line["step"]: line["learning_rate"] for line in toy.log_lines(tmp_path)}
+    schedule = result.brain.hparams.lr_schedule
+    assert rates[4] == schedule(4) and rates[12] == pytest.approx(schedule(12) / 2)
+    assert sum("Going back to the last checkpoint" in message for message in caplog.messages) == 1
+    # a process started later keeps the lower rate
+    again = toy.train(tmp_path, **corpus, **options | {"updates": 14})
+    assert again.brain.rate_scale == 0.5
+
+
+def test_a_spike_is_skipped_and_counted(toy, tmp_path):
+    from speechbrain_bestrq import pretraining
+
+    model = toy.make_model()
+    batches = [toy.make_batch(model, [wave], number=number) for number, wave in enumerate(waves(0, (), 12))]
+
+    class Spiking(toy.ToyBrain):
+        """One gradient is a thousand times the others."""
+
+        def optimizers_step(self):
+            if self.optimizer_step == 8:
+                self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
+                for parameter in self.model.parameters():
+                    parameter.grad.mul_(1000)
+            super().optimizers_step()
+            if self.optimizer_step == 9:
+                after = self.model.state_dict()
+                self.untouched = all(torch.equal(after[name], value) for name, value in self.before.items())
+
+    original, toy.ToyBrain = toy.ToyBrain, Spiking
+    patch = pytest.MonkeyPatch()
+    patch.setattr(pretraining, "SPIKES_FROM", 5)
+    try:
+        brain = toy.fit_batches(tmp_path, model, batches, spike_ratio=20.0)
+    finally:
+        toy.ToyBrain = original
+        patch.undo()
+    assert int(brain.totals[1]) == 1 and brain.untouched
+
+
+def test_falling_codebook_use_warns_once(toy, tmp_path, caplog):
+    brain = toy.make_brain(tmp_path, toy.make_model())
+    for perplexity in (100.0, 200.0, 150.0, 90.0, 80.0, 40.0):
+        brain._warn_of_falling_codebook_use({"code_perplexity": perplexity})
+    found = [message for message in caplog.messages if "perplexity of the codes" in message]
+    assert len(found) == 2 and "from 200.0 to 90.0" in found[0] and "from 90.0 to 40.0" in found[1]
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def test_one_process_agrees_with_itself():
+    check_ranks_agree(model="a")
+
+
+def test_ranks_that_were_given_other_data_or_models_find_out_at_the_start(toy, tmp_path):
+    settings = {"updates": 2, "checkpoints": False}
+    folders = [toy.write_noise(tmp_path / f"audio{rank}", [1.0 + 0.1 * rank] * 4, seed=1) for rank in (0, 1)]
+    calls = [
+        ("rank_train", {"output": str(tmp_path / "run"), "train_folder": str(folder), **settings}) for folder in folders
+    ]
+    with pytest.raises(AssertionError, match=r"rank 1 was given other things than rank 0 \(training.utterances: 4"):
+        toy.train_ranks(tmp_path / "data", calls)
+    calls = [
+        ("rank_train", {"output": str(tmp_path / "run"), "train_folder": str(folders[0]), "model": model, **settings})
+        for model in ({}, {"quantizer_seed": 1})
+    ]
+    with pytest.raises(
+        AssertionError, match=r"rank 1 was given other things than rank 0 \(model.quantizer.seed: 1 there, 0"
+    ):
+        toy.train_ranks(tmp_path / "codebook", calls)
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_update(toy, tmp_path, corpus):
+    call = {"output": str(tmp_path / "run"), **{name: str(path) for name, path in corpus.items()}, "updates": 20}
+    with pytest.raises(AssertionError) as error:
+        toy.train_ranks(tmp_path / "ranks", [("rank_train", {**call, "signal_at": at}) for at in (0, 3)])
+    text = str(error.value)
+    assert "by a signal to another rank after update" in text and "by SIGUSR1 after update" in text
+    ended = {json.loads(line)["step"] for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()}
+    assert max(ended) == 5  # the request is on its way for an update
