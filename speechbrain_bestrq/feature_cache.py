@@ -62,7 +62,7 @@ def cache_features(
 ) -> FeatureCache:
     """Compute the hidden states of all utterances in float32, unless they are there already.
 
-    A cache that was made by other weights or of other audio is made again; one that was
+    A cache that was made by other weights or lacks some of the audio is made again; one that was
     interrupted too. To be called on the main process only.
 
     Arguments
@@ -92,8 +92,8 @@ def cache_features(
     if not encoder.freeze:
         raise InputError("cache_features: True is for a frozen encoder: leave it out when the encoder is trained.")
     folder = Path(folder)
-    identity = _identify(encoder, rows, sample_rate)
-    if _is_made(folder, identity):
+    identity, audio = _identify(encoder, sample_rate), _audio(rows)
+    if _is_made(folder, identity, audio):
         logger.info("The hidden states of %d utterances are in %s already.", len(rows), folder)
         return FeatureCache(folder)
     seconds = {name: float(row["duration"]) for name, row in rows.items()}
@@ -131,7 +131,8 @@ def cache_features(
                 places[name] = [position, length]
                 position += length
     encoder.train(training)
-    index = {"identity": identity, "states": encoder.num_states, "channels": encoder.output_dim, "places": places}
+    index = {"identity": identity, "audio": audio, "places": places}
+    index |= {"states": encoder.num_states, "channels": encoder.output_dim}
     beside = folder / f"{_INDEX}.writing"
     beside.write_text(json.dumps(index), encoding="utf-8")
     os.replace(beside, folder / _INDEX)
@@ -173,25 +174,25 @@ def open_cache(
     return FeatureCache(hparams["cache_folder"])
 
 
-def _identify(encoder: TaskEncoder, rows: Rows, sample_rate: int) -> dict[str, Any]:
-    """What the cached values are a function of."""
-    audio = hashlib.sha256()
-    for name, row in rows.items():
-        audio.update(json.dumps([name, str(row["wav"]), float(row["duration"])]).encode())
+def _identify(encoder: TaskEncoder, sample_rate: int) -> dict[str, Any]:
+    """What the cached values are a function of, besides the audio."""
     settings = hashlib.sha256(f"{encoder!r} {encoder.options}".encode()).hexdigest()[:16]
-    return {
-        "encoder": digest(encoder.state_dict()),
-        "settings": settings,
-        "audio": audio.hexdigest()[:16],
-        "sample_rate": sample_rate,
-    }
+    return {"encoder": digest(encoder.state_dict()), "settings": settings, "sample_rate": sample_rate}
 
 
-def _is_made(folder: Path, identity: dict[str, Any]) -> bool:
+def _audio(rows: Rows) -> dict[str, list[Any]]:
+    """Which audio each utterance is."""
+    return {name: [str(row["wav"]), float(row["duration"])] for name, row in rows.items()}
+
+
+def _is_made(folder: Path, identity: dict[str, Any], audio: dict[str, list[Any]]) -> bool:
+    """Whether a cache is whole, of this encoder, and has at least this audio."""
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         frames = sum(length for _, length in index["places"].values())
         whole = frames * index["states"] * index["channels"] * _BYTES
-        return index["identity"] == identity and (folder / _STATES).stat().st_size == whole
+        there = index["audio"]
+        same = index["identity"] == identity and all(there.get(name) == one for name, one in audio.items())
+        return same and (folder / _STATES).stat().st_size == whole
     except (OSError, ValueError, KeyError, TypeError):
         return False

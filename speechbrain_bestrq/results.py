@@ -98,10 +98,10 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"{path} is missing: this is no downstream run, or it has not been evaluated yet.") from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read ({error}): run the evaluation again, with --test_only True."
+            f"{path} cannot be read ({error}): run the evaluation again, with --test_only."
         ) from error
     if not isinstance(results, dict) or not isinstance(results.get("sets"), dict):
-        raise InputError(f"{path} holds no results: run the evaluation again, with --test_only True.")
+        raise InputError(f"{path} holds no results: run the evaluation again, with --test_only.")
     return results
 
 
@@ -180,6 +180,6 @@ def _read_errors(path: Path, metric: str) -> dict[str, tuple[float, float, str]]
                 for row in csv.DictReader(file)
             }
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: test the run on that set, with --test_only True.") from error
+        raise InputError(f"{path} is missing: test the run on that set, with --test_only.") from error
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} has no errors of {metric} ({error}): test the run again.") from error

@@ -1,6 +1,7 @@
 """Encoders of any source under one interface, and what is kept of their states and results."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,8 +114,11 @@ def test_a_cache_is_made_again_when_the_weights_or_the_audio_change_and_only_the
     assert made(encoder, rows) and not made(encoder, rows)
     assert made(TaskEncoder(f"random:{folder}"), rows) and made(encoder, rows)
     assert made(TaskEncoder(folder, output_norm=True), rows) and made(encoder, rows)
-    assert made(encoder, {name: row for name, row in rows.items() if name != "u0"})
-    assert made(encoder, rows)
+    fewer = {name: row for name, row in rows.items() if name != "u0"}
+    assert not made(encoder, fewer), "all of it is there"
+    shutil.rmtree(tmp_path / "cache")
+    assert made(encoder, fewer) and made(encoder, rows)
+    assert made(encoder, {**rows, "u0": {**rows["u0"], "duration": 0.4}}) and made(encoder, rows)
     states = tmp_path / "cache" / "states.f32"
     states.write_bytes(states.read_bytes()[:-4])
     assert made(encoder, rows)

@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Recognise speech with a pre-trained encoder, frozen or fine-tuned, by CTC.
+
+    python train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech --encoder results/bestrq/1000
+    torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech --encoder ...
+    python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only
+
+A run that was stopped goes on from its last epoch when the same command is given again. What governs what:
+
+    the encoder                 --encoder: an encoder folder, a pre-training run, a hub id, random:<one of these>,
+                                fbank; frozen or not, which layers: `speech_encoder` of the YAML
+    its hidden states on disk   --cache_features True, --cache_folder
+    the data                    --data_folder, --train_splits, --valid_splits, --test_splits, --label_hours
+    the units                   `tokenizer`: characters, or SentencePiece trained on the transcripts
+    the head, the rates         `head`, `mix`, *_optimizer, *_annealing
+    what comes out              results.json, errors_<set>.csv, wer_<set>.txt, layer_weights.png, train_log.txt
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import if_main_process, run_on_main
+
+from speechbrain_bestrq.corpora import prepare_librispeech
+from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
+from speechbrain_bestrq.ctc_decoding import greedy_decode
+from speechbrain_bestrq.error_rates import ErrorRates
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
+from speechbrain_bestrq.recipe import load_recipe, run_recipe
+from speechbrain_bestrq.results import interval, write_errors, write_results
+from speechbrain_bestrq.task_brain import TaskBrain
+from speechbrain_bestrq.task_data import make_task_loaders, take_hours
+
+logger = logging.getLogger(__name__)
+
+#: What the preparation is told.
+PREPARATION = (
+    "data_folder",
+    "train_splits",
+    "valid_splits",
+    "test_splits",
+    "sample_rate",
+    "resample",
+    "max_unreadable",
+)
+
+
+class ASRBrain(TaskBrain):
+    """CTC over the mixed hidden states."""
+
+    @property
+    def metric(self) -> str:
+        """The validation metric that chooses the checkpoint."""
+        return self.hparams.valid_metric
+
+    def compute_forward(self, batch: Any, stage: sb.Stage) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give log-probabilities (B, T, V) of the units, and frames (B,)."""
+        features, lengths = self.listen(batch.to(self.device), stage)
+        return self.modules.head(features, lengths).float().log_softmax(-1), lengths
+
+    def compute_objectives(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], batch: Any, stage: sb.Stage
+    ) -> torch.Tensor:
+        """CTC loss, a mean over utterances of the loss of a unit; collect what was recognised."""
+        log_probs, lengths = predictions
+        if stage != sb.Stage.TRAIN:
+            self._collect(log_probs, lengths, batch)
+        units = [torch.as_tensor(one) for one in batch.units]
+        counts = torch.tensor([len(one) for one in units])
+        return torch.nn.functional.ctc_loss(
+            log_probs.transpose(0, 1), torch.cat(units).to(self.device), lengths, counts, zero_infinity=True
+        )
+
+    def _collect(self, log_probs: torch.Tensor, lengths: torch.Tensor, batch: Any) -> None:
+        tokenizer = self.hparams.tokenizer
+        texts = [tokenizer.decode(units) for units in greedy_decode(log_probs, lengths, tokenizer.blank)]
+        self.rates.append(batch.id, texts, batch.wrd, batch.spk_id)
+
+    def start_metrics(self, stage: sb.Stage) -> None:
+        """Start collecting."""
+        self.rates = ErrorRates()
+
+    def stage_metrics(self, stage: sb.Stage) -> dict[str, float]:
+        """Word and character error rate of the greedy decoding."""
+        return {"wer": self.rates.wer.value, "cer": self.rates.cer.value}
+
+
+def read_rows(hparams: dict, manifests: dict[str, Path]) -> dict[str, dict]:
+    """Read the manifests of training, validation and each test set; check the transcripts."""
+    rows = {name: read_manifest(manifests[name]) for name in ("train", "valid", *hparams["test_splits"])}
+    for name, part in rows.items():
+        silent = [one for one, row in part.items() if not row["wrd"]]
+        if silent:
+            raise InputError(
+                f"{len(silent)} utterances of '{name}' have no transcript, such as {silent[0]}: complete their "
+                "chapters' .trans.txt, or leave the split out."
+            )
+    rows["train"] = take_hours(rows["train"], hparams["label_hours"], hparams["label_seed"])
+    return rows
+
+
+def leave_out_hopeless(hparams: dict, rows: dict[str, dict]) -> None:
+    """Leave out of training what has fewer encoder frames than CTC needs for its transcript."""
+    tokenizer, encoder, rate = hparams["tokenizer"], hparams["speech_encoder"], hparams["sample_rate"]
+    fastest = max(hparams.get("speeds", [100])) / 100
+    hopeless = []
+    for name, row in rows["train"].items():
+        units = tokenizer.encode(row["wrd"])
+        needed = len(units) + sum(one == other for one, other in zip(units, units[1:], strict=False))
+        if encoder.num_frames(int(row["duration"] * rate / fastest)) < needed:
+            hopeless.append(name)
+    if hopeless:
+        logger.warning(
+            "%d of %d training utterances have fewer encoder frames than their transcript needs, and are left out: %s",
+            len(hopeless),
+            len(rows["train"]),
+            ", ".join(hopeless[:5]) + (", ..." if len(hopeless) > 5 else ""),
+        )
+    for name in hopeless:
+        del rows["train"][name]
+
+
+def dataio_prepare(hparams: dict, rows: dict[str, dict], cache: FeatureCache | None) -> dict[str, Any]:
+    """Make the loaders of training, validation and each test set."""
+
+    @sb.utils.data_pipeline.takes("wrd")
+    @sb.utils.data_pipeline.provides("units")
+    def units(wrd):
+        return hparams["tokenizer"].encode(wrd)
+
+    return make_task_loaders(hparams, rows, [units], ["units", "wrd", "spk_id"], cache)
+
+
+def evaluate(brain: ASRBrain, hparams: dict, loaders: dict[str, Any], output_folder: Path) -> dict[str, dict]:
+    """Test the best checkpoint on each set; write the alignments and the errors of each utterance."""
+    sets = {}
+    for name in hparams["test_splits"]:
+        metrics = brain.test(loaders[name])
+        rates = brain.rates
+        sets[name] = {
+            "wer": interval(rates.wer),
+            "cer": interval(rates.cer),
+            "loss": metrics["loss"],
+            "evaluation_seconds": metrics["seconds"],
+        }
+        logger.info("%s: WER %s, CER %s", name, rates.wer, rates.cer)
+        if if_main_process():
+            rates.write(output_folder / f"wer_{name}.txt")
+            rows = rates.per_utterance()
+            write_errors(output_folder, name, rows, list(rows[0]))
+    return sets
+
+
+def main(arguments: list[str]) -> None:
+    """Prepare, train, test."""
+    hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
+    output_folder = Path(hparams["output_folder"])
+    manifests = run_on_main(
+        prepare_librispeech,
+        kwargs={
+            "save_folder": output_folder / "manifests",
+            "transcripts": True,
+            **{name: hparams[name] for name in PREPARATION},
+        },
+    )
+    rows = read_rows(hparams, manifests)
+    leave_out_hopeless(hparams, rows)
+
+    # from here on the run's folder is written to
+    sb.create_experiment_directory(output_folder, hparams_file, overrides)
+    encoder = hparams["speech_encoder"]
+    cache = open_cache(hparams, rows, run_opts["device"])
+    loaders = dataio_prepare(hparams, rows, cache)
+    modules = {"encoder": encoder, "head": hparams["head"](num_labels=hparams["tokenizer"].size)}
+    if "mix" in hparams:
+        modules["mix"] = hparams["mix"]
+    brain = ASRBrain(modules, hparams, run_opts, hparams["checkpointer"])
+    if not hparams["test_only"]:
+        brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
+
+    sets = evaluate(brain, hparams, loaders, output_folder)
+    if if_main_process():
+        write_results(
+            output_folder,
+            {
+                "task": "speech recognition",
+                "corpus": corpus_name(hparams["data_folder"], "LibriSpeech"),
+                "label_hours": sum(row["duration"] for row in rows["train"].values()) / 3600,
+                "units": hparams["tokenizer"].size,
+                **brain.records(),
+                "sets": sets,
+            },
+        )
+
+
+if __name__ == "__main__":
+    run_recipe(main)

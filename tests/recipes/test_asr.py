@@ -1,0 +1,216 @@
+"""The speech recognition recipe as a user runs it: every YAML, any encoder, resumed, on two ranks, with bad input."""
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+
+from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.results import read_results
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "ASR"
+WORDS = "SO IT IS NOT THE CAT'S HAT".split()
+TOY = "--num_workers=0 --max_batch_seconds=8 --number_of_epochs=2 --noprogressbar --device=cpu".split()
+
+
+@pytest.fixture(scope="module")
+def train():
+    """The recipe's train.py as a module."""
+    spec = importlib.util.spec_from_file_location("asr_train", RECIPE / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def librispeech(tmp_path_factory):
+    """Noise with transcripts in LibriSpeech's layout."""
+    folder = tmp_path_factory.mktemp("corpus") / "LibriSpeech"
+    generator = np.random.default_rng(0)
+    for speaker, split in enumerate(("train-clean-100", "dev-clean", "test-clean", "test-other"), start=100):
+        chapter = folder / split / str(speaker) / "1"
+        chapter.mkdir(parents=True)
+        lines = []
+        for number in range(5):
+            name = f"{speaker}-1-{number:04d}"
+            soundfile.write(chapter / f"{name}.flac", 0.1 * generator.standard_normal(24000 + 8000 * number), 16000)
+            lines.append(f"{name} {' '.join(generator.choice(WORDS, 2))}\n")
+        (chapter / f"{speaker}-1.trans.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def encoder(make_speech_encoder, tmp_path):
+    """An encoder folder."""
+    facts = {"model": "BestRQ", "corpus": "Noise", "step": 7, "audio_hours": 1.5, "device_hours": 0.5}
+    return save_encoder(make_speech_encoder(normalize="global", dropout=0.1), tmp_path / "encoder", "# Card", **facts)
+
+
+@pytest.fixture
+def small_yamls(tmp_path_factory):
+    """The recipe's YAMLs with small heads, which options cannot reach."""
+    folder = tmp_path_factory.mktemp("hparams")
+    for path in (RECIPE / "hparams").glob("*.yaml"):
+        text = path.read_text()
+        for size in ("1024", "1280", "256"):
+            text = text.replace(f"    hidden_size: {size}\n", "    hidden_size: 8\n")
+        (folder / path.name).write_text(text.replace("vocabulary_size: 1000", "vocabulary_size: 20"))
+    return folder
+
+
+def arguments(yamls, name, librispeech, encoder, output, *more):
+    """A command line."""
+    given = [f"--data_folder={librispeech}", f"--encoder={encoder}", f"--output_folder={output}"]
+    options = {option.split("=")[0]: option for option in (*given, *TOY, *more)}
+    return [str(yamls / f"{name}.yaml"), *options.values()]
+
+
+def names():
+    """The recipe's YAMLs."""
+    return sorted(path.stem for path in (RECIPE / "hparams").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, librispeech, encoder, tmp_path):
+    header = (RECIPE / "hparams" / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert f"train.py hparams/{name}.yaml --data_folder" in header, "the header lacks its launch command"
+    train.main(arguments(small_yamls, name, librispeech, encoder, tmp_path / "run"))
+    results = read_results(tmp_path / "run")
+    assert results["task"] == "speech recognition" and results["corpus"] == "LibriSpeech"
+    assert results["encoder"]["method"] == "BestRQ" and results["encoder"]["frozen"] == (name != "bestrq_finetune")
+    assert results["label_hours"] == pytest.approx(sum(1.5 + 0.5 * n for n in range(5)) / 3600)
+    assert results["epochs"] == 2 and results["seconds"]["train"] > 0 and results["trained_parameters"] > 0
+    for split in ("test-clean", "test-other"):
+        wer = results["sets"][split]["wer"]
+        assert 0 <= wer["low"] <= wer["value"] <= wer["high"]
+        assert results["sets"][split]["evaluation_seconds"] > 0
+        assert "ALIGNMENTS" in (tmp_path / "run" / f"wer_{split}.txt").read_text()
+    assert (tmp_path / "run" / "layer_weights.png").exists() == (name != "bestrq_finetune")
+
+
+def test_error_rates_of_a_run_are_jiwers(train, small_yamls, librispeech, tmp_path, monkeypatch):
+    heard = {}
+    append = train.ErrorRates.append
+
+    def recorded(self, names, texts, references, speakers=None):
+        texts = [" ".join(np.random.default_rng(len(name) + int(name[-1])).choice(WORDS, 3)) for name in names]
+        heard.setdefault(id(self), []).extend(zip(names, texts, references, strict=True))
+        append(self, names, texts, references, speakers)
+
+    monkeypatch.setattr(train.ErrorRates, "append", recorded)
+    train.main(arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path, "--number_of_epochs=1"))
+    results = read_results(tmp_path)
+    for split, speaker in (("test-clean", "102"), ("test-other", "103")):
+        (told,) = [one for one in heard.values() if one[0][0].startswith(speaker)]
+        _, texts, references = zip(*told, strict=True)
+        assert results["sets"][split]["wer"]["value"] == pytest.approx(jiwer.wer(list(references), list(texts)))
+        assert results["sets"][split]["cer"]["value"] == pytest.approx(jiwer.cer(list(references), list(texts)))
+        with open(tmp_path / f"errors_{split}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        errors, total = (sum(int(row[column]) for row in rows) for column in ("wer_errors", "wer_total"))
+        assert errors / total == pytest.approx(jiwer.wer(list(references), list(texts)))
+
+
+@pytest.mark.parametrize("source", ["fbank", "random"])
+def test_baselines_are_encoders_like_any_other(source, train, small_yamls, librispeech, encoder, tmp_path):
+    given = source if source == "fbank" else f"random:{encoder}"
+    train.main(arguments(small_yamls, "probe_small", librispeech, given, tmp_path / "run"))
+    assert read_results(tmp_path / "run")["encoder"]["method"] == ("fbank" if source == "fbank" else "random BestRQ")
+
+
+def test_a_frozen_encoder_keeps_its_digest_and_a_fine_tuned_one_does_not(
+    train, small_yamls, librispeech, encoder, tmp_path
+):
+    digests = {}
+    for name, more in (("bestrq", []), ("probe_small", []), ("bestrq_finetune", ["--encoder_start_update=0"])):
+        train.main(arguments(small_yamls, name, librispeech, encoder, tmp_path / name, *more))
+        digests[name] = read_results(tmp_path / name)["encoder"]["digest"]
+    assert digests["bestrq"] == digests["probe_small"] != digests["bestrq_finetune"]
+
+
+def test_a_run_goes_on_from_its_last_epoch_and_can_be_tested_again(train, small_yamls, librispeech, encoder, tmp_path):
+    def run(output, *more):
+        train.main(arguments(small_yamls, "bestrq", librispeech, encoder, tmp_path / output, *more))
+        return read_results(tmp_path / output)
+
+    unbroken = run("unbroken", "--number_of_epochs=3")
+    run("broken", "--number_of_epochs=1")
+    resumed = run("broken", "--number_of_epochs=3")
+    again = run("broken", "--number_of_epochs=3", "--test_only")
+    assert resumed["epochs"] == again["epochs"] == 3
+    assert resumed["updates"] == unbroken["updates"]
+    for split in ("test-clean", "test-other"):
+        assert again["sets"][split]["wer"] == resumed["sets"][split]["wer"]
+        assert again["sets"][split]["loss"] == resumed["sets"][split]["loss"]
+
+
+def test_few_labels_are_drawn_by_the_hour(train, small_yamls, librispeech, tmp_path):
+    train.main(arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path, "--label_hours=0.0012"))
+    assert 0 < read_results(tmp_path)["label_hours"] <= 0.0012
+
+
+def test_an_utterance_too_short_for_its_transcript_is_named_and_left_out(
+    train, small_yamls, librispeech, tmp_path, caplog
+):
+
+    corpus = tmp_path / "LibriSpeech"
+    shutil.copytree(librispeech, corpus)
+    transcripts = corpus / "train-clean-100" / "100" / "1" / "100-1.trans.txt"
+    transcripts.write_text(transcripts.read_text().replace("100-1-0000 ", f"100-1-0000 {'A' * 30} "))
+    train.main(arguments(small_yamls, "probe_small", corpus, "fbank", tmp_path / "run"))
+    assert any("1 of 5 training utterances" in message and "100-1-0000" in message for message in caplog.messages)
+
+
+def test_torchrun_on_two_devices_trains_and_tells_once(small_yamls, librispeech, encoder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
+    command += arguments(small_yamls, "bestrq_finetune", librispeech, encoder, tmp_path / "run", "--precision=bf16")
+    result = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    results = read_results(tmp_path / "run")
+    assert results["world_size"] == 2 and results["epochs"] == 2
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["sets"].keys() == {"test-clean", "test-other"}
+
+
+BAD_INPUT = {
+    "no such encoder": (["--encoder=/nowhere"], "/nowhere is no folder"),
+    "fine-tuned filter banks": (["--encoder=fbank"], "no weights to fine-tune"),
+    "an unknown split": (["--test_splits=[test-dirty]"], "lacks the split.* test-dirty"),
+    "too many hours": (["--label_hours=100"], "100 hours of training were asked for"),
+    "nothing to test": (["--test_only"], "no checkpoint to test"),
+    "cached and perturbed": (["--cache_features=True"], "--cache_features is no key"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_clear_line(case, train, small_yamls, librispeech, encoder, tmp_path):
+    more, message = BAD_INPUT[case]
+    with pytest.raises(InputError, match=message) as error:
+        train.main(arguments(small_yamls, "bestrq_finetune", librispeech, encoder, tmp_path / "run", *more))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_transcripts_are_named(train, small_yamls, librispeech, tmp_path):
+
+    corpus = tmp_path / "LibriSpeech"
+    shutil.copytree(librispeech, corpus)
+    transcripts = corpus / "test-other" / "103" / "1" / "103-1.trans.txt"
+    lines = transcripts.read_text().splitlines(keepends=True)
+    transcripts.write_text("".join(lines[:-1]))
+    with pytest.raises(InputError, match="1 utterances of 'test-other' have no transcript, such as 103-1-0004"):
+        train.main(arguments(small_yamls, "probe_small", corpus, "fbank", tmp_path / "run"))
+    transcripts.unlink()
+    with pytest.raises(InputError, match="103-1.trans.txt' is missing, but transcripts are needed"):
+        train.main(arguments(small_yamls, "probe_small", corpus, "fbank", tmp_path / "run"))
