@@ -44,6 +44,10 @@ class Resident(list):
 
     epoch, position = 1, 0
 
+    def state_dict(self) -> dict:
+        """Nothing that ranks could differ in."""
+        return {}
+
 
 class Contender:
     """The updates of one YAML."""
@@ -190,7 +194,7 @@ def table(arguments: argparse.Namespace) -> str:
 def main(words: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=tuple(YAMLS), default=list(YAMLS), help="of the models")
+    parser.add_argument("--sizes", nargs="+", choices=tuple(YAMLS), default=["small", "base"], help="of the models")
     parser.add_argument("--seconds", type=float, default=12.5, help="of an utterance (%(default)s)")
     parser.add_argument("--utterances", type=int, default=2, help="in an update (%(default)s)")
     parser.add_argument("--updates", type=int, default=1, help="in a block (%(default)s)")

@@ -103,6 +103,7 @@ class PretrainingBrain(sb.Brain):
         self.best_valid_loss, self.skipped_in_a_row = float("inf"), 0
         self.rate_scale, self.rewinds, self.best_perplexity = 1.0, 0, 0.0
         self.unsaved_since, self.unwritten = None, []
+        self.requests = Requests()  # heeds signals within fit only
         self.usual_norm = torch.zeros((), device=self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
         self.device_seconds_before, self.started = 0.0, time.perf_counter()
@@ -180,7 +181,7 @@ class PretrainingBrain(sb.Brain):
                 logger.info("This run is done: %s holds update %d.", newest.path, newest.meta["step"])
                 return
         self.show_bar = not self.noprogressbar and if_main_process()
-        with Requests() as self.requests:
+        with self.requests:
             while True:
                 try:
                     # the progress bar is our own: it reads nothing back from the device
