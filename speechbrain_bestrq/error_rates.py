@@ -1,6 +1,7 @@
 """Word and character error rates of recognised texts, with intervals and alignments."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,47 @@ from typing import Any
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from speechbrain_bestrq.metrics import Interval, bootstrap_rate
+
+
+def edit_distance(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> int:
+    """Count the fewest insertions, deletions and substitutions that lead from one sequence to the other.
+
+    A column of the Levenshtein table at once, as bits of two whole numbers (Myers, J. ACM 46(3), 1999;
+    Hyyrö, 2003): some hundred times as fast as the table cell by cell.
+
+    Arguments
+    ---------
+    reference, hypothesis : sequence
+        Words, or characters.
+
+    Returns
+    -------
+    int
+
+    Example
+    -------
+    >>> edit_distance("kitten", "sitting")
+    3
+    """
+    if not reference:
+        return len(hypothesis)
+    places: dict[Hashable, int] = {}
+    for number, item in enumerate(reference):
+        places[item] = places.get(item, 0) | 1 << number
+    mask, last = (1 << len(reference)) - 1, 1 << (len(reference) - 1)
+    # bits of the steps down the column that go up, and that go down, by one
+    up, down, distance = mask, 0, len(reference)
+    for item in hypothesis:
+        match = places.get(item, 0)
+        diagonal = ((((match & up) + up) ^ up) | match | down) & mask
+        right_up = (down | ~(diagonal | up)) & mask
+        right_down = up & diagonal
+        distance += bool(right_up & last) - bool(right_down & last)
+        right_up = right_up << 1 | 1
+        right_down <<= 1
+        up = (right_down | ~(diagonal | right_up)) & mask
+        down = right_up & diagonal & mask
+    return distance
 
 
 class ErrorRates:
@@ -26,9 +68,11 @@ class ErrorRates:
     """
 
     def __init__(self) -> None:
-        self._words = ErrorRateStats()
-        self._characters = ErrorRateStats()
-        self._speakers: list[str] = []
+        self._texts: dict[str, tuple[list[str], list[str]]] = {}
+        self._rows: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def append(
         self,
@@ -49,55 +93,79 @@ class ErrorRates:
             What was said.
         speakers : sequence of str, optional
             Who said it.
+
+        Raises
+        ------
+        ValueError
+            If the sequences differ in length, or an utterance was added before.
         """
-        words = [text.split() for text in texts]
-        spoken = [text.split() for text in references]
-        self._words.append(names, words, spoken)
-        self._characters.append(names, [list(" ".join(one)) for one in words], [list(" ".join(one)) for one in spoken])
-        self._speakers += speakers or [""] * len(names)
+        speakers = [""] * len(names) if speakers is None else speakers
+        for name, text, reference, speaker in zip(names, texts, references, speakers, strict=True):
+            if name in self._texts:
+                raise ValueError(f"utterance {name} was added before: each counts once.")
+            words, spoken = text.split(), reference.split()
+            self._texts[name] = (words, spoken)
+            letters, spoken_letters = " ".join(words), " ".join(spoken)
+            self._rows.append(
+                {
+                    "ID": name,
+                    "group": speaker,
+                    "wer_errors": edit_distance(spoken, words),
+                    "wer_total": len(spoken),
+                    "cer_errors": edit_distance(spoken_letters, letters),
+                    "cer_total": len(spoken_letters),
+                }
+            )
         for cached in ("wer", "cer"):
             self.__dict__.pop(cached, None)
 
-    def _rate(self, stats: ErrorRateStats) -> Interval:
-        errors = [score["insertions"] + score["deletions"] + score["substitutions"] for score in stats.scores]
-        totals = [score["num_ref_tokens"] for score in stats.scores]
-        return bootstrap_rate(errors, totals, self._speakers if all(self._speakers) else None)
+    def _rate(self, metric: str) -> Interval:
+        totals = [row[f"{metric}_total"] for row in self._rows]
+        if not any(totals):
+            raise ValueError("there is no error rate: no utterance was added, or nothing was said in any.")
+        groups = [row["group"] for row in self._rows]
+        return bootstrap_rate([row[f"{metric}_errors"] for row in self._rows], totals, groups if all(groups) else None)
 
     @cached_property
     def wer(self) -> Interval:
-        """Word error rate."""
-        return self._rate(self._words)
+        """Word error rate; 0.1 is 10 %."""
+        return self._rate("wer")
 
     @cached_property
     def cer(self) -> Interval:
-        """Character error rate."""
-        return self._rate(self._characters)
+        """Character error rate; 0.1 is 10 %."""
+        return self._rate("cer")
 
     def per_utterance(self) -> list[dict[str, Any]]:
-        """Give the errors of each utterance.
+        """Give the errors of each utterance, in the order in which they were added.
 
         Returns
         -------
         list of dict
-            With "ID", "group" (the speaker), "wer_errors", "wer_total", "cer_errors",
+            With "ID", "group" (the speaker, or empty), "wer_errors", "wer_total", "cer_errors",
             "cer_total".
         """
-        rows = []
-        for words, characters, speaker in zip(self._words.scores, self._characters.scores, self._speakers, strict=True):
-            row = {"ID": words["key"], "group": speaker}
-            for name, score in (("wer", words), ("cer", characters)):
-                row[f"{name}_errors"] = score["insertions"] + score["deletions"] + score["substitutions"]
-                row[f"{name}_total"] = score["num_ref_tokens"]
-            rows.append(row)
-        return rows
+        return [dict(row) for row in self._rows]
 
-    def write(self, path: str | Path) -> None:
-        """Write the alignments of all utterances, as SpeechBrain writes them.
+    def write(self, path: str | os.PathLike) -> Path:
+        """Write the alignments of all utterances, as SpeechBrain writes them, all or nothing.
 
         Arguments
         ---------
         path : str or Path
             The file.
+
+        Returns
+        -------
+        Path
+            The file.
         """
-        with open(path, "w", encoding="utf-8") as file:
-            self._words.write_stats(file)
+        stats = ErrorRateStats()
+        words, spoken = zip(*self._texts.values(), strict=True) if self._texts else ((), ())
+        stats.append(list(self._texts), words, spoken)
+        path = Path(path)
+        beside = path.with_name(f"{path.name}.writing")
+        with open(beside, "w", encoding="utf-8") as file:
+            stats.write_stats(file)
+        os.replace(beside, path)
+        return path

@@ -16,6 +16,7 @@ import soundfile
 
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.ngram import train_ngram
 from speechbrain_bestrq.results import read_results
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "ASR"
@@ -64,7 +65,7 @@ def small_yamls(tmp_path_factory):
         text = path.read_text()
         for size in ("1024", "1280", "256"):
             text = text.replace(f"    hidden_size: {size}\n", "    hidden_size: 8\n")
-        (folder / path.name).write_text(text.replace("vocabulary_size: 1000", "vocabulary_size: 20"))
+        (folder / path.name).write_text(text.replace("vocabulary_size: 1000", "vocabulary_size: 10"))
     return folder
 
 
@@ -154,6 +155,54 @@ def test_a_run_goes_on_from_its_last_epoch_and_can_be_tested_again(train, small_
         assert again["sets"][split]["loss"] == resumed["sets"][split]["loss"]
 
 
+def test_a_language_model_is_tuned_on_the_validation_set_and_counted_apart(
+    train, small_yamls, librispeech, tmp_path, monkeypatch
+):
+    tuned_on = []
+
+    def recorded(decoder, log_probs, references, alphas, betas):
+        tuned_on.extend(references)
+        return tune(decoder, log_probs, references, alphas, betas)
+
+    tune = train.tune
+    monkeypatch.setattr(train, "tune", recorded)
+    path = tmp_path / "lm.arpa"
+    path.write_text(train_ngram(["SO IT IS", "IS IT NOT THE CAT'S HAT"], order=2))
+    more = ["--alphas=[0.0, 0.5]", "--betas=[0.0, 1.0]", "--beam_size=4"]
+    train.main(arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path / "run"))
+    plain = read_results(tmp_path / "run")["sets"]
+    train.main(
+        arguments(
+            small_yamls,
+            "probe_small",
+            librispeech,
+            "fbank",
+            tmp_path / "run",
+            "--test_only",
+            f"--language_model={path}",
+            *more,
+        )
+    )
+    assert len(tuned_on) == 5, "the five utterances of dev-clean"
+    results = read_results(tmp_path / "run")["sets"]
+    for split, found in results.items():
+        assert found["wer"] == plain[split]["wer"] and found["loss"] == plain[split]["loss"]
+        assert found["alpha"] in (0.0, 0.5) and found["beta"] in (0.0, 1.0) and found["decoding_seconds"] > 0
+        assert 0 <= found["wer_lm"]["low"] <= found["wer_lm"]["value"]
+        with open(tmp_path / "run" / f"errors_{split}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        errors, total = (sum(int(row[f"wer_lm_{kind}"]) for row in rows) for kind in ("errors", "total"))
+        assert errors / total == pytest.approx(found["wer_lm"]["value"])
+        assert (tmp_path / "run" / f"wer_{split}_lm.txt").exists()
+
+
+def test_beam_search_goes_without_a_language_model(train, small_yamls, librispeech, tmp_path):
+    train.main(
+        arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path, "--beam_search=True", "--beam_size=3")
+    )
+    assert "wer_beam" in read_results(tmp_path)["sets"]["test-clean"]
+
+
 def test_few_labels_are_drawn_by_the_hour(train, small_yamls, librispeech, tmp_path):
     train.main(arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path, "--label_hours=0.0012"))
     assert 0 < read_results(tmp_path)["label_hours"] <= 0.0012
@@ -190,6 +239,7 @@ BAD_INPUT = {
     "an unknown split": (["--test_splits=[test-dirty]"], "lacks the split.* test-dirty"),
     "too many hours": (["--label_hours=100"], "100 hours of training were asked for"),
     "nothing to test": (["--test_only"], "no checkpoint to test"),
+    "a language model that is none": (["--language_model=/etc/hostname"], "/etc/hostname"),
     "cached and perturbed": (["--cache_features=True"], "--cache_features is no key"),
 }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Recognise speech with a pre-trained encoder, frozen or fine-tuned, by CTC.
+"""Recognise speech with a pre-trained encoder, frozen or fine-tuned, by CTC, with or without a language model.
 
     python train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech --encoder results/bestrq/1000
     torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech --encoder ...
-    python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only
+    python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only --language_model lm.arpa
 
 A run that was stopped goes on from its last epoch when the same command is given again. What governs what:
 
@@ -13,10 +13,12 @@ A run that was stopped goes on from its last epoch when the same command is give
     the data                    --data_folder, --train_splits, --valid_splits, --test_splits, --label_hours
     the units                   `tokenizer`: characters, or SentencePiece trained on the transcripts
     the head, the rates         `head`, `mix`, *_optimizer, *_annealing
+    decoding                    --language_model, --beam_search, --beam_size, --alphas, --betas, --decoding_workers
     what comes out              results.json, errors_<set>.csv, wer_<set>.txt, layer_weights.png, train_log.txt
 """
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from speechbrain_bestrq.corpora import prepare_librispeech
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
-from speechbrain_bestrq.ctc_decoding import greedy_decode
+from speechbrain_bestrq.ctc_decoding import BeamDecoder, check_language_model, greedy_decode, tune
 from speechbrain_bestrq.error_rates import ErrorRates
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
@@ -34,6 +36,7 @@ from speechbrain_bestrq.recipe import load_recipe, run_recipe
 from speechbrain_bestrq.results import interval, write_errors, write_results
 from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import make_task_loaders, take_hours
+from speechbrain_bestrq.text import check_texts, frames_needed
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +82,19 @@ class ASRBrain(TaskBrain):
         tokenizer = self.hparams.tokenizer
         texts = [tokenizer.decode(units) for units in greedy_decode(log_probs, lengths, tokenizer.blank)]
         self.rates.append(batch.id, texts, batch.wrd, batch.spk_id)
+        if self.keep_log_probs:
+            for one, frames in zip(log_probs.cpu(), lengths.tolist(), strict=True):
+                self.log_probs.append(one[:frames].clone())
+            self.heard.append((batch.id, batch.wrd, batch.spk_id))
+
+    #: Whether the log-probabilities are kept, for a beam search after the test.
+    keep_log_probs = False
 
     def start_metrics(self, stage: sb.Stage) -> None:
         """Start collecting."""
         self.rates = ErrorRates()
+        self.log_probs: list[torch.Tensor] = []
+        self.heard: list[tuple[list[str], list[str], list[str]]] = []
 
     def stage_metrics(self, stage: sb.Stage) -> dict[str, float]:
         """Word and character error rate of the greedy decoding."""
@@ -103,16 +115,20 @@ def read_rows(hparams: dict, manifests: dict[str, Path]) -> dict[str, dict]:
     return rows
 
 
-def leave_out_hopeless(hparams: dict, rows: dict[str, dict]) -> None:
-    """Leave out of training what has fewer encoder frames than CTC needs for its transcript."""
+def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
+    """Train the tokenizer; leave out of training what has fewer encoder frames than CTC needs for its transcript."""
     tokenizer, encoder, rate = hparams["tokenizer"], hparams["speech_encoder"], hparams["sample_rate"]
+    texts = {name: row["wrd"] for name, row in rows["train"].items()}
+    tokenizer.fit(texts)
+    check_texts(tokenizer, texts)
+    if hparams["language_model"]:
+        check_language_model(hparams["language_model"], tokenizer)
     fastest = max(hparams.get("speeds", [100])) / 100
-    hopeless = []
-    for name, row in rows["train"].items():
-        units = tokenizer.encode(row["wrd"])
-        needed = len(units) + sum(one == other for one, other in zip(units, units[1:], strict=False))
-        if encoder.num_frames(int(row["duration"] * rate / fastest)) < needed:
-            hopeless.append(name)
+    hopeless = [
+        name
+        for name, row in rows["train"].items()
+        if encoder.num_frames(int(row["duration"] * rate / fastest)) < frames_needed(tokenizer.encode(row["wrd"]))
+    ]
     if hopeless:
         logger.warning(
             "%d of %d training utterances have fewer encoder frames than their transcript needs, and are left out: %s",
@@ -135,24 +151,61 @@ def dataio_prepare(hparams: dict, rows: dict[str, dict], cache: FeatureCache | N
     return make_task_loaders(hparams, rows, [units], ["units", "wrd", "spk_id"], cache)
 
 
+def make_decoder(hparams: dict) -> BeamDecoder | None:
+    """Make the beam search, if one is asked for."""
+    if not (hparams["language_model"] or hparams["beam_search"]):
+        return None
+    options = {"beam_size": hparams["beam_size"], "workers": hparams["decoding_workers"]}
+    return BeamDecoder(hparams["tokenizer"], hparams["language_model"], **options)
+
+
+def search(brain: ASRBrain, decoder: BeamDecoder) -> ErrorRates:
+    """Decode what the last test kept."""
+    rates, texts = ErrorRates(), iter(decoder.decode(brain.log_probs))
+    for names, references, speakers in brain.heard:
+        rates.append(names, [next(texts) for _ in names], references, speakers)
+    return rates
+
+
 def evaluate(brain: ASRBrain, hparams: dict, loaders: dict[str, Any], output_folder: Path) -> dict[str, dict]:
-    """Test the best checkpoint on each set; write the alignments and the errors of each utterance."""
+    """Test the best checkpoint on each set, greedily and by beam search, which is tuned on the validation set."""
+    decoder = make_decoder(hparams)
+    brain.keep_log_probs = decoder is not None
+    tuned, suffix = {}, "beam"
+    if hparams["language_model"]:
+        brain.test(loaders["valid"])
+        references = [reference for _, references, _ in brain.heard for reference in references]
+        tuning = tune(decoder, brain.log_probs, references, hparams["alphas"], hparams["betas"])
+        for point in tuning.table:
+            logger.info("valid: alpha %(alpha)g, beta %(beta)g: WER %(wer).4f, CER %(cer).4f", point)
+        decoder = decoder.with_weights(tuning.alpha, tuning.beta)
+        tuned, suffix = {"alpha": tuning.alpha, "beta": tuning.beta}, "lm"
     sets = {}
     for name in hparams["test_splits"]:
         metrics = brain.test(loaders[name])
-        rates = brain.rates
-        sets[name] = {
-            "wer": interval(rates.wer),
-            "cer": interval(rates.cer),
-            "loss": metrics["loss"],
-            "evaluation_seconds": metrics["seconds"],
-        }
-        logger.info("%s: WER %s, CER %s", name, rates.wer, rates.cer)
+        found = {"": brain.rates}
+        sets[name] = {"loss": metrics["loss"], "evaluation_seconds": metrics["seconds"], **tuned}
+        if decoder is not None:
+            started = time.perf_counter()
+            found[f"_{suffix}"] = search(brain, decoder)
+            sets[name]["decoding_seconds"] = time.perf_counter() - started
+        rows = [{} for _ in range(len(brain.rates))]
+        for ending, rates in found.items():
+            sets[name] |= {f"wer{ending}": interval(rates.wer), f"cer{ending}": interval(rates.cer)}
+            logger.info("%s%s: WER %s, CER %s", name, ending, rates.wer, rates.cer)
+            for row, errors in zip(rows, rates.per_utterance(), strict=True):
+                row |= {_column(key, ending): value for key, value in errors.items()}
+            if if_main_process():
+                rates.write(output_folder / f"wer_{name}{ending}.txt")
         if if_main_process():
-            rates.write(output_folder / f"wer_{name}.txt")
-            rows = rates.per_utterance()
             write_errors(output_folder, name, rows, list(rows[0]))
     return sets
+
+
+def _column(key: str, ending: str) -> str:
+    """ "wer_errors" of the search "_lm" is "wer_lm_errors"."""
+    metric, _, kind = key.partition("_")
+    return f"{metric}{ending}_{kind}" if kind else key
 
 
 def main(arguments: list[str]) -> None:
@@ -168,7 +221,7 @@ def main(arguments: list[str]) -> None:
         },
     )
     rows = read_rows(hparams, manifests)
-    leave_out_hopeless(hparams, rows)
+    prepare_texts(hparams, rows)
 
     # from here on the run's folder is written to
     sb.create_experiment_directory(output_folder, hparams_file, overrides)
