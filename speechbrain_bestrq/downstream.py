@@ -1,11 +1,13 @@
 """What downstream tasks share: the learned mix of an encoder's hidden states."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 
 from speechbrain_bestrq.pretrained import PretrainedEncoder
@@ -166,6 +168,47 @@ class WeightedEncoder(nn.Module):
     def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Encode waveforms (B, N) of relative lengths (B,) into (B, T, D); zero in the padding."""
         return self.mix(self.encoder(wav, wav_lens))
+
+
+def record_layer_weights(mix: LayerMix, epoch: int, folder: str | os.PathLike) -> str:
+    """Keep the weights of a :class:`LayerMix` after an epoch, and draw those of all epochs so far.
+
+    For a Brain's ``on_stage_end``, on all ranks; the main one writes ``layer_weights.json``
+    and ``layer_weights.png``. A resumed run goes on with the epochs that it finds there.
+
+    Arguments
+    ---------
+    mix : LayerMix
+        The mix.
+    epoch : int
+        Counted from 1.
+    folder : str or Path
+        Of the run.
+
+    Returns
+    -------
+    str
+        The weights in one line, for a log.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> record_layer_weights(LayerMix(2), 1, folder)
+    'layer weights, lowest first: 0.500 0.500'
+    >>> sorted(path.name for path in folder.iterdir())
+    ['layer_weights.json', 'layer_weights.png']
+    """
+    if if_main_process():
+        path = Path(folder) / "layer_weights.json"
+        history = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        unknown = [None] * (epoch - 1 - len(history))
+        history = [*history[: epoch - 1], *unknown, mix.shares()]
+        nothing = [float("nan")] * mix.num_layers
+        draw_layer_weights([shares or nothing for shares in history], path.with_suffix(".png"))
+        beside = path.with_name(f"{path.name}.writing")
+        beside.write_text(json.dumps(history), encoding="utf-8")
+        beside.replace(path)
+    return mix.describe()
 
 
 def draw_layer_weights(history: Sequence[Sequence[float]], path: str | os.PathLike) -> Path:

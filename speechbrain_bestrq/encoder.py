@@ -133,25 +133,53 @@ class ConformerLayer(nn.Module):
         return self.norm(x + 0.5 * self.feed_forward2(x))
 
 
-class _Skip(torch.autograd.Function):
-    """The identity on x; the parameters of a dropped layer get a gradient of zero.
+def _skip(x: Tensor, layer: nn.Module) -> Tensor:
+    """Give x; the layer's parameters get a gradient of zero, as they would from any sum over none of their values.
 
-    So every parameter is in the graph at every step, and DDP, which waits for each,
-    needs no search for unused ones.
+    So every parameter is in the graph at every step, compiled or not, and DDP, which
+    waits for each, needs no search for unused ones.
     """
+    return x + sum(parameter[:0].sum() for parameter in layer.parameters())
 
-    @staticmethod
-    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        zeros = (
-            torch.zeros_like(parameter) if needed else None
-            for parameter, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        )
-        return gradient, *zeros
+def run_layers(layers: nn.ModuleList, x: Tensor, valid: Tensor | None = None, layer_drop: float = 0.0) -> list[Tensor]:
+    """Run layers one after the other, and skip some of those that are in training mode.
+
+    Which ones PyTorch's global generator draws, once for all layers: so the others' fate
+    does not hang on which of them are frozen. A layer in eval mode, as a frozen one is, is
+    never skipped.
+
+    Arguments
+    ---------
+    layers : nn.ModuleList
+        Each maps (B, T, D) and ``valid`` to (B, T, D).
+    x : Tensor
+        Shape (B, T, D).
+    valid : Tensor, optional
+        Boolean, shape (B, T): the frames that others may see; None for all.
+    layer_drop : float
+        Probability to skip a layer. Its hidden state is then its input, and its parameters
+        get a gradient of zero, so that DDP need not search for unused ones.
+
+    Returns
+    -------
+    list of Tensor
+        len(layers) + 1 hidden states of shape (B, T, D): the input, and each layer's output.
+
+    Example
+    -------
+    >>> layers = nn.ModuleList(ConformerLayer(8, 2, 32, 3, 0.1, "rotary") for _ in range(3))
+    >>> states = run_layers(layers, torch.randn(2, 5, 8), layer_drop=0.5)
+    >>> len(states), states[-1].shape
+    (4, torch.Size([2, 5, 8]))
+    """
+    kept = [True] * len(layers)
+    if layer_drop and any(layer.training for layer in layers):
+        kept = (torch.rand(len(layers)) >= layer_drop).tolist()
+    states = [x]
+    for layer, keep in zip(layers, kept, strict=True):
+        states.append(layer(states[-1], valid) if keep or not layer.training else _skip(states[-1], layer))
+    return states
 
 
 class ConformerEncoder(nn.Module):
@@ -236,12 +264,7 @@ class ConformerEncoder(nn.Module):
         """
         # a row of attention without any key would be NaN
         valid = None if lengths is None else valid_frames(lengths.clamp(min=1), x.shape[1])
-        kept = torch.ones(len(self.layers), dtype=torch.bool)
-        if self.training and self.layer_drop:
-            kept = torch.rand(len(self.layers)) >= self.layer_drop
-        states = [x]
-        for layer, keep in zip(self.layers, kept.tolist(), strict=True):
-            states.append(layer(states[-1], valid) if keep else _Skip.apply(states[-1], *layer.parameters()))
+        states = run_layers(self.layers, x, valid, self.layer_drop)
         states[-1] = self.norm(states[-1])
         return states
 
@@ -305,7 +328,7 @@ class SpeechEncoder(nn.Module):
         units = None if feature_lengths is None else feature_lengths // self.frontend.stack
         return self.encoder(self.subsampling(features, units), lengths)
 
-    def encode(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode(self, features: Tensor, lengths: Tensor | None = None, all_states: bool = True) -> tuple[Tensor, Tensor]:
         """Encode what the front end gives; :meth:`forward` is the front end, then this.
 
         Arguments
@@ -314,18 +337,21 @@ class SpeechEncoder(nn.Module):
             Shape (B, T, F).
         lengths : Tensor, optional
             Feature frames of each utterance, shape (B,); None when nothing is padded.
+        all_states : bool
+            False gives the last hidden states alone: without copies of the others.
 
         Returns
         -------
         hidden, lengths : Tensor
-            As those of :meth:`forward`.
+            As those of :meth:`forward`; ``hidden`` without its first axis if ``all_states`` is False.
         """
-        if lengths is None:
-            hidden = torch.stack(self._encode(features, None, None))
-            return hidden, torch.full((len(features),), hidden.shape[2], device=hidden.device)
-        frames = self._encoder_frames(lengths)
-        hidden = torch.stack(self._encode(features, lengths, frames))
-        return hidden.masked_fill(~valid_frames(frames, hidden.shape[2])[..., None], 0.0), frames
+        frames = None if lengths is None else self._encoder_frames(lengths)
+        states = self._encode(features, lengths, frames)
+        hidden = torch.stack(states) if all_states else states[-1]
+        longest = hidden.shape[-2]
+        if frames is None:
+            return hidden, torch.full((len(features),), longest, device=hidden.device)
+        return hidden.masked_fill(~valid_frames(frames, longest)[..., None], 0.0), frames
 
     def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encode waveforms.

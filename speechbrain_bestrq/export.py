@@ -26,7 +26,7 @@ from speechbrain_bestrq.artefact import (
 )
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.safe_reading import file_inside, read_json
+from speechbrain_bestrq.safe_reading import file_inside, read_card, read_json
 from speechbrain_bestrq.sources import find_encoder
 from speechbrain_bestrq.speechbrain_checkpoint import (
     HPARAMS_FILE,
@@ -97,8 +97,9 @@ class ExportedEncoder(nn.Module):
             "embeddings", the last hidden states, shape (B, T, d_model), and "lengths",
             their frames, shape (B,). SpeechBrain's ``encode_file`` takes the first.
         """
-        hidden, lengths = self.speech_encoder(wavs, wav_lens)
-        return {"embeddings": hidden[-1], "lengths": lengths}
+        features = self.speech_encoder.frontend(wavs, wav_lens)
+        last, lengths = self.speech_encoder.encode(*features, all_states=False)
+        return {"embeddings": last, "lengths": lengths}
 
 
 class EncoderPretrainer(Pretrainer):
@@ -223,7 +224,7 @@ def to_speechbrain(source: str | os.PathLike, out: str | os.PathLike) -> dict[st
     facts = read_json(source / CONFIG_FILE).get("training")
     text = "# Speech encoder\n"
     if (source / CARD_FILE).is_file():  # a link that leaves the folder is refused: this text is made to be published
-        text = file_inside(source, CARD_FILE).read_text(encoding="utf-8", errors="replace")
+        text = read_card(file_inside(source, CARD_FILE))
     with _new_folder(out) as folder:
         save_encoder(
             speech_encoder, folder, text.rstrip() + _SPEECHBRAIN_USE, **(facts if isinstance(facts, dict) else {})

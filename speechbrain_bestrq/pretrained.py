@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.audio import read_segment
+from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.masking import span_mask
@@ -15,6 +16,8 @@ from speechbrain_bestrq.sources import find_encoder
 
 #: Before a source: the architecture of what follows, untrained.
 RANDOM_PREFIX = "random:"
+#: How far from a whole number a ratio of frame rates may be.
+RATE_TOLERANCE = 1e-3
 #: SpecAugment: seconds in a span, and the share of frames that is hidden.
 TIME_SPAN, TIME_SHARE = 0.2, 0.05
 #: The same for features (mel bins), both as shares of their number: 8 of 80 in a span.
@@ -40,6 +43,15 @@ class FeatureExtractor(nn.ModuleList):
     def _freeze_parameters(self) -> None:
         """Freeze, under the name that recipes know from the transformers library."""
         _freeze(self)
+
+
+def _frame_rate(speech_encoder: SpeechEncoder, source: str | os.PathLike) -> float:
+    """Frames a second: exact, for an encoder's frames are a whole number of samples apart."""
+    samples = 10**15  # long enough for the frames that an encoder has more or less at the ends not to matter
+    frames = speech_encoder.num_frames(samples)
+    if not frames:
+        raise InputError(f"{source} is no encoder of speech: its frames are more than {samples} samples apart.")
+    return speech_encoder.frontend.sample_rate / round(samples / frames)
 
 
 def _freeze(module: nn.Module) -> None:
@@ -84,8 +96,8 @@ class PretrainedEncoder(nn.Module):
         Return all hidden states instead of the last.
     freeze_layers : int
         Freeze so many of the lowest layers, and what is below them: front end and
-        subsampling. No layer is dropped in training then.
-    output_rate : int, optional
+        subsampling. The layers above keep their dropout and layer drop.
+    output_rate : float, optional
         Frames a second of the result: a multiple of the encoder's own rate, by repetition;
         that rate (25; 50 of wav2vec 2.0) if left out.
 
@@ -135,7 +147,7 @@ class PretrainedEncoder(nn.Module):
         apply_spec_augment: bool = False,
         output_all_hiddens: bool = False,
         freeze_layers: int = 0,
-        output_rate: int | None = None,
+        output_rate: float | None = None,
     ):
         super().__init__()
         name = os.fspath(source)
@@ -148,17 +160,17 @@ class PretrainedEncoder(nn.Module):
         self.output_dim, self.num_layers = self.model.encoder.d_model, len(layers)
         if not 0 <= freeze_layers <= self.num_layers:
             raise InputError(f"freeze_layers is {freeze_layers}: {source} has {self.num_layers} layers.")
-        seconds = 100  # long enough for the frames that an encoder lacks at the end not to matter
-        own_rate = round(self.model.num_frames(seconds * self.model.frontend.sample_rate) / seconds)
-        output_rate = own_rate if output_rate is None else output_rate
-        if output_rate < own_rate or output_rate % own_rate:
+        own_rate = _frame_rate(self.model, source)
+        ratio = 1.0 if output_rate is None else output_rate / own_rate
+        self._repeats = round(ratio)
+        if self._repeats < 1 or abs(ratio - self._repeats) > RATE_TOLERANCE:
             raise InputError(
-                f"output_rate is {output_rate}: this encoder has {own_rate} frames a second; give that, or a multiple."
+                f"output_rate is {output_rate}: this encoder has {own_rate:.6g} frames a second; give that, or a "
+                "multiple."
             )
         if apply_spec_augment and not hasattr(self.model.frontend, "num_mels"):
             raise InputError(f"apply_spec_augment is for encoders of mel features: leave it out for {source}.")
-        self._repeats = output_rate // own_rate
-        self._time_span = round(TIME_SPAN * own_rate * self.model.subsampling.factor)
+        self._time_span = max(round(TIME_SPAN * own_rate * self.model.subsampling.factor), 1)
         self.output_norm, self.output_all_hiddens = output_norm, output_all_hiddens
         self.apply_spec_augment = apply_spec_augment
         self.freeze = freeze
@@ -206,8 +218,6 @@ class PretrainedEncoder(nn.Module):
             if layers:
                 for part in self._below_layers():
                     part.eval()
-                # the encoder draws which layers to drop, from the frozen ones too; its other parts keep their mode
-                self.model.encoder.training = False
         return self
 
     def _below_layers(self) -> list[nn.Module]:
@@ -249,9 +259,7 @@ class PretrainedEncoder(nn.Module):
         features, lengths = self.model.frontend(wav, wav_lens)
         if self.apply_spec_augment and self.training:
             features = spec_augment(features, lengths, self._time_span)
-        hidden, frames = self.model.encode(features, lengths)
-        if not self.output_all_hiddens:
-            hidden = hidden[-1]
+        hidden, frames = self.model.encode(features, lengths, all_states=self.output_all_hiddens)
         if self.output_norm:
             hidden = normalize_utterances(hidden, None if lengths is None else frames)
         return hidden if self._repeats == 1 else hidden.repeat_interleave(self._repeats, dim=-2)

@@ -18,7 +18,11 @@ MAX_HEADER_BYTES = 2**23
 """Of the header of a safetensors file; that of 24 large layers has about 60 kB."""
 MAX_NUMBER = 2**17
 """Of any number in a config, but for these, from which constants are made before the weights are looked at."""
-MAX_NUMBERS = {"sample_rate": 192_000, "window_ms": 200, "hop_ms": 200, "num_mels": 1024}
+MAX_NUMBERS = {"sample_rate": 192_000, "window_ms": 200, "hop_ms": 200, "num_mels": 1024, "d_model": 8192}
+MAX_LAYERS = 256
+"""Of an encoder; the largest speech encoders have 48."""
+MAX_CARD_BYTES = 2**20
+"""Of a README.md; ours have about 4 kB."""
 MAX_ITEMS = 64
 """Of a list in a config."""
 
@@ -110,6 +114,37 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON ({error}): copy the folder again.") from error
 
 
+def read_card(path: Path) -> str:
+    """Read a model card, which is only text.
+
+    Arguments
+    ---------
+    path : Path
+        The README.md.
+
+    Returns
+    -------
+    str
+        What is no UTF-8 is replaced.
+
+    Raises
+    ------
+    InputError
+        If it is too large.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "README.md"
+    >>> _ = path.write_text("# Card")
+    >>> read_card(path)
+    '# Card'
+    """
+    size = path.stat().st_size
+    if size > MAX_CARD_BYTES:
+        raise InputError(f"{path} has {size} bytes, more than any model card ({MAX_CARD_BYTES}): make it shorter.")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read names and shapes from a safetensors file's header; its tensors are left alone.
 
@@ -165,7 +200,7 @@ def check_sizes(config: Any, num_tensors: int) -> None:
     config : object
         What :func:`read_json` gave; only numbers and the lengths of lists are looked at.
     num_tensors : int
-        Tensors in the file of weights: no encoder has more layers.
+        Tensors in the file of weights: no encoder has more layers, nor more than 256.
 
     Raises
     ------
@@ -176,7 +211,7 @@ def check_sizes(config: Any, num_tensors: int) -> None:
     -------
     >>> check_sizes({"encoder": {"d_model": 10**9}}, 100)
     Traceback (most recent call last):
-    speechbrain_bestrq.errors.InputError: encoder config: encoder.d_model is 1000000000: give a number from 0 to 131072.
+    speechbrain_bestrq.errors.InputError: encoder config: encoder.d_model is 1000000000: give a number from 0 to 8192.
     """
     for section in ("frontend", "subsampling", "encoder"):
         part = config.get(section) if isinstance(config, dict) else None
@@ -186,7 +221,9 @@ def check_sizes(config: Any, num_tensors: int) -> None:
                 if len(value) > MAX_ITEMS:
                     raise InputError(f"encoder config: {name} has {len(value)} items: give {MAX_ITEMS} at most.")
                 continue
-            largest = num_tensors if key == "num_layers" else MAX_NUMBERS.get(key, MAX_NUMBER)
+            largest = MAX_NUMBERS.get(key, MAX_NUMBER)
+            if key == "num_layers":
+                largest = min(num_tensors, MAX_LAYERS)
             if not 0 <= value <= largest:  # NaN neither
                 raise InputError(f"encoder config: {name} is {value!s:.40}: give a number from 0 to {largest}.")
 

@@ -8,6 +8,7 @@ import huggingface_hub
 
 from speechbrain_bestrq.artefact import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.run_log import RUN_FILE
 
 #: A wav2vec 2.0 of transformers says here whether its waveforms are normalised.
 INPUT_FILE = "preprocessor_config.json"
@@ -35,7 +36,8 @@ def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None 
     Raises
     ------
     InputError
-        If there is no such folder here and no such encoder on the hub.
+        If there is no such folder here and no such encoder on the hub, or the run has not
+        validated yet.
 
     Example
     -------
@@ -47,8 +49,13 @@ def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None 
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        inner = path / RUN_SUBFOLDER
-        return inner if not (path / CONFIG_FILE).exists() and inner.is_dir() else path
+        if (path / CONFIG_FILE).exists():
+            return path
+        if (path / RUN_SUBFOLDER).is_dir():
+            return path / RUN_SUBFOLDER
+        if (path / RUN_FILE).exists():
+            raise InputError(_not_validated(path))
+        return path
     if path.exists():
         raise InputError(f"{source} is a file: give the encoder folder, with {CONFIG_FILE} and {WEIGHTS_FILE} in it.")
     if not _HUB_ID.fullmatch(os.fspath(source)):
@@ -66,3 +73,13 @@ def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None 
             f"network ({reason})."
         ) from error
     return Path(snapshot)
+
+
+def _not_validated(run: Path) -> str:
+    """Say what to do about a run whose encoder is not written yet."""
+    kept = sorted(run.glob(f"{RUN_SUBFOLDER}@*"), key=lambda path: (len(path.name), path.name))
+    other = f", or give {kept[-1]}" if kept else ""
+    return (
+        f"{run} has no {RUN_SUBFOLDER} folder, for this run has not validated yet: wait until it has (each "
+        f"valid_interval updates and at the end of each epoch){other}."
+    )

@@ -209,7 +209,12 @@ class TaskBrain(sb.Brain):
 
     def _save_progress(self, _brain: Any, path: Path) -> None:
         if if_main_process():
-            progress = {"seconds": self.seconds, "layer_weights": self.layer_weights}
+            progress = {
+                "seconds": self.seconds,
+                "layer_weights": self.layer_weights,
+                "epochs": self.hparams.epoch_counter.current,
+                "updates": self.optimizer_step,
+            }
             Path(path).write_text(json.dumps(progress), encoding="utf-8")
 
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
@@ -231,6 +236,9 @@ class TaskBrain(sb.Brain):
                 f"{self.hparams.output_folder} has no checkpoint to test: train first, without --test_only."
             )
         super().on_evaluate_start(min_key=self.metric)
+        # the weights are the best epoch's; what the run has cost is what the last one knew
+        newest = self.checkpointer.find_checkpoint()
+        self._load_progress(self, newest.paramfiles["progress"], True)
 
     def test(self, loader: DataLoader) -> dict[str, float]:
         """Evaluate the best checkpoint on a set.
@@ -259,6 +267,8 @@ class TaskBrain(sb.Brain):
         """
         world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         best = self.checkpointer.find_checkpoint(min_key=self.metric)
+        newest = self.checkpointer.find_checkpoint()
+        trained = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
         return {
             "encoder": {
                 **self.encoder.describe(),
@@ -266,12 +276,12 @@ class TaskBrain(sb.Brain):
                 "digest": digest(self.encoder.state_dict()),
             },
             "seed": self.hparams.seed,
-            "epochs": self.hparams.epoch_counter.current,
-            "updates": self.optimizer_step,
+            "epochs": trained["epochs"],
+            "updates": trained["updates"],
             "best_epoch": best.meta["epoch"],
             "validation": {name: best.meta[name] for name in best.meta.keys() & {"loss", *self.test_metrics}},
             "trained_parameters": self.trained_parameters,
-            "layer_weights": self.layer_weights[-1] if self.layer_weights else None,
+            "layer_weights": None if self.mix is None else self.mix.shares(),
             "seconds": dict(self.seconds),
             "device_hours": sum(self.seconds.values()) * world_size / 3600,
             "world_size": world_size,

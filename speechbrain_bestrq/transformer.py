@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.parametrizations import weight_norm
 
-from speechbrain_bestrq.encoder import _Skip
+from speechbrain_bestrq.encoder import run_layers
 from speechbrain_bestrq.frontend import valid_frames
 
 #: Standard deviation of the initial weights of every linear layer.
@@ -297,12 +297,7 @@ class TransformerEncoder(nn.Module):
             x = x.masked_fill(~valid[..., None], 0.0)
         x = x + self.positions(x)
         x = self.dropout(x if self.norm_first else self.norm(x))
-        kept = torch.ones(len(self.layers), dtype=torch.bool)
-        if self.training and self.layer_drop:
-            kept = torch.rand(len(self.layers)) >= self.layer_drop
-        states = [x]
-        for layer, keep in zip(self.layers, kept.tolist(), strict=True):
-            states.append(layer(states[-1], valid) if keep else _Skip.apply(states[-1], *layer.parameters()))
+        states = run_layers(self.layers, x, valid, self.layer_drop)
         if self.norm_first:
             states[-1] = self.norm(states[-1])
         return states

@@ -108,7 +108,7 @@ class AttentiveStatistics(nn.Module):
         self.score = nn.Conv1d(attention_channels, channels, 1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Pool (B, C, T) to float32 (B, 2 C); ``mask`` (B, 1, T) is 1 for valid frames."""
+        """Pool (B, C, T), zero in the padding, to float32 (B, 2 C); ``mask`` (B, 1, T) is 1 for valid frames."""
         context = _weighted_statistics(x, mask / mask.sum(2, keepdim=True).clamp(min=1))
         # the context is the same for all frames: its part of the convolution is computed once an utterance
         channels = x.shape[1]
@@ -117,7 +117,7 @@ class AttentiveStatistics(nn.Module):
         scores = self.score(self.norm(hidden.relu(), mask).tanh()).float()
         # no infinity: where no frame is valid, its softmax would be NaN
         weights = scores.masked_fill(mask == 0, torch.finfo(torch.float32).min).softmax(2)
-        return _weighted_statistics(x, weights * mask)
+        return _weighted_statistics(x, weights)
 
 
 def _weighted_statistics(x: Tensor, weights: Tensor) -> Tensor:

@@ -1,13 +1,10 @@
 """Brains that hold an encoder as SpeechBrain's wav2vec2 recipes do, and ranks that train them.
 
-Tests load this file from its path; the processes of :func:`train_ranks` run it as a script.
+Tests load this file from its path; so do the processes of :func:`train_ranks`.
 """
 
-import multiprocessing
-import os
 import runpy
-import time
-import traceback
+from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
@@ -15,20 +12,27 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 
-#: What all three recipes say of the encoder, with the one entry that is swapped.
-ENCODER_YAML = """
-freeze_wav2vec2: False
-freeze_wav2vec2_conv: False
+#: The one entry that is swapped.
+WAV2VEC2_YAML = """
 wav2vec2: !new:speechbrain_bestrq.PretrainedEncoder
     source: !ref <source>
     save_path: !ref <save_folder>/wav2vec2_checkpoint
     output_norm: True
     freeze: !ref <freeze_wav2vec2>
+"""
+#: What the other optimizer trains.
+MODEL_YAML = """
+model: !new:torch.nn.ModuleList
+    - [!ref <head>]
+"""
+#: What else all three recipes say of the encoder.
+ENCODER_YAML = """
+number_of_epochs: 1
+freeze_wav2vec2: False
+freeze_wav2vec2_conv: False
 modules:
     wav2vec2: !ref <wav2vec2>
     head: !ref <head>
-model: !new:torch.nn.ModuleList
-    - [!ref <head>]
 opt_class: !name:torch.optim.Adam
     lr: 0.01
 wav2vec2_opt_class: !name:torch.optim.Adam
@@ -37,7 +41,9 @@ wav2vec2_opt_class: !name:torch.optim.Adam
 log_softmax: !new:speechbrain.nnet.activations.Softmax
     apply_log: True
 epoch_counter: !new:speechbrain.utils.epoch_loop.EpochCounter
-    limit: 1
+    limit: !ref <number_of_epochs>
+train_logger: !new:speechbrain.utils.train_logger.FileTrainLogger
+    save_file: !ref <save_folder>/train_log.txt
 checkpointer: !new:speechbrain.utils.checkpoints.Checkpointer
     checkpoints_dir: !ref <save_folder>
     recoverables:
@@ -103,7 +109,9 @@ class RecipeBrain(sb.Brain):
         """One optimizer for the encoder and one for the rest."""
         self.wav2vec2_optimizer = self.hparams.wav2vec2_opt_class(self.modules.wav2vec2.parameters())
         self.optimizer = self.hparams.opt_class(self.hparams.model.parameters())
-        self.optimizers_dict = {"model_optimizer": self.optimizer, "wav2vec2_optimizer": self.wav2vec2_optimizer}
+        self.optimizers_dict = {"model_optimizer": self.optimizer}
+        if not self.hparams.freeze_wav2vec2:
+            self.optimizers_dict["wav2vec2_optimizer"] = self.wav2vec2_optimizer
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("wav2vec2_opt", self.wav2vec2_optimizer)
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
@@ -146,21 +154,21 @@ class SluBrain(RecipeBrain):
 BRAINS = {"CTC": RecipeBrain, "IEMOCAP": EmotionBrain, "SLURP": SluBrain}
 
 
-def make_hparams(recipe, source, save_folder, **overrides):
-    """What a recipe's YAML builds."""
+def make_hparams(recipe, source, save_folder, wav2vec2=WAV2VEC2_YAML, model=MODEL_YAML, **overrides):
+    """What a recipe's YAML builds, with these two entries."""
     torch.manual_seed(1)
     Path(save_folder).mkdir(parents=True, exist_ok=True)
-    text = f"source: {source}\nsave_folder: {save_folder}\n{HEADS[recipe]}{ENCODER_YAML}"
+    text = f"source: {source}\nsave_folder: {save_folder}\n{HEADS[recipe]}{wav2vec2}{model}{ENCODER_YAML}"
     hparams = load_hyperpyyaml(text, overrides)
     if not hparams["freeze_wav2vec2"] and hparams["freeze_wav2vec2_conv"]:
         hparams["wav2vec2"].model.feature_extractor._freeze_parameters()
     return hparams
 
 
-def make_brain(recipe, hparams, **run_opts):
-    """A recipe's Brain."""
+def make_brain(recipe, hparams, brain_class=None, **run_opts):
+    """A recipe's Brain, or one of its kind."""
     options = {"device": "cpu", "noprogressbar": True, **run_opts}
-    return BRAINS[recipe](hparams["modules"], None, hparams, options, hparams["checkpointer"])
+    return (brain_class or BRAINS[recipe])(hparams["modules"], None, hparams, options, hparams["checkpointer"])
 
 
 def make_batches(count=2, seed=0):
@@ -184,9 +192,9 @@ def ready_loader(batches):
     return torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
 
 
-def fit(recipe, source, save_folder, run_opts=None, **overrides):
-    """Train a recipe for an epoch of two batches; return its Brain."""
-    brain = make_brain(recipe, make_hparams(recipe, source, save_folder, **overrides), **(run_opts or {}))
+def fit(recipe, source, save_folder, brain_class=None, **overrides):
+    """Train a recipe for an epoch, or several, of two batches; return its Brain."""
+    brain = make_brain(recipe, make_hparams(recipe, source, save_folder, **overrides), brain_class)
     brain.fit(brain.hparams.epoch_counter, make_batches(), make_batches(1, seed=1))
     return brain
 
@@ -194,48 +202,8 @@ def fit(recipe, source, save_folder, run_opts=None, **overrides):
 # ---------------------------------------------------------------- ranks
 
 
-def train_ranks(scratch, call, count=2, timeout=240):
-    """Run a function of this module in several processes of one gloo group; return what each returned."""
-    scratch = Path(scratch)
-    scratch.mkdir(parents=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["speechbrain_bestrq.pretraining"])
-    processes = []
-    for rank in range(count):
-        task = {"rank": rank, "count": count, "scratch": str(scratch), "call": call}
-        process = context.Process(target=runpy.run_path, args=(__file__, {"task": task}, "__rank__"))
-        process.start()
-        processes.append(process)
-    deadline = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0.0))
-    late = [process for process in processes if process.is_alive()]
-    for process in late:
-        process.kill()
-        process.join()
-    assert not late, f"{len(late)} ranks gave no answer within {timeout} s"
-    results = [torch.load(scratch / f"rank{rank}.pt", weights_only=False) for rank in range(count)]
-    errors = [result["error"] for result in results if "error" in result]
-    assert not errors, "\n".join(errors)
-    return [result["returned"] for result in results]
-
-
-def run_rank(task):
-    """Join the group, run the call, write down what it returned."""
-    rank, count, scratch = task["rank"], task["count"], Path(task["scratch"])
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), GLOO_SOCKET_IFNAME="lo")
-    try:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{scratch / 'store'}", rank=rank, world_size=count
-        )
-        name, arguments = task["call"]
-        report = {"returned": globals()[name](**arguments)}
-    except BaseException:
-        report = {"error": traceback.format_exc()}
-    torch.save(report, scratch / f"rank{rank}.pt")
-    # a rank whose partner failed must not wait for it
-    os._exit(0)
+#: :func:`ranks.train_ranks` for functions of this file.
+train_ranks = partial(runpy.run_path(str(Path(__file__).with_name("ranks.py")))["train_ranks"], __file__)
 
 
 def rank_fit(recipe, source, save_folder, **overrides):
@@ -254,7 +222,3 @@ def rank_fit(recipe, source, save_folder, **overrides):
         "wrapped": type(brain.modules.wav2vec2).__name__,
         "trained": [name for name, parameter in encoder.named_parameters() if parameter.requires_grad],
     }
-
-
-if __name__ == "__rank__":
-    run_rank(task)  # noqa: F821 - given by runpy

@@ -1,13 +1,12 @@
 """A pre-training run small enough for a test: its corpus, model, Brain and ranks.
 
-Tests get this module from the fixture ``toy``; the processes of :func:`train_ranks` run it as a script.
+Tests get this module from the fixture ``toy``; the processes of :func:`train_ranks` load it too.
 """
 
-import multiprocessing
 import os
 import runpy
-import time
-import traceback
+import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,7 +227,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 class ToyBrain(PretrainingBrain):
     """Can be stopped, and remembers the masks it trained on."""
 
-    stop_after = None
+    stop_after = signal_at = None
 
     def on_fit_start(self):
         """Start remembering."""
@@ -239,6 +238,8 @@ class ToyBrain(PretrainingBrain):
         """Remember; stop."""
         super().on_fit_batch_end(batch, outputs, loss, should_step)
         self.trained.append(batch.masked.mask)
+        if should_step and self.optimizer_step == self.signal_at:
+            os.kill(os.getpid(), signal.SIGUSR1)
         if should_step and self.optimizer_step == self.stop_after:
             raise Stopped
 
@@ -379,60 +380,14 @@ def losses(output):
 # ---------------------------------------------------------------- ranks
 
 
-def train_ranks(scratch, calls, count=2, timeout=240):
-    """Run functions of this module in several processes of one gloo group.
-
-    ``calls`` is a (name, arguments) for each rank, or one for all. Returns what each rank returned; an error in
-    any, or no answer in time, fails.
-    """
-    scratch = Path(scratch)
-    scratch.mkdir(parents=True)
-    calls = [calls] * count if isinstance(calls, tuple) else calls
-    # processes are forked from a server that has all modules and never trained: no time is spent on imports
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["speechbrain_bestrq.pretraining"])
-    processes = []
-    for rank, call in enumerate(calls):
-        task = {"rank": rank, "count": count, "scratch": str(scratch), "call": call}
-        process = context.Process(target=runpy.run_path, args=(__file__, {"task": task}, "__rank__"))
-        process.start()
-        processes.append(process)
-    deadline = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0.0))
-    late = [process for process in processes if process.is_alive()]
-    for process in late:
-        process.kill()
-        process.join()
-    reports = [scratch / f"rank{rank}.pt" for rank in range(count)]
-    results = [torch.load(report, weights_only=False) if report.exists() else {} for report in reports]
-    errors = [f"rank {rank}: {result['error']}" for rank, result in enumerate(results) if result.get("error")]
-    assert not errors, "\n".join(errors)
-    assert not late, f"{len(late)} ranks gave no answer within {timeout} s"
-    return [result["returned"] for result in results]
+#: :func:`ranks.train_ranks` for functions of this file.
+train_ranks = partial(runpy.run_path(str(Path(__file__).with_name("ranks.py")))["train_ranks"], __file__)
 
 
-def run_rank(task):
-    """Join the group, run the call, write down what it returned."""
-    rank, count, scratch = task["rank"], task["count"], Path(task["scratch"])
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), GLOO_SOCKET_IFNAME="lo")
-    report = {}
-    try:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{scratch / 'store'}", rank=rank, world_size=count
-        )
-        name, arguments = task["call"]
-        report["returned"] = globals()[name](**arguments)
-    except BaseException:
-        report["error"] = traceback.format_exc()
-    torch.save(report, scratch / f"rank{rank}.pt")
-    # a rank whose partner failed must not wait for it
-    os._exit(0)
-
-
-def rank_train(**settings):
-    """What a rank of a run did, as plain values."""
+def rank_train(signal_at=None, **settings):
+    """What a rank of a run did, as plain values; it may signal itself in an update."""
+    if signal_at is not None:
+        ToyBrain.signal_at = signal_at
     result = train(**settings)
     rank, _ = ranks_now()
     return {
@@ -458,7 +413,3 @@ def rank_fit_waves(output, waves, model=None, nan_updates=(), **settings):
         "skipped": int(brain.totals[1]),
         "masks": [batch.masked.mask for batch in batches],
     }
-
-
-if __name__ == "__rank__":
-    run_rank(task)  # noqa: F821 - given by runpy

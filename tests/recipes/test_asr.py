@@ -45,7 +45,8 @@ def librispeech(tmp_path_factory):
         for number in range(5):
             name = f"{speaker}-1-{number:04d}"
             soundfile.write(chapter / f"{name}.flac", 0.1 * generator.standard_normal(24000 + 8000 * number), 16000)
-            lines.append(f"{name} {' '.join(generator.choice(WORDS, 2))}\n")
+            words = generator.choice(WORDS, 2) if number else WORDS  # the first has all characters
+            lines.append(f"{name} {' '.join(words)}\n")
         (chapter / f"{speaker}-1.trans.txt").write_text("".join(lines))
     return folder
 
@@ -65,7 +66,7 @@ def small_yamls(tmp_path_factory):
         text = path.read_text()
         for size in ("1024", "1280", "256"):
             text = text.replace(f"    hidden_size: {size}\n", "    hidden_size: 8\n")
-        (folder / path.name).write_text(text.replace("vocabulary_size: 1000", "vocabulary_size: 10"))
+        (folder / path.name).write_text(text.replace("vocabulary_size: 1000", "vocabulary_size: 14"))
     return folder
 
 

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
+from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder, run_layers
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
 
 KINDS = pytest.mark.parametrize("attention", ["rotary", "relative"])
@@ -70,6 +70,32 @@ def test_speech_encoder_does_not_depend_on_padding(
         assert not together[:, index, length:].any()
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_last_state_alone_is_that_of_all_and_so_are_its_gradients(make_speech_encoder, padded):
+    speech_encoder = make_speech_encoder()
+    features, lengths = speech_encoder.frontend(
+        0.1 * torch.randn(2, 8000), torch.tensor([1.0, 0.5]) if padded else None
+    )
+    gradients = []
+    for all_states in (True, False):
+        speech_encoder.zero_grad()
+        hidden, frames = speech_encoder.encode(features, lengths, all_states)
+        last = hidden[-1] if all_states else hidden
+        last.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in speech_encoder.parameters()])
+        gradients[-1] += [last.detach(), frames]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_the_last_state_alone_is_not_copied_with_the_others(make_speech_encoder):
+    speech_encoder = make_speech_encoder()
+    features, lengths = speech_encoder.frontend(0.1 * torch.randn(2, 8000), torch.tensor([1.0, 0.5]))
+    for all_states in (True, False):
+        with torch.no_grad(), Shapes() as seen:
+            speech_encoder.encode(features, lengths, all_states)
+        assert ((3, 2, 12, 16) in seen.shapes) == all_states
+
+
 @KINDS
 def test_an_utterance_without_frames_disturbs_nobody(attention, make_speech_encoder, relative_difference):
     speech_encoder = make_speech_encoder(attention)
@@ -120,6 +146,44 @@ def test_layers_are_dropped_as_often_as_asked():
     x = torch.randn(1, 4, 16)
     dropped = sum(torch.equal(states[0], states[1]) for states in (encoder(x) for _ in range(200)))
     assert 25 <= dropped <= 75  # four standard deviations about 50
+
+
+def test_a_layer_in_eval_mode_is_never_dropped_and_the_others_fare_as_without_it():
+    encoder = made(num_layers=5, layer_drop=0.5).train()
+    x = torch.randn(1, 4, 16)
+
+    def dropped(seed):
+        torch.manual_seed(seed)
+        states = run_layers(encoder.layers, x, layer_drop=0.5)
+        return [torch.equal(before, after) for before, after in zip(states, states[1:], strict=False)]
+
+    expected = [dropped(seed) for seed in range(20)]
+    for layer in encoder.layers[:2]:
+        layer.eval()
+    assert [dropped(seed) for seed in range(20)] == [[False, False, *row[2:]] for row in expected]
+    assert any(any(row[:2]) for row in expected) and any(any(row[2:]) for row in expected)
+
+
+def test_layers_that_are_all_in_eval_mode_draw_nothing():
+    encoder = made(layer_drop=0.5)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    encoder(torch.randn(1, 4, 16, generator=torch.Generator()))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_layer_drop_takes_one_number_for_each_layer_from_the_global_generator():
+    """So a run goes on as before, whatever is refactored here: pre-training is reproducible across releases."""
+    encoder = made(num_layers=5, layer_drop=0.5).train()
+    torch.manual_seed(1)
+    kept, after = torch.rand(5) >= 0.5, torch.rand(3)
+    torch.manual_seed(1)
+    states = encoder(torch.randn(1, 4, 16, generator=torch.Generator()))
+    assert torch.equal(torch.rand(3), after)
+    assert [torch.equal(one, other) for one, other in zip(states[:4], states[1:5], strict=True)] == [
+        not keep for keep in kept.tolist()[:4]
+    ]
 
 
 @KINDS

@@ -169,6 +169,29 @@ def test_a_source_that_is_no_encoder_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("link", ["file", "another folder's card"])
+def test_a_card_that_is_a_link_out_of_the_folder_is_not_published(link, encoder_folder, tmp_path, capsys):
+    secret = tmp_path / ("secret.txt" if link == "file" else "other/README.md")
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text("not for the public")
+    (encoder_folder / "README.md").unlink()
+    (encoder_folder / "README.md").symlink_to(secret)
+    assert main(["export", "--to", "speechbrain", str(encoder_folder), str(tmp_path / "out")]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and "README.md is a link that leaves the folder" in output.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_of_absurd_size_is_refused(encoder_folder, tmp_path):
+    with open(encoder_folder / "README.md", "wb") as file:
+        file.truncate(2**20 + 1)
+    with pytest.raises(InputError, match="README.md has 1048577 bytes, more than any model card"):
+        to_speechbrain(encoder_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (encoder_folder / "README.md").write_text("x" * 2**20)
+    assert to_speechbrain(encoder_folder, tmp_path / "out")["parameters"] > 0
+
+
 def test_the_command_prints_what_it_did(encoder_folder, tmp_path, capsys):
     run, out = str(encoder_folder.parent), str(tmp_path / "out")
     assert main(["export", "--to", "speechbrain", run, out, "--json"]) == 0

@@ -10,9 +10,10 @@ import torchaudio
 from speechbrain.nnet.adapters import AdaptedModel, LoRA
 
 from speechbrain_bestrq.artefact import load_encoder, save_encoder
-from speechbrain_bestrq.encoder import SpeechEncoder
+from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
+from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
 from speechbrain_bestrq.pretrained import PretrainedEncoder, spec_augment
 from speechbrain_bestrq.transformer import TransformerEncoder
 
@@ -26,14 +27,23 @@ def folder(make_speech_encoder, tmp_path):
 
 @pytest.fixture
 def wav2vec2_folder(tmp_path):
-    """Return a function that makes the folder of a tiny wav2vec 2.0 encoder of two layers, with dropout."""
+    """Return a function that makes the folder of a tiny wav2vec 2.0 encoder, of two layers, with dropout."""
 
-    def make(norm):
+    def make(norm="post", num_layers=2, layer_drop=0.5, dropout=0.5):
         torch.manual_seed(1)
         encoder = TransformerEncoder(
-            16, num_layers=2, num_heads=2, d_ffn=32, dropout=0.5, layer_drop=0.5, norm=norm, position_groups=2
+            16,
+            num_layers,
+            num_heads=2,
+            d_ffn=32,
+            dropout=dropout,
+            attention_dropout=dropout,
+            layer_drop=layer_drop,
+            norm=norm,
+            position_groups=2,
         )
-        speech_encoder = SpeechEncoder(ConvFeatureExtractor((8,) * 7), FeatureProjection(8, 16, dropout=0.5), encoder)
+        projection = FeatureProjection(8, 16, dropout=dropout)
+        speech_encoder = SpeechEncoder(ConvFeatureExtractor((8,) * 7), projection, encoder)
         return save_encoder(speech_encoder, tmp_path / "wav2vec2", "# Card")
 
     return make
@@ -147,6 +157,48 @@ def test_an_output_rate_of_50_gives_each_frame_twice(folder, wavs):
     assert torch.equal(fast[:, ::2], slow) and torch.equal(fast[:, 1::2], slow)
 
 
+@pytest.mark.parametrize(
+    "frontend, rate",
+    [
+        ({"sample_rate": 24000}, 25),
+        ({"sample_rate": 22050}, 22050 / 880),  # a hop of 220 samples
+        ({"sample_rate": 8000, "hop_ms": 12.5, "window_ms": 50}, 20),
+        ({"hop_ms": 200, "window_ms": 200}, 1.25),
+    ],
+)
+def test_an_encoder_of_any_rate_and_hop_is_taken_and_repeated_as_often_as_asked(tmp_path, frontend, rate):
+    frontend = LogMel(normalize="utterance", **frontend)
+    speech_encoder = SpeechEncoder(
+        frontend, ConvSubsampling(d_model=16, channels=(8, 4)), ConformerEncoder(16, 1, 2, 32)
+    )
+    folder = save_encoder(speech_encoder, tmp_path / "encoder", "# Card")
+    wavs = 0.1 * torch.randn(1, 4 * frontend.sample_rate)
+    plain = PretrainedEncoder(folder, freeze=True)(wavs)
+    assert plain.shape[1] == speech_encoder.num_frames(wavs.shape[1])
+    for times in (1, 2, 3):
+        repeated = PretrainedEncoder(folder, freeze=True, output_rate=times * rate, apply_spec_augment=True)(wavs)
+        assert torch.equal(repeated, plain.repeat_interleave(times, dim=1))
+    for other in (0.5 * rate, 1.01 * rate, 2.01 * rate, 1e-9, -rate):
+        with pytest.raises(InputError, match=f"this encoder has {rate:.6g} frames a second; give that, or a multiple"):
+            PretrainedEncoder(folder, output_rate=other)
+
+
+def test_an_encoder_of_less_than_a_frame_a_second_is_taken_and_one_of_none_refused(tmp_path):
+    def folder(*strides):
+        count = len(strides)
+        frontend = ConvFeatureExtractor((8,) * count, kernel_sizes=(3,) * count, strides=strides)
+        encoder = TransformerEncoder(16, num_layers=1, num_heads=2, d_ffn=32, position_groups=2)
+        return save_encoder(SpeechEncoder(frontend, FeatureProjection(8, 16), encoder), tmp_path / f"{count}", "# Card")
+
+    slow = folder(200, 160)
+    assert PretrainedEncoder(slow, freeze=True)(torch.randn(1, 50000)).shape == (1, 2, 16)
+    assert PretrainedEncoder(slow, output_rate=0.5)._repeats == 1
+    with pytest.raises(InputError, match="output_rate is 1.2: this encoder has 0.5 frames a second"):
+        PretrainedEncoder(slow, output_rate=1.2)
+    with pytest.raises(InputError, match="is no encoder of speech: its frames are more than"):
+        PretrainedEncoder(folder(*[2**17] * 4))
+
+
 @pytest.mark.parametrize("rate", [0, 20, 40, 49])
 def test_another_output_rate_is_refused(folder, rate):
     with pytest.raises(InputError, match=f"output_rate is {rate}: this encoder has 25 frames a second"):
@@ -187,6 +239,27 @@ def test_the_lowest_layers_can_be_frozen_with_what_is_below_them(folder, wavs, c
 def test_what_is_frozen_at_the_bottom_keeps_nothing_for_the_backward_pass(folder, wavs):
     kept = [kept_for_backward(PretrainedEncoder(folder, freeze_layers=count).eval(), wavs) for count in range(4)]
     assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2] > 10 * kept[3] > 0
+
+
+@pytest.mark.parametrize("kind", ["conformer", "wav2vec2"])
+def test_frozen_layers_are_never_dropped_and_those_above_are(make_speech_encoder, wav2vec2_folder, tmp_path, kind):
+    if kind == "conformer":
+        folder = save_encoder(make_speech_encoder(num_layers=4, layer_drop=0.9), tmp_path / "encoder", "# Card")
+    else:
+        folder = wav2vec2_folder("pre", num_layers=4, layer_drop=0.9)
+    encoder = PretrainedEncoder(folder, freeze_layers=2, output_all_hiddens=True).train()
+    wavs = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(1))
+    dropped = torch.zeros(3)
+    torch.manual_seed(1)
+    for _ in range(20):
+        encoder.zero_grad()
+        states = encoder(wavs)
+        dropped += (states[1:4] == states[:3]).flatten(1).all(1)
+        states[-1].square().sum().backward()
+        # so DDP, which waits for each, need not search for unused ones
+        for name, parameter in encoder.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert dropped[:2].tolist() == [0, 0] and 12 <= dropped[2] <= 20
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -342,6 +415,33 @@ def test_compiled_it_is_the_same(folder, wavs, relative_difference, freeze):
         assert relative_difference(expected, found) < 1e-5 and found.requires_grad != freeze
     compiled.train()
     assert encoder.model.encoder.training != freeze
+
+
+@pytest.mark.parametrize("kind", ["conformer", "wav2vec2"])
+def test_compiled_it_trains_the_same(make_speech_encoder, wav2vec2_folder, relative_difference, tmp_path, kind):
+    """Without dropout, which a compiler may draw in another order, but with layer drop."""
+    if kind == "conformer":
+        folder = save_encoder(make_speech_encoder(num_layers=4, layer_drop=0.5), tmp_path / "encoder", "# Card")
+    else:
+        folder = wav2vec2_folder(num_layers=4, dropout=0.0)
+    encoder = PretrainedEncoder(folder, output_norm=True, freeze_layers=1)
+    twin = copy.deepcopy(encoder)
+    compiled = torch.compile(twin, backend="aot_eager")  # forward and backward traced, without a C++ compiler
+    compiled.train()
+    for seed in range(3):
+        results = []
+        for model, parameters in ((encoder, encoder.parameters()), (compiled, twin.parameters())):
+            parameters = list(parameters)
+            for parameter in parameters:
+                parameter.grad = None
+            torch.manual_seed(seed)
+            encoded = model(0.1 * torch.randn(2, 8000), torch.tensor([1.0, 0.6]))
+            (encoded * torch.randn(encoded.shape)).sum().backward()
+            results.append([encoded, *(parameter.grad for parameter in parameters if parameter.requires_grad)])
+        assert all(
+            one.abs().max() == 0 == other.abs().max() or relative_difference(one, other) < 1e-4
+            for one, other in zip(*results, strict=True)
+        )
 
 
 def test_lora_reaches_query_key_and_value_and_trains_only_adapters(folder, wavs):

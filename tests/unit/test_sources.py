@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speechbrain_bestrq import PretrainedEncoder, load_encoder, save_encoder
+from speechbrain_bestrq import PretrainedEncoder, artefact, load_encoder, save_encoder
+from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
+from speechbrain_bestrq.transformer import TransformerEncoder
 
 
 @pytest.fixture
@@ -41,6 +44,27 @@ def test_a_runs_output_folder_gives_its_last_encoder(make_speech_encoder, tmp_pa
     save_encoder(last, tmp_path / "run" / "encoder", "# Card")
     weight = PretrainedEncoder(tmp_path / "run").model.encoder.norm.weight
     assert torch.equal(weight, last.encoder.norm.weight)
+
+
+def test_a_run_that_has_not_validated_yet_says_so_and_what_to_do(make_speech_encoder, tmp_path):
+    run = tmp_path / "run"
+    (run / "save").mkdir(parents=True)
+    for name in ("run.json", "hyperparams.yaml"):
+        (run / name).write_text("{}")
+    told = (f"{run} has no encoder folder, for this run has not validated yet: wait until it has", "valid_interval")
+    for source in (run, f"random:{run}"):
+        assert refuse(source, *told).endswith("each epoch).")
+    for step in (900, 1000):
+        save_encoder(make_speech_encoder(), run / f"encoder@{step}", "# Card")
+    refuse(run, *told, f"or give {run}/encoder@1000.")
+    save_encoder(make_speech_encoder(), run / "encoder", "# Card")
+    assert PretrainedEncoder(run).num_layers == 2
+
+
+def test_the_run_folder_of_another_program_is_no_run_of_ours(tmp_path):
+    (tmp_path / "save").mkdir()
+    (tmp_path / "hyperparams.yaml").write_text("{}")
+    assert "validated" not in refuse(tmp_path, "no encoder folder", "hyperparams.yaml is not read", "sb-bestrq export")
 
 
 def test_a_hub_id_is_downloaded_into_the_save_path(folder, tmp_path, monkeypatch):
@@ -247,6 +271,23 @@ def test_a_config_of_absurd_sizes_is_refused_before_anything_is_built(folder, se
     config[section][key] = value
     (folder / "config.json").write_text(json.dumps(config))
     refuse(folder, "config.json")
+
+
+@pytest.mark.parametrize(
+    "key, value, most", [("d_model", 8194, 8192), ("num_layers", 257, 256), ("num_layers", 41, 40)]
+)
+def test_sizes_are_bounded_before_positions_are_tabulated_and_layers_made(tmp_path, monkeypatch, key, value, most):
+    """SinusoidalPositions makes a table of 3000 x d_model in real memory, also where the rest is only described."""
+    encoder = TransformerEncoder(16, num_layers=2, num_heads=2, d_ffn=32, norm="pre", positions="sinusoidal")
+    speech_encoder = SpeechEncoder(ConvFeatureExtractor((8,) * 7), FeatureProjection(8, 16), encoder)
+    folder = save_encoder(speech_encoder, tmp_path / "encoder", "# Card")
+    tensors = 40 if most == 40 else 300
+    save_file({f"{number}": torch.zeros(1) for number in range(tensors)}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["encoder"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(artefact, "build_encoder", None)  # calling it would fail
+    refuse(folder, f"config.json: encoder config: encoder.{key} is {value}: give a number from 0 to {most}.")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{" + " " * 2**20 + "}"])

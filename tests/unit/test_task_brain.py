@@ -245,6 +245,21 @@ def test_the_best_checkpoint_is_tested_and_the_records_are_plain_json(rows, fold
     assert records["device_hours"] == pytest.approx(sum(records["seconds"].values()) / 3600)
 
 
+def test_the_best_weights_are_tested_but_the_cost_is_that_of_all_epochs(rows, folder, tmp_path, monkeypatch):
+    errors = iter([0.1, 0.5, 0.6, 0.3, 0.3])
+    monkeypatch.setattr(LoudnessBrain, "stage_metrics", lambda self, stage: {"error": next(errors)})
+    brain = fit(make_brain(tmp_path / "run", folder, epochs=3), rows)
+    seconds, shares, updates = dict(brain.seconds), list(brain.layer_weights), brain.optimizer_step
+    brain.test(loaders(rows)[1])
+    for one in (brain, make_brain(tmp_path / "run", folder, epochs=3)):
+        if one is not brain:  # a process of its own, which only tests
+            one.test(loaders(rows)[1])
+        records = one.records()
+        assert records["best_epoch"] == 1 and records["epochs"] == 3 and records["updates"] == updates
+        assert records["seconds"] == pytest.approx(seconds, rel=0.5) and records["seconds"]["train"] > 0
+        assert records["layer_weights"] == shares[0] != shares[2]
+
+
 def test_nothing_is_tested_that_was_not_trained(rows, folder, tmp_path):
     brain = make_brain(tmp_path / "run", folder)
     with pytest.raises(InputError, match="no checkpoint to test"):

@@ -118,9 +118,8 @@ def read_rows(hparams: dict, manifests: dict[str, Path]) -> dict[str, dict]:
 def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
     """Train the tokenizer; leave out of training what has fewer encoder frames than CTC needs for its transcript."""
     tokenizer, encoder, rate = hparams["tokenizer"], hparams["speech_encoder"], hparams["sample_rate"]
-    texts = {name: row["wrd"] for name, row in rows["train"].items()}
-    tokenizer.fit(texts)
-    check_texts(tokenizer, texts)
+    tokenizer.fit({name: row["wrd"] for name, row in rows["train"].items()})
+    check_texts(tokenizer, {name: row["wrd"] for part in rows.values() for name, row in part.items()})
     if hparams["language_model"]:
         check_language_model(hparams["language_model"], tokenizer)
     fastest = max(hparams.get("speeds", [100])) / 100
