@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from speechbrain_bestrq.artefact import CONFIG_FILE
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import LogMel, absolute_lengths
-from speechbrain_bestrq.pretrained import RANDOM_PREFIX, PretrainedEncoder
+from speechbrain_bestrq.pretrained import RANDOM_PREFIX, PretrainedEncoder, normalize_utterances
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.sources import find_encoder
 
@@ -20,9 +20,10 @@ STACKED_FRAMES = 4
 
 
 class FilterbankEncoder(nn.Module):
-    """Log mel features, normalised over each utterance and stacked to 25 frames a second: the baseline without encoder.
+    """Log mel features, stacked to 25 frames a second: the baseline without encoder.
 
-    It is what BEST-RQ's encoder hears and what its labels are made of. There is nothing to train in it.
+    Each utterance has mean 0 and variance 1 over its frames and bins together: loudness is
+    gone, the shape of the spectrum, which tells speakers apart, is not. There is nothing to train in it.
 
     Arguments
     ---------
@@ -39,12 +40,14 @@ class FilterbankEncoder(nn.Module):
 
     def __init__(self, num_mels: int = 80, sample_rate: int = 16000):
         super().__init__()
-        self.frontend = LogMel(sample_rate=sample_rate, num_mels=num_mels, normalize="utterance", stack=STACKED_FRAMES)
+        self.frontend = LogMel(sample_rate=sample_rate, num_mels=num_mels, stack=STACKED_FRAMES)
+        # the bins stay as they are
+        self.frontend.load_state_dict({"mean": torch.zeros(num_mels), "deviation": torch.ones(num_mels)})
         self.output_dim = STACKED_FRAMES * num_mels
 
     def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Compute features of waveforms (B, N), shape (1, B, T, 4 num_mels); zero in the padding."""
-        features, _ = self.frontend(wavs, wav_lens)
+        features = normalize_utterances(*self.frontend(wavs, wav_lens))
         return features.unflatten(1, (-1, STACKED_FRAMES)).flatten(2)[None]
 
     def num_frames(self, samples: int | Tensor) -> int | Tensor:

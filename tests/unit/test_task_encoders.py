@@ -53,6 +53,16 @@ def test_no_utterance_depends_on_its_padding(folder, padded_with_junk, relative_
         assert padded[:, number, count:].eq(0).all()
 
 
+def test_filter_banks_keep_the_shape_of_the_spectrum_and_forget_the_loudness(relative_difference):
+    encoder = TaskEncoder("fbank")
+    low = torch.sin(2 * torch.pi * 300 * torch.arange(16000) / 16000)[None]
+    high = torch.sin(2 * torch.pi * 3000 * torch.arange(16000) / 16000)[None]
+    noise = 0.1 * torch.randn(1, 16000)
+    (spectrum, quiet, other) = (encoder(wav)[0].mean(2) for wav in (low + noise, 0.5 * (low + noise), high + noise))
+    assert relative_difference(spectrum, quiet) < 1e-3
+    assert relative_difference(spectrum, other) > 0.5
+
+
 def test_a_random_encoder_is_a_function_of_the_seed_and_no_trained_one(folder):
     states = []
     for seed in (1, 1, 2):
