@@ -4,6 +4,7 @@ import gzip
 import io
 import math
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -166,7 +167,8 @@ class NGramModel:
         try:
             self._model = kenlm.Model(os.fspath(path), settings)
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[-200:]
+            # KenLM says first which file, and where in its own source
+            reason = re.split(r"Exception|' \(", " ".join(str(error).split()))[-1].strip(" .)")[:200]
             raise InputError(f"{path} is no whole ARPA file ({reason}): copy it again, or {_REMEDY}.") from error
         self._new_state = kenlm.State
 

@@ -61,10 +61,12 @@ def test_torch_and_torchaudio_have_one_bound_of_one_minor_release(settings):
 
 
 def test_every_import_is_a_declared_dependency(settings):
-    extras = settings["options.extras_require"]["demo"].replace("-", "_")
-    declared = set(re.findall(r"^[a-z_]+", settings["options"]["install_requires"] + extras, re.M))
+    extras = settings["options.extras_require"]["demo"] + settings["options.extras_require"]["lm"]
+    packages = settings["options"]["install_requires"] + extras.replace("-", "_")
+    declared = set(re.findall(r"^[a-z_]+", packages, re.M))
     assert "torch" in declared
-    declared.add("yaml" if "pyyaml" in declared else "torch")  # the one package whose module has another name
+    modules = {"pyyaml": "yaml", "camel_kenlm": "kenlm"}  # those whose module has another name
+    declared |= {module for package, module in modules.items() if package in declared}
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
