@@ -97,9 +97,7 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: this is no downstream run, or it has not been evaluated yet.") from error
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): run the evaluation again, with --test_only."
-        ) from error
+        raise InputError(f"{path} cannot be read ({error}): run the evaluation again, with --test_only.") from error
     if not isinstance(results, dict) or not isinstance(results.get("sets"), dict):
         raise InputError(f"{path} holds no results: run the evaluation again, with --test_only.")
     return results
