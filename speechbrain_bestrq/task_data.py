@@ -1,6 +1,8 @@
 """Labelled utterances for the downstream tasks: which of them, read how, in which batches."""
 
 import math
+import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.seeding import derived_generator
+from speechbrain_bestrq.seeding import derive_seed, derived_generator
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -85,6 +87,7 @@ class TaskBatchSampler(torch.utils.data.Sampler[list[int]]):
         epoch : int
             Its number.
         """
+        self.epoch = epoch
         sizes = self.seconds
         if self.training:
             generator = derived_generator(self.seed, epoch)
@@ -117,8 +120,44 @@ class TaskBatchSampler(torch.utils.data.Sampler[list[int]]):
         yield from self._batches
 
 
+class RandomChunks:
+    """Which stretch of an utterance is heard in an epoch: a function of (seed, epoch, name), on any rank and worker.
+
+    Arguments
+    ---------
+    sampler : TaskBatchSampler
+        Knows the epoch.
+    seconds : float
+        Length of a chunk. Shorter utterances are heard whole.
+    sample_rate : int
+        Samples per second.
+
+    Example
+    -------
+    >>> chunks = RandomChunks(TaskBatchSampler([3.0], max_batch_seconds=9, training=True), seconds=3.0)
+    >>> start, samples = chunks("a", 160000)
+    >>> 0 <= start <= 160000 - samples, samples
+    (True, 48000)
+    >>> chunks("a", 16000)
+    (0, 16000)
+    """
+
+    def __init__(self, sampler: TaskBatchSampler, seconds: float, sample_rate: int = 16000):
+        self.sampler, self.samples = sampler, round(seconds * sample_rate)
+
+    def __call__(self, name: str, samples: int) -> tuple[int, int]:
+        """Give the first sample of an utterance's chunk and the number of samples."""
+        if samples <= self.samples:
+            return 0, samples
+        seed = derive_seed(self.sampler.seed, self.sampler.epoch, zlib.crc32(os.fsencode(name)))
+        return seed % (samples - self.samples + 1), self.samples
+
+
 def make_dataset(
-    rows: Rows, sample_rate: int = 16000, hidden: Mapping[str, Tensor] | None = None
+    rows: Rows,
+    sample_rate: int = 16000,
+    hidden: Mapping[str, Tensor] | None = None,
+    chunks: RandomChunks | None = None,
 ) -> DynamicItemDataset:
     """Make a dataset whose item ``sig`` is the waveform of an utterance, or ``hidden`` its cached hidden states.
 
@@ -132,6 +171,8 @@ def make_dataset(
     hidden : mapping, optional
         A :class:`speechbrain_bestrq.feature_cache.FeatureCache` of these utterances: the audio
         is left alone then.
+    chunks : RandomChunks, optional
+        Give these stretches of the waveforms; the utterances are heard whole if left out.
 
     Returns
     -------
@@ -149,11 +190,13 @@ def make_dataset(
     torch.Size([16000])
     """
 
-    def read_audio(wav: str, duration: float) -> Tensor:
-        return torch.from_numpy(read_segment(wav, 0, round(float(duration) * sample_rate), sample_rate))
+    def read_audio(name: str, wav: str, duration: float) -> Tensor:
+        samples = round(float(duration) * sample_rate)
+        start, samples = (0, samples) if chunks is None else chunks(name, samples)
+        return torch.from_numpy(read_segment(wav, start, samples, sample_rate))
 
     if hidden is None:
-        item = {"func": read_audio, "takes": ["wav", "duration"], "provides": "sig"}
+        item = {"func": read_audio, "takes": ["id", "wav", "duration"], "provides": "sig"}
     else:
         item = {"func": hidden.__getitem__, "takes": ["id"], "provides": "hidden"}
     return DynamicItemDataset({name: dict(row) for name, row in rows.items()}, [item], ["id", item["provides"]])
@@ -201,7 +244,8 @@ def make_task_loaders(
     ---------
     hparams : mapping
         With "sample_rate", "seed", "num_workers", "max_batch_seconds", "max_batch_size" and
-        "max_eval_batch_seconds".
+        "max_eval_batch_seconds"; with "chunk_seconds", training hears
+        :class:`RandomChunks` of that length.
     sets : mapping
         The rows of "train" and of any other sets.
     items : sequence
@@ -215,19 +259,29 @@ def make_task_loaders(
     -------
     dict
         A loader for each set.
+
+    Raises
+    ------
+    InputError
+        If chunks are to be cut from cached hidden states.
     """
+    chunk_seconds = hparams.get("chunk_seconds")
+    if chunk_seconds is not None and hidden is not None:
+        raise InputError(
+            "chunk_seconds cuts the audio, and cached hidden states are of whole utterances: set it to null, or "
+            "cache_features to False."
+        )
+    if chunk_seconds is not None and chunk_seconds <= 0:
+        raise InputError(f"chunk_seconds must be above 0, or null for whole utterances, not {chunk_seconds}.")
     rank, world_size = 0, 1
     if torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     loaders = {}
     for name, rows in sets.items():
         training = name == "train"
-        dataset = make_dataset(rows, hparams["sample_rate"], hidden)
-        for item in items:
-            dataset.add_dynamic_item(item)
-        dataset.set_output_keys(["id", "sig" if hidden is None else "hidden", *outputs])
+        longest = chunk_seconds if training and chunk_seconds is not None else math.inf
         sampler = TaskBatchSampler(
-            [float(row["duration"]) for row in rows.values()],
+            [min(float(row["duration"]), longest) for row in rows.values()],
             hparams["max_batch_seconds"] if training else hparams["max_eval_batch_seconds"],
             training,
             hparams["max_batch_size"] if training else None,
@@ -235,8 +289,40 @@ def make_task_loaders(
             rank,
             world_size,
         )
+        chunks = RandomChunks(sampler, longest, hparams["sample_rate"]) if longest < math.inf else None
+        dataset = make_dataset(rows, hparams["sample_rate"], hidden, chunks)
+        for item in items:
+            dataset.add_dynamic_item(item)
+        dataset.set_output_keys(["id", "sig" if hidden is None else "hidden", *outputs])
         loaders[name] = make_task_loader(dataset, sampler, hparams["num_workers"])
     return loaders
+
+
+def repeat_for_chunks(rows: Rows, seconds: float) -> dict[str, Mapping[str, Any]]:
+    """List each utterance as often as a chunk goes into it, at least once: an epoch hears as much audio as there is.
+
+    Arguments
+    ---------
+    rows : mapping
+        Of a manifest, with "duration" in seconds.
+    seconds : float
+        Length of a chunk.
+
+    Returns
+    -------
+    dict
+        The rows, named "ID#0", "ID#1"...
+
+    Example
+    -------
+    >>> list(repeat_for_chunks({"a": {"duration": 7.5}, "b": {"duration": 1.0}}, 3.0))
+    ['a#0', 'a#1', 'b#0']
+    """
+    return {
+        f"{name}#{number}": row
+        for name, row in rows.items()
+        for number in range(max(1, int(float(row["duration"]) / seconds)))
+    }
 
 
 def take_hours(rows: Rows, hours: float | None, seed: int = 0, group: str = "spk_id") -> dict[str, Mapping[str, Any]]:

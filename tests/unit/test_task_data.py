@@ -6,9 +6,12 @@ import soundfile
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.task_data import (
+    RandomChunks,
     TaskBatchSampler,
     make_dataset,
     make_task_loader,
+    make_task_loaders,
+    repeat_for_chunks,
     take_examples,
     take_hours,
 )
@@ -136,3 +139,84 @@ def test_hours_that_cannot_be_drawn_are_refused(hours):
 def test_a_count_of_examples_below_one_is_refused():
     with pytest.raises(InputError, match="above 0"):
         take_examples(ROWS, "kind", 0)
+
+
+@pytest.fixture
+def ramps(tmp_path):
+    """Rows of utterances whose samples say where they are, of 0.3 to 3 s."""
+    rows = {}
+    for number, seconds in enumerate((0.3, 1.0, 3.0, 3.0)):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, np.arange(round(16000 * seconds)) / 2**16, 16000, subtype="FLOAT")
+        rows[str(number)] = {"wav": str(path), "duration": seconds}
+    return rows
+
+
+HPARAMS = {
+    "sample_rate": 16000,
+    "seed": 1,
+    "num_workers": 0,
+    "max_batch_seconds": 2.0,
+    "max_batch_size": 8,
+    "max_eval_batch_seconds": 9.0,
+}
+
+
+def starts(loader, epoch):
+    """First and last sample of each utterance in an epoch, as numbers of the file."""
+    loader.batch_sampler.set_epoch(epoch)
+    found = {}
+    for batch in loader:
+        wavs, lengths = batch.sig
+        for name, wav, length in zip(batch.id, wavs, lengths, strict=True):
+            wav = (2**16 * wav[: round(float(length) * wavs.shape[1])]).round().int()
+            assert (wav.diff() == 1).all()
+            found[name] = (int(wav[0]), int(wav[-1]))
+    return found
+
+
+def test_training_hears_a_chunk_of_each_utterance_and_validation_the_whole(ramps):
+    loaders = make_task_loaders({**HPARAMS, "chunk_seconds": 0.5}, {"train": ramps, "valid": ramps}, [], [])
+    heard = starts(loaders["train"], 1)
+    assert heard["0"] == (0, 4799)
+    assert all(last - first == 7999 for name, (first, last) in heard.items() if name != "0")
+    assert starts(loaders["valid"], 1) == {"0": (0, 4799), "1": (0, 15999), "2": (0, 47999), "3": (0, 47999)}
+    for batch in loaders["train"].batch_sampler:
+        assert len(batch) <= 4
+
+
+def test_a_chunk_is_a_function_of_seed_epoch_and_name_whoever_reads_it(ramps):
+    def heard(epoch, **options):
+        settings = {**HPARAMS, "chunk_seconds": 0.5, **options}
+        return starts(make_task_loaders(settings, {"train": ramps}, [], [])["train"], epoch)
+
+    assert heard(1) == heard(1) == heard(1, max_batch_seconds=0.5)
+    assert heard(1)["2"] != heard(1)["3"]
+    for other in (heard(2), heard(1, seed=2)):
+        assert all(other[name] != heard(1)[name] for name in "123")
+    assert heard(2, num_workers=1) == heard(2)
+
+
+def test_chunks_come_from_all_over_the_utterance():
+    sampler = TaskBatchSampler([1.0], 9.0, True)
+    chunks = RandomChunks(sampler, 3 / 16000)
+    drawn = []
+    for epoch in range(300):
+        sampler.set_epoch(epoch)
+        drawn.append(chunks("a", 10))
+    assert {start for start, _ in drawn} == set(range(8)) and {samples for _, samples in drawn} == {3}
+    counts = np.bincount([start for start, _ in drawn])
+    assert counts.min() > 15 and counts.max() < 70
+
+
+def test_an_utterance_is_listed_for_each_chunk_that_goes_into_it():
+    rows = {"a": {"duration": 9.0, "wav": "a"}, "b": {"duration": 0.5, "wav": "b"}, "c": {"duration": 5.9, "wav": "c"}}
+    repeated = repeat_for_chunks(rows, 3.0)
+    assert [row["wav"] for row in repeated.values()] == ["a", "a", "a", "b", "c"]
+    assert len(repeated) == 5
+
+
+@pytest.mark.parametrize(("seconds", "hidden", "message"), [(3.0, {}, "cache_features"), (0.0, None, "above 0")])
+def test_chunks_of_nothing_and_of_cached_states_are_refused(seconds, hidden, message, ramps):
+    with pytest.raises(InputError, match=message):
+        make_task_loaders({**HPARAMS, "chunk_seconds": seconds}, {"train": ramps}, [], [], hidden)
