@@ -17,7 +17,7 @@ from speechbrain_bestrq.batching import BatchPlan
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.masking import MaskedFrames
 from speechbrain_bestrq.seeding import derive_seed, derived_generator
-from speechbrain_bestrq.stopping import ignore_stop_signals
+from speechbrain_bestrq.stopping import leave_stopping_to_parent
 
 MISSING_SECONDS = 0.04
 """How much a file may be shorter than its manifest says: one encoder frame."""
@@ -444,6 +444,6 @@ def make_loader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=leave_stopping_to_parent,
         generator=torch.Generator(),
     )

@@ -1,5 +1,6 @@
 """Ending in order: what asks a run to stop, or to go back, is heeded by all ranks after the same update."""
 
+import os
 import signal
 import threading
 from enum import IntEnum
@@ -94,8 +95,12 @@ class Requests:
             self._finish()
 
 
-def ignore_stop_signals(worker: int = 0) -> None:
-    """Leave it to the main process to end; for the processes that load data, which get its signals too.
+def leave_stopping_to_parent(worker: int = 0) -> None:
+    """Live on through signals that ask a run to stop; for the processes that load data, which get them too.
+
+    A scheduler and a terminal signal all processes of a run, and a run that lost a worker could not end in
+    order. Only the process that started this one may end it: PyTorch and ``multiprocessing`` do so by SIGTERM,
+    and then wait for it without end.
 
     Arguments
     ---------
@@ -103,4 +108,14 @@ def ignore_stop_signals(worker: int = 0) -> None:
         Number of the worker, as PyTorch's ``worker_init_fn`` is given.
     """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    # blocked in this thread and all it starts, so that it waits for sigwaitinfo, which knows who sent it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -237,7 +237,7 @@ class ToyBrain(PretrainingBrain):
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Remember; stop."""
         super().on_fit_batch_end(batch, outputs, loss, should_step)
-        self.trained.append(batch.masked.mask)
+        self.trained.append(batch.masked.mask.clone())  # not the file that it came in from a worker
         if should_step and self.optimizer_step == self.signal_at:
             os.kill(os.getpid(), signal.SIGUSR1)
         if should_step and self.optimizer_step == self.stop_after:

@@ -5,6 +5,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,3 +317,30 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_update(toy, tmp_path, corp
     assert "by a signal to another rank after update" in text and "by SIGUSR1 after update" in text
     ended = {json.loads(line)["step"] for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()}
     assert max(ended) == 5  # the request is on its way for an update
+
+
+WORKER = """
+import os, signal, subprocess, sys, time, torch
+from speechbrain_bestrq.stopping import leave_stopping_to_parent
+torch.set_num_threads(1)
+loader = torch.utils.data.DataLoader(range(9), num_workers=1, worker_init_fn=leave_stopping_to_parent)
+batches = iter(loader)
+next(batches)
+worker = batches._workers[0].pid
+for name in ("TERM", "INT", "USR1"):
+    subprocess.run(["kill", f"-{name}", str(worker)], check=True)  # by another process than the parent
+time.sleep(0.5)
+assert [int(batch) for batch in batches] == list(range(1, 9))
+batches = iter(loader)
+print(batches._workers[0].pid, flush=True)
+os.kill(batches._workers[0].pid, signal.SIGTERM) if "kill" in sys.argv else next(batches)
+batches._workers[0].join() if "kill" in sys.argv else None
+"""
+
+
+@pytest.mark.parametrize("how", ["leave", "kill"])
+def test_workers_outlive_signals_from_outside_and_end_with_the_run(how):
+    """Also with an iterator still open, where ``multiprocessing`` sends SIGTERM and waits without end."""
+    done = subprocess.run([sys.executable, "-c", WORKER, how], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not Path(f"/proc/{done.stdout.strip()}").exists()

@@ -1,0 +1,127 @@
+"""Whole runs in processes of their own: killed at random moments, stopped under torchrun, watched for leaks."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TOY = Path(__file__).parents[1] / "helpers" / "toy.py"
+#: Trains as toy.train does, with what comes as JSON.
+SCRIPT = f"""
+import importlib.util, json, sys, torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("toy", {str(TOY)!r})
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+toy.train(**json.loads(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def settings(toy, tmp_path):
+    """A run of 40 updates with loading workers, that saves a lot."""
+    seconds = np.random.default_rng(3).uniform(0.6, 2.0, size=16)
+    return {
+        "train_folder": str(toy.write_noise(tmp_path / "audio", seconds, seed=1)),
+        "valid_folder": str(toy.write_noise(tmp_path / "valid", [1.0, 0.7], seed=2)),
+        "updates": 40,
+        "checkpoint_every": 1,
+        "workers": 1,
+        "model": {"dropout": 0.1},
+    }
+
+
+def start(output, settings, script=SCRIPT):
+    """Start a run; what it says goes to a file beside its folder, for a pipe would fill up."""
+    command = [sys.executable, "-c", script, json.dumps({"output": str(output), **settings})]
+    with open(said(output), "ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+
+
+def said(output):
+    """The file of what a run said."""
+    return Path(f"{output}.txt")
+
+
+def finish(process, output, seconds=300):
+    """Wait for a run that is to end well."""
+    assert process.wait(seconds) == 0, said(output).read_text()[-3000:]
+
+
+def wait_for_updates(output, process, more, patience=120):
+    """Wait until a run has logged more updates than at first, or has ended."""
+    log = Path(output) / "train_log.jsonl"
+
+    def lines():
+        return len(log.read_bytes().splitlines()) if log.exists() else 0
+
+    first, deadline = lines(), time.monotonic() + patience
+    while process.poll() is None and lines() < first + more:
+        assert time.monotonic() < deadline, "no update in two minutes"
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_is_the_unbroken_run(toy, tmp_path, settings):
+    unbroken = start(tmp_path / "unbroken", settings)
+    finish(unbroken, tmp_path / "unbroken")
+    generator, kills = random.Random(0), 0
+    while True:
+        process = start(tmp_path / "run", settings)
+        if kills < 20:
+            wait_for_updates(tmp_path / "run", process, generator.randrange(0, 3))
+            time.sleep(generator.uniform(0.0, 0.05))  # an update takes some 20 ms, half of it saving
+        if kills == 20 or process.poll() is not None:
+            finish(process, tmp_path / "run")
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 15, "the run was over before it had been killed often"
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+    assert [step for step, _ in toy.losses(tmp_path / "run")] == list(range(1, 41))
+    assert not list((tmp_path / "run" / "save").glob("UNFINISHED*"))
+
+
+def test_a_run_in_its_own_process_stops_with_the_status_that_says_start_me_again(tmp_path, settings):
+    script = SCRIPT.replace("toy.train(**json.loads(sys.argv[1]))", "")
+    script += (
+        "from speechbrain_bestrq.recipe import run_recipe\n"
+        "run_recipe(lambda arguments: toy.train(**json.loads(arguments[0])))\n"
+    )
+    process = start(tmp_path / "run", {**settings, "updates": 4000}, script)
+    wait_for_updates(tmp_path / "run", process, 3)
+    asked = time.monotonic()
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the loading workers too
+    assert process.wait(60) == 75, said(tmp_path / "run").read_text()[-3000:]
+    assert time.monotonic() - asked < 30
+    assert "stopped: by SIGTERM after update" in said(tmp_path / "run").read_text().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat_over_two_thousand_updates(toy, tmp_path, settings):
+    process = start(tmp_path / "run", {**settings, "updates": 2000, "checkpoint_every": 200, "log_interval": 20})
+    folder, samples = Path("/proc") / str(process.pid), []
+    log = tmp_path / "run" / "train_log.jsonl"
+    while process.poll() is None:
+        time.sleep(0.2)
+        if not log.exists():
+            continue
+        try:
+            resident = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            files = len(list((folder / "fd").iterdir()))
+        except OSError:
+            break
+        samples.append((resident, files))
+    finish(process, tmp_path / "run")
+    memory, files = (np.array(values, dtype=float) for values in zip(*samples, strict=True))
+    early, late = slice(len(samples) // 5, 2 * len(samples) // 5), slice(-len(samples) // 5, None)
+    assert np.median(memory[late]) < 1.02 * np.median(memory[early])
+    assert files[late].max() <= files[early].max() + 2
