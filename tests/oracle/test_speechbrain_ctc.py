@@ -143,10 +143,10 @@ def test_the_end_of_the_sentence_is_scored(tmp_path):
     tokenizer = CharacterTokenizer("AB ")
     log_probs = torch.tensor([[0.05, 0.5, 0.4, 0.05]]).log()
     assert BeamDecoder(tokenizer, path).best(log_probs).text == "B"
-    # with a space behind the last word, too: it is no second, unknown word
-    log_probs = torch.tensor([[0.01, 0.5, 0.48, 0.01], [0.01, 0.01, 0.01, 0.97]]).log()
-    found = BeamDecoder(tokenizer, path, **ALL).best(log_probs)
-    assert found.text == "B"
+    # a space behind the last word is no second, unknown word; all but the space is pruned from the last frame
+    log_probs = torch.tensor([[0.01, 0.5, 0.48, 0.01], [0.001, 0.001, 0.001, 0.997]]).log()
+    found = BeamDecoder(tokenizer, path).best(log_probs)
+    assert found.text == "B" and found.ctc_score == pytest.approx(math.log(0.48 * 0.997), abs=1e-6)
     assert found.score == pytest.approx(found.ctc_score + 0.8 * (-0.5 - 0.01) * math.log(10) + 1.2, abs=1e-6)
 
 

@@ -1,6 +1,7 @@
 """What docs/swap.md says to write into a recipe does what it says: its YAML and its diffs are built and run here."""
 
 import importlib.util
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -204,6 +205,8 @@ def test_the_weights_are_in_the_log_after_each_epoch_and_drawn_also_in_a_resumed
     shares = [[float(share) for share in line[2].split()] for line in logged]
     assert shares[2] == pytest.approx(brain.hparams.wav2vec2.mix.shares(), abs=1e-3) and len(shares[2]) == 3
     assert shares[0] != shares[2] and all(sum(row) == pytest.approx(1.0, abs=2e-3) for row in shares)
+    kept = json.loads((save / "layer_weights.json").read_text())
+    assert len(kept) == 3 and all(row == pytest.approx(line, abs=1e-3) for row, line in zip(kept, shares, strict=True))
     assert (save / "layer_weights.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -418,34 +418,31 @@ def test_compiled_it_is_the_same(folder, wavs, relative_difference, freeze):
 
 
 @pytest.mark.parametrize("kind", ["conformer", "wav2vec2"])
-def test_compiled_it_trains_the_same(make_speech_encoder, wav2vec2_folder, relative_difference, tmp_path, kind):
-    """Without dropout, which a compiler may draw in another order, but with layer drop."""
+def test_compiled_it_trains_the_same(make_speech_encoder, wav2vec2_folder, relative_difference, tmp_path, wavs, kind):
+    """Without dropout, which a compiler may draw in another order, but with layer drop: of the third layer."""
     if kind == "conformer":
-        folder = save_encoder(make_speech_encoder(num_layers=4, layer_drop=0.5), tmp_path / "encoder", "# Card")
+        folder = save_encoder(make_speech_encoder(num_layers=3, layer_drop=0.5), tmp_path / "encoder", "# Card")
     else:
-        folder = wav2vec2_folder(num_layers=4, dropout=0.0)
+        folder = wav2vec2_folder(num_layers=3, dropout=0.0)
     encoder = PretrainedEncoder(folder, output_norm=True, freeze_layers=1)
     twin = copy.deepcopy(encoder)
-    # forward and backward are traced, without a C++ compiler
-    compiled = torch.compile(twin, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(twin, backend="aot_eager")  # forward and backward are traced, without a C++ compiler
     compiled.train()
-    skipped = 0
-    for seed, width in enumerate((8000, 6400, 8000)):
-        results = []
-        for model, owner in ((encoder, encoder), (compiled, twin)):
-            owner.zero_grad()
-            torch.manual_seed(seed)
-            encoded = model(0.1 * torch.randn(2, width), torch.tensor([1.0, 0.6]))
-            (encoded * torch.randn(encoded.shape)).sum().backward()
-            trained = [parameter for parameter in owner.parameters() if parameter.requires_grad]
-            results.append([encoded.detach(), *(parameter.grad for parameter in trained)])
-        for ours, theirs in zip(*results, strict=True):
-            if ours.any():
-                assert relative_difference(ours, theirs) < 1e-4
-            else:  # of a layer that was skipped
-                assert theirs is not None and not theirs.any()
-                skipped += 1
-    assert skipped
+    results = []
+    for model, owner in ((encoder, encoder), (compiled, twin)):
+        torch.manual_seed(0)
+        encoded = model(wavs, torch.tensor([1.0, 0.6]))
+        (encoded * encoded.detach().sin()).sum().backward()
+        results.append(
+            {name: parameter.grad for name, parameter in owner.named_parameters() if parameter.requires_grad}
+        )
+        results[-1]["output"] = encoded.detach()
+    for name, ours in results[0].items():
+        theirs = results[1][name]
+        if ".layers.2." in name:
+            assert not ours.any() and theirs is not None and not theirs.any(), name
+        else:
+            assert relative_difference(ours, theirs) < 1e-4, name
 
 
 def test_lora_reaches_query_key_and_value_and_trains_only_adapters(folder, wavs):
