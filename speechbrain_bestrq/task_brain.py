@@ -83,14 +83,17 @@ class TaskBrain(sb.Brain):
         self.seconds = {"train": 0.0, "validation": 0.0}
         self.layer_weights: list[list[float]] = []
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
+        # what the head learns to hear, if that stays as it is
+        self._heard = digest(self.encoder.state_dict()) if self.encoder.freeze else None
         if checkpointer is not None:
+            # before the modules: those trained on another encoder may not fit, or fit and be of no use
+            checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
             for name, module in modules.items():
                 if any(parameter.requires_grad for parameter in module.parameters()):
                     checkpointer.add_recoverable(name, module)
             for part in self.parts:
                 if isinstance(self._annealing(part), NewBobScheduler):  # others are functions of the epoch
                     checkpointer.add_recoverable(f"{part}_annealing", self._annealing(part))
-            checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
 
     # ---------------------------------------------------------------- computing
 
@@ -214,11 +217,17 @@ class TaskBrain(sb.Brain):
                 "layer_weights": self.layer_weights,
                 "epochs": self.hparams.epoch_counter.current,
                 "updates": self.optimizer_step,
+                "encoder": self._heard,
             }
             Path(path).write_text(json.dumps(progress), encoding="utf-8")
 
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         progress = json.loads(Path(path).read_text(encoding="utf-8"))
+        if self._heard is not None and progress.get("encoder", self._heard) != self._heard:
+            raise InputError(
+                f"the checkpoint in {Path(path).parent} was trained on another encoder than {self.encoder.source}: "
+                "give another --output_folder, or that encoder."
+            )
         self.seconds, self.layer_weights = progress["seconds"], progress["layer_weights"]
 
     # ---------------------------------------------------------------- evaluation

@@ -213,6 +213,15 @@ def test_a_run_stopped_after_an_epoch_goes_on_as_if_unbroken(rows, folder, tmp_p
         assert resumed.layer_weights == unbroken.layer_weights
 
 
+@pytest.mark.parametrize("again", ["fit", "test"])
+def test_a_head_is_not_set_on_another_frozen_encoder_than_it_was_trained_on(rows, folder, tmp_path, again):
+    fit(make_brain(tmp_path / "run", folder), rows)
+    other = make_brain(tmp_path / "run", f"random:{folder}", epochs=3)
+    with pytest.raises(InputError, match="was trained on another encoder than random:") as error:
+        fit(other, rows) if again == "fit" else other.test(loaders(rows)[1])
+    assert "\n" not in str(error.value)
+
+
 def test_training_on_cached_states_is_training_on_the_audio(rows, folder, tmp_path):
     heard = fit(make_brain(tmp_path / "heard", folder), rows)
     encoder = TaskEncoder(folder)
