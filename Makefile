@@ -1,7 +1,7 @@
 # make setup     the environment .venv with everything (again only after a change of setup.cfg or pyproject.toml)
 # make demo      makes a corpus of synthetic speech, pre-trains a small model on it, reports: ten minutes on two cores
 # make test      all tests but the slow ones, with the examples in the docstrings
-# make test-all  all tests
+# make test-all  these, then the slow ones
 # make lint      style and format
 # make clean     deletes what building and testing left, not .venv
 
@@ -29,8 +29,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/python -m ruff check --no-cache .

@@ -4,6 +4,8 @@
 USER_ERROR, INTERRUPTED = 2, 130
 #: Exit status of a run that ended in order before it was done (EX_TEMPFAIL): the same command goes on with it.
 START_AGAIN = 75
+#: Exit status of a rank that has lost another one.
+LOST_RANK = 1
 
 
 class InputError(ValueError):

@@ -2,8 +2,10 @@
 
 import difflib
 import logging
+import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
-from speechbrain_bestrq.errors import INTERRUPTED, START_AGAIN, USER_ERROR, InputError
+from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError
 from speechbrain_bestrq.stopping import StoppedError
 
 
@@ -94,7 +96,8 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
     """Run a recipe's ``main`` on the command line.
 
     The user's errors become one line and exit status 2; a run that was asked to stop, and did in order, one
-    line and 75 ("start me again"); an interruption one line and 130.
+    line and 75 ("start me again"); an interruption one line and 130; another rank that is gone, the traceback and
+    one line from each that is left, and 1.
 
     Arguments
     ---------
@@ -117,9 +120,27 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
         if sb.utils.distributed.if_main_process():
             print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        traceback.print_exc()
+        print(
+            f"error: rank {torch.distributed.get_rank()} has lost another rank, which died or cannot be reached: see "
+            "what that one said last. The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST_RANK)  # the way out through Python would wait for the other rank
     # not after an error: the other ranks may be waiting in a collective, and this would wait for them
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone; gloo says so in the message alone."""
+    if not torch.distributed.is_initialized():
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def command_line() -> str:

@@ -105,6 +105,79 @@ def test_a_run_in_its_own_process_stops_with_the_status_that_says_start_me_again
     assert "stopped: by SIGTERM after update" in said(tmp_path / "run").read_text().splitlines()[-1]
 
 
+#: A rank of a run, which may dawdle over each update.
+RANK = SCRIPT.replace(
+    "toy.train(**json.loads(sys.argv[1]))",
+    """
+import os, time, torch.distributed
+from speechbrain_bestrq.recipe import run_recipe
+arguments = json.loads(sys.argv[1])
+pauses, store = arguments.pop("pauses"), arguments.pop("store")
+rank = int(os.environ["RANK"])
+fit_batch = toy.ToyBrain.fit_batch
+toy.ToyBrain.fit_batch = lambda self, batch: time.sleep(pauses[rank]) or fit_batch(self, batch)
+torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+run_recipe(lambda _: toy.train(**arguments))
+""",
+)
+
+
+def start_ranks(output, settings, pauses, launcher):
+    """Start a run on two devices; what all say goes to the file beside its folder."""
+    attempt = len(list(output.parent.glob("store*")))
+    arguments = {"output": str(output), **settings, "pauses": pauses, "store": f"file://{output.parent}/store{attempt}"}
+    script = output.parent / "rank.py"
+    script.write_text(RANK)
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    if launcher == "torchrun":
+        arguments["store"] = "env://"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+        commands = [[*command, "--rdzv_endpoint=localhost:0", str(script), json.dumps(arguments)]]
+    else:
+        commands = [[sys.executable, str(script), json.dumps(arguments)]] * 2
+    with open(said(output), "ab") as file:
+        return [
+            subprocess.Popen(
+                command, stdout=file, stderr=file, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            )
+            for rank, command in enumerate(commands)
+        ]
+
+
+def find_rank(launched, rank):
+    """The process of a rank: torchrun's children are its ranks, in the order of their birth."""
+    if len(launched) == 2:
+        return launched[rank].pid
+    pid = launched[0].pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(int(child) for child in children if "rank.py" in Path(f"/proc/{child}/cmdline").read_text())[rank]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "alone"])
+def test_when_a_rank_dies_the_others_end_within_a_minute_and_the_same_command_goes_on(
+    toy, tmp_path, settings, launcher
+):
+    settings = {**settings, "updates": 20, "checkpoint_every": 4}
+    for process in start_ranks(tmp_path / "unbroken", settings, [0.0, 0.0], launcher):
+        finish(process, tmp_path / "unbroken")
+    launched = start_ranks(tmp_path / "run", settings, [0.1, 0.1], launcher)
+    wait_for_updates(tmp_path / "run", launched[0], 6)
+    os.kill(find_rank(launched, 1), signal.SIGKILL)
+    died = time.monotonic()
+    statuses = [process.wait(60) for process in launched]
+    assert time.monotonic() - died < 60
+    assert statuses == ([1] if launcher == "torchrun" else [1, -signal.SIGKILL])
+    if launcher == "alone":  # torchrun may end the other before it notices
+        assert "error: rank 0 has lost another rank" in said(tmp_path / "run").read_text().splitlines()[-1]
+    assert len(toy.losses(tmp_path / "run")) < 20
+    # a rank that is always late delays the others, and changes nothing
+    for process in start_ranks(tmp_path / "run", settings, [0.0, 0.2], launcher):
+        finish(process, tmp_path / "run")
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+    assert [step for step, _ in toy.losses(tmp_path / "run")] == list(range(1, 21))
+
+
 @pytest.mark.slow
 def test_memory_and_open_files_stay_flat_over_two_thousand_updates(toy, tmp_path, settings):
     process = start(tmp_path / "run", {**settings, "updates": 2000, "checkpoint_every": 200, "log_interval": 20})
