@@ -19,6 +19,8 @@ from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.recipe import command_line
 from speechbrain_bestrq.results import machine
 from speechbrain_bestrq.resuming import digest
+from speechbrain_bestrq.seeding import derive_seed
+from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,10 @@ class TaskBrain(sb.Brain):
     A task's Brain has ``compute_forward`` (which begins with :meth:`listen`),
     ``compute_objectives``, and :meth:`stage_metrics`, whose entry :attr:`metric` chooses the
     checkpoint and drives the learning rates.
+
+    A signal that asks to stop ends the training after the update, with a checkpoint. From whichever checkpoint a run
+    goes on, it does as if it had not been stopped: what is drawn in a batch is a function of seed, epoch, batch and
+    rank.
 
     Of hparams it reads
 
@@ -80,6 +86,9 @@ class TaskBrain(sb.Brain):
             if f"{part}_optimizer" not in hparams:
                 raise InputError(f"{part}_optimizer is missing from the YAML, but the {part} is to be trained: add it.")
         super().__init__(modules, None, hparams, run_opts, checkpointer)
+        self.requests = Requests()  # heeds signals within fit only
+        self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.seconds = {"train": 0.0, "validation": 0.0}
         self.layer_weights: list[list[float]] = []
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
@@ -160,6 +169,30 @@ class TaskBrain(sb.Brain):
             update_learning_rate(optimizer, rate)
         return rates
 
+    # ---------------------------------------------------------------- updates
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        """Make dropout and augmentation of a batch the same, whatever was drawn before."""
+        torch.manual_seed(derive_seed(self.hparams.seed, self.rank, self.train_sampler.epoch, self.step))
+
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
+        """Between updates only; a run that was asked to stop does."""
+        if self.step % self.grad_accumulation_factor:
+            return False
+        self._stop_if_asked(saved=False)
+        return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+
+    def _stop_if_asked(self, saved: bool) -> None:
+        """End the run in order if a rank was asked to."""
+        if self.requests.agreed() != Request.STOP:
+            return
+        if not saved and self.checkpointer is not None:
+            self.checkpointer.save_and_keep_only(meta={"epoch": self.epoch}, end_of_epoch=False, min_keys=[self.metric])
+        raise StoppedError(
+            f"by {self.requests.signal or 'a signal to another rank'} in epoch {self.epoch}, after update "
+            f"{self.optimizer_step}; the same command goes on."
+        )
+
     # ---------------------------------------------------------------- stages
 
     def fit(self, epoch_counter: Any, train_set: DataLoader, valid_set: DataLoader) -> None:
@@ -173,13 +206,17 @@ class TaskBrain(sb.Brain):
             Of :func:`speechbrain_bestrq.task_data.make_task_loader`.
         """
         self.train_sampler = train_set.batch_sampler  # on one device too, each epoch has batches of its own
-        super().fit(epoch_counter, train_set, valid_set)
+        with self.requests:
+            super().fit(epoch_counter, train_set, valid_set)
+            self._stop_if_asked(saved=True)  # another rank was, in the last validation
         if self.layer_weights and if_main_process():
             draw_layer_weights(self.layer_weights, Path(self.hparams.output_folder) / LAYER_WEIGHTS_PLOT)
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Start the clock and the metrics."""
-        self._started = time.perf_counter()
+        self._started, self._stage = time.perf_counter(), stage
+        if stage == sb.Stage.TRAIN:
+            self.epoch, self.train_sampler.start = epoch, self.step  # an epoch that was begun goes on
         self.start_metrics(stage)
 
     def start_metrics(self, stage: sb.Stage) -> None:
@@ -209,11 +246,15 @@ class TaskBrain(sb.Brain):
             logger.info("epoch %d: %s", epoch, self.mix.describe())
         if self.checkpointer is not None:
             self.checkpointer.save_and_keep_only(meta={"epoch": epoch, **metrics}, min_keys=[self.metric])
+        self._stop_if_asked(saved=True)
 
     def _save_progress(self, _brain: Any, path: Path) -> None:
         if if_main_process():
+            begun = time.perf_counter() - self._started if self._stage == sb.Stage.TRAIN else 0.0
             progress = {
-                "seconds": self.seconds,
+                "seconds": {**self.seconds, "train": self.seconds["train"] + begun},
+                "step": self.step,
+                "world_size": self.world_size,
                 "layer_weights": self.layer_weights,
                 "epochs": self.hparams.epoch_counter.current,
                 "updates": self.optimizer_step,
@@ -227,6 +268,11 @@ class TaskBrain(sb.Brain):
             raise InputError(
                 f"the checkpoint in {Path(path).parent} was trained on another encoder than {self.encoder.source}: "
                 "give another --output_folder, or that encoder."
+            )
+        if progress["step"] and progress["world_size"] != self.world_size:
+            raise InputError(
+                f"the checkpoint in {Path(path).parent} was saved amid an epoch on {progress['world_size']} devices: "
+                f"go on with as many, or give another --output_folder."
             )
         self.seconds, self.layer_weights = progress["seconds"], progress["layer_weights"]
 
@@ -274,7 +320,6 @@ class TaskBrain(sb.Brain):
         dict
             Plain JSON values.
         """
-        world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         best = self.checkpointer.find_checkpoint(min_key=self.metric)
         newest = self.checkpointer.find_checkpoint()
         trained = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
@@ -292,8 +337,8 @@ class TaskBrain(sb.Brain):
             "trained_parameters": self.trained_parameters,
             "layer_weights": None if self.mix is None else self.mix.shares(),
             "seconds": dict(self.seconds),
-            "device_hours": sum(self.seconds.values()) * world_size / 3600,
-            "world_size": world_size,
+            "device_hours": sum(self.seconds.values()) * self.world_size / 3600,
+            "world_size": self.world_size,
             "command": command_line(),
             **machine(),
         }

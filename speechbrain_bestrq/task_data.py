@@ -15,6 +15,7 @@ from torch import Tensor
 from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.seeding import derive_seed, derived_generator
+from speechbrain_bestrq.stopping import leave_stopping_to_parent
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -77,6 +78,8 @@ class TaskBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.max_batch_seconds, self.max_batch_size = max_batch_seconds, max_batch_size or len(self.seconds)
         self.training, self.seed = training, seed
         self.rank, self.world_size = (rank, world_size) if training else (0, 1)
+        self.start = 0
+        """Batches of an epoch that are passed over, because they were trained on before."""
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -117,7 +120,7 @@ class TaskBatchSampler(torch.utils.data.Sampler[list[int]]):
         return len(self._batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from self._batches
+        yield from self._batches[self.start :]
 
 
 class RandomChunks:
@@ -227,6 +230,7 @@ def make_task_loader(
         collate_fn=PaddedBatch,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_stopping_to_parent,
         generator=torch.Generator(),
     )
 

@@ -1,6 +1,9 @@
 """Training a head, a mix and an encoder: what is trained, when, at what rate, and what is kept of it."""
 
 import json
+import os
+import re
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from speechbrain_bestrq.downstream import LayerMix
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import cache_features
 from speechbrain_bestrq.resuming import digest
+from speechbrain_bestrq.stopping import StoppedError
 from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import TaskBatchSampler, make_dataset, make_task_loader
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -198,19 +202,80 @@ def test_what_is_trained_needs_an_optimizer(folder, tmp_path):
         LoudnessBrain(modules, optimizers, {"device": "cpu"})
 
 
+def logged(output):
+    """The lines of a run's log without their clock."""
+    return [re.sub(r"train_seconds: \S+", "", line) for line in (output / "train_log.txt").read_text().splitlines()]
+
+
+def same(run, other, output, other_output):
+    """Whether two runs came to the same, bit for bit, and logged the same."""
+    assert run.optimizer_step == other.optimizer_step and run.layer_weights == other.layer_weights
+    assert logged(output) == logged(other_output)
+    for name, module in run.modules.items():
+        assert not changed(copied(module), other.modules[name]), name
+    return True
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_run_stopped_after_an_epoch_goes_on_as_if_unbroken(rows, folder, tmp_path, freeze):
     schedule = {"freeze": freeze, "encoder_start_update": 4}
     unbroken = fit(make_brain(tmp_path / "unbroken", folder, epochs=3, **schedule), rows)
     fit(make_brain(tmp_path / "broken", folder, epochs=2, **schedule), rows)
     torch.manual_seed(123)
-    resumed = make_brain(tmp_path / "broken", folder, epochs=3, **schedule)
-    fit(resumed, rows)
-    assert resumed.optimizer_step == unbroken.optimizer_step
+    resumed = fit(make_brain(tmp_path / "broken", folder, epochs=3, **schedule), rows)
     assert len(resumed.layer_weights) == 3 and resumed.seconds["train"] > 0
-    if freeze:
-        assert not changed(copied(unbroken.modules.head), resumed.modules.head)
-        assert resumed.layer_weights == unbroken.layer_weights
+    assert same(resumed, unbroken, tmp_path / "broken", tmp_path / "unbroken")
+
+
+class Stopping(LoudnessBrain):
+    """Gets a signal in a batch of training, or at a validation, counted from 1."""
+
+    signals = {}
+
+    def fit_batch(self, batch):
+        """Count."""
+        self.heard = getattr(self, "heard", 0) + 1
+        if self.heard == self.signals.get("batch"):
+            os.kill(os.getpid(), self.signals["number"])
+        return super().fit_batch(batch)
+
+    def stage_metrics(self, stage):
+        """Count."""
+        self.validated = getattr(self, "validated", 0) + 1
+        if self.validated == self.signals.get("validation"):
+            os.kill(os.getpid(), self.signals["number"])
+        return super().stage_metrics(stage)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("when", [{"batch": 2}, {"batch": 8}, {"validation": 1}, {"validation": 3}])
+def test_a_signal_ends_it_in_order_and_it_goes_on_as_if_unbroken(rows, folder, tmp_path, freeze, accumulation, when):
+    schedule = {"freeze": freeze, "epochs": 3, "run_opts": {"grad_accumulation_factor": accumulation}}
+    unbroken = fit(make_brain(tmp_path / "unbroken", folder, **schedule), rows)
+    assert unbroken.optimizer_step >= 6  # in more batches than updates, if they are accumulated
+    broken = make_brain(tmp_path / "broken", folder, **schedule)
+    broken.__class__, broken.signals = Stopping, {**when, "number": signal.SIGTERM}
+    with pytest.raises(StoppedError, match="by SIGTERM in epoch .*the same command goes on"):
+        fit(broken, rows)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    spent = json.loads(next((tmp_path / "broken" / "save").glob("*/progress.ckpt")).read_text())["seconds"]["train"]
+    assert spent > 0
+    torch.manual_seed(123)
+    resumed = fit(make_brain(tmp_path / "broken", folder, **schedule), rows)
+    assert resumed.seconds["train"] > spent or "validation" in when
+    assert same(resumed, unbroken, tmp_path / "broken", tmp_path / "unbroken")
+
+
+def test_amid_an_epoch_it_goes_on_on_as_many_devices_only(rows, folder, tmp_path):
+    broken = make_brain(tmp_path / "run", folder)
+    broken.__class__, broken.signals = Stopping, {"batch": 2, "number": signal.SIGUSR1}
+    with pytest.raises(StoppedError):
+        fit(broken, rows)
+    again = make_brain(tmp_path / "run", folder)
+    again.world_size = 2
+    with pytest.raises(InputError, match="saved amid an epoch on 1 devices: go on with as many"):
+        fit(again, rows)
 
 
 @pytest.mark.parametrize("again", ["fit", "test"])
