@@ -9,6 +9,7 @@ from typing import Any
 import speechbrain as sb
 import torch
 from speechbrain.nnet.schedulers import NewBobScheduler, update_learning_rate
+from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,6 +27,9 @@ from speechbrain_bestrq.task_encoders import TaskEncoder
 logger = logging.getLogger(__name__)
 
 LAYER_WEIGHTS_PLOT = "layer_weights.png"
+
+
+NOTHING_TRAINED = "{} has no checkpoint to test: train first, without --test_only."
 
 
 class TaskBrain(sb.Brain):
@@ -286,10 +290,8 @@ class TaskBrain(sb.Brain):
         InputError
             If there is none: nothing was trained.
         """
-        if self.checkpointer is None or self.checkpointer.find_checkpoint(min_key=self.metric) is None:
-            raise InputError(
-                f"{self.hparams.output_folder} has no checkpoint to test: train first, without --test_only."
-            )
+        if self.checkpointer.find_checkpoint(min_key=self.metric) is None:
+            raise InputError(NOTHING_TRAINED.format(self.checkpointer.checkpoints_dir))
         super().on_evaluate_start(min_key=self.metric)
         # the weights are the best epoch's; what the run has cost is what the last one knew
         newest = self.checkpointer.find_checkpoint()
@@ -342,6 +344,33 @@ class TaskBrain(sb.Brain):
             "command": command_line(),
             **machine(),
         }
+
+
+def check_trained(checkpointer: Checkpointer, test_only: bool) -> None:
+    """Refuse to test what was not trained, before anything is prepared for it.
+
+    Arguments
+    ---------
+    checkpointer : Checkpointer
+        Of the run.
+    test_only : bool
+        Whether that is all the run is to do.
+
+    Raises
+    ------
+    InputError
+        If it is, and there is no checkpoint.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> check_trained(Checkpointer(folder), test_only=False)
+    >>> check_trained(Checkpointer(folder), test_only=True)
+    Traceback (most recent call last):
+    speechbrain_bestrq.errors.InputError: ... has no checkpoint to test: train first, without --test_only.
+    """
+    if test_only and checkpointer.find_checkpoint() is None:
+        raise InputError(NOTHING_TRAINED.format(checkpointer.checkpoints_dir))
 
 
 def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jiwer
 import numpy as np
@@ -154,6 +155,14 @@ def test_a_run_goes_on_from_its_last_epoch_and_can_be_tested_again(train, small_
     for split in ("test-clean", "test-other"):
         assert again["sets"][split]["wer"] == resumed["sets"][split]["wer"]
         assert again["sets"][split]["loss"] == resumed["sets"][split]["loss"]
+
+
+@pytest.mark.parametrize(("utterances", "taken"), [(3, [0, 3, 6]), (9, list(range(9))), (200, list(range(9)))])
+def test_what_is_tuned_on_is_spread_over_the_validation_set(train, utterances, taken):
+    texts = [f"TEXT {number}" for number in range(9)]
+    heard = [(["id"] * 5, texts[:5], ["s"] * 5), (["id"] * 4, texts[5:], ["s"] * 4)]
+    brain = SimpleNamespace(log_probs=list(range(9)), heard=heard)
+    assert train.tuning_set(brain, utterances) == (taken, [texts[place] for place in taken])
 
 
 def test_a_language_model_is_tuned_on_the_validation_set_and_counted_apart(

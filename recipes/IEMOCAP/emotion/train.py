@@ -31,6 +31,7 @@ import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
+from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.classification import TEST_SET, check_lengths, check_options, check_rows, run_classification
 from speechbrain_bestrq.classification_scores import SCORES, Answers, over_folds
 from speechbrain_bestrq.corpora import fold_manifests, prepare_iemocap
@@ -41,6 +42,7 @@ from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
 from speechbrain_bestrq.results import read_results, write_results
 from speechbrain_bestrq.resuming import digest
+from speechbrain_bestrq.task_brain import check_trained
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,8 @@ def main(arguments: list[str]) -> None:
     check_rows({}, "emo", labels)
     folds = choose_folds(hparams)
     output_folder = Path(hparams["output_folder"])
+    for fold in folds:
+        check_trained(AtomicCheckpointer(checkpoints_dir=output_folder / fold / "save"), hparams["test_only"])
     manifests = run_on_main(
         prepare_iemocap,
         kwargs={"save_folder": output_folder / "manifests", **{name: hparams[name] for name in PREPARATION}},

@@ -34,9 +34,9 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.recipe import load_recipe, run_recipe
 from speechbrain_bestrq.results import interval, write_errors, write_results
-from speechbrain_bestrq.task_brain import TaskBrain
+from speechbrain_bestrq.task_brain import TaskBrain, check_trained
 from speechbrain_bestrq.task_data import make_task_loaders, take_hours
-from speechbrain_bestrq.text import check_texts, frames_needed
+from speechbrain_bestrq.text import check_lengths, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -123,18 +123,11 @@ def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
     if hparams["language_model"]:
         check_language_model(hparams["language_model"], tokenizer)
     fastest = max(hparams.get("speeds", [100])) / 100
-    hopeless = [
-        name
-        for name, row in rows["train"].items()
-        if encoder.num_frames(int(row["duration"] * rate / fastest)) < frames_needed(tokenizer.encode(row["wrd"]))
-    ]
-    if hopeless:
-        logger.warning(
-            "%d of %d training utterances have fewer encoder frames than their transcript needs, and are left out: %s",
-            len(hopeless),
-            len(rows["train"]),
-            ", ".join(hopeless[:5]) + (", ..." if len(hopeless) > 5 else ""),
-        )
+    units = {name: tokenizer.encode(row["wrd"]) for name, row in rows["train"].items()}
+    frames = {name: encoder.num_frames(int(row["duration"] * rate / fastest)) for name, row in rows["train"].items()}
+    hopeless = check_lengths(frames, units)
+    if len(hopeless) == len(units):
+        raise InputError("no training utterance has as many encoder frames as its transcript needs: check the audio.")
     for name in hopeless:
         del rows["train"][name]
 
@@ -166,6 +159,14 @@ def search(brain: ASRBrain, decoder: BeamDecoder) -> ErrorRates:
     return rates
 
 
+def tuning_set(brain: ASRBrain, utterances: int) -> tuple[list[torch.Tensor], list[str]]:
+    """Give the log-probabilities and transcripts of utterances spread evenly over what the last test kept."""
+    references = [reference for _, references, _ in brain.heard for reference in references]
+    step = max(len(references) / utterances, 1.0)
+    places = [int(place * step) for place in range(min(utterances, len(references)))]
+    return [brain.log_probs[place] for place in places], [references[place] for place in places]
+
+
 def evaluate(brain: ASRBrain, hparams: dict, loaders: dict[str, Any], output_folder: Path) -> dict[str, dict]:
     """Test the best checkpoint on each set, greedily and by beam search, which is tuned on the validation set."""
     decoder = make_decoder(hparams)
@@ -173,8 +174,7 @@ def evaluate(brain: ASRBrain, hparams: dict, loaders: dict[str, Any], output_fol
     tuned, suffix = {}, "beam"
     if hparams["language_model"]:
         brain.test(loaders["valid"])
-        references = [reference for _, references, _ in brain.heard for reference in references]
-        tuning = tune(decoder, brain.log_probs, references, hparams["alphas"], hparams["betas"])
+        tuning = tune(decoder, *tuning_set(brain, hparams["tuning_utterances"]), hparams["alphas"], hparams["betas"])
         for point in tuning.table:
             logger.info("valid: alpha %(alpha)g, beta %(beta)g: WER %(wer).4f, CER %(cer).4f", point)
         decoder = decoder.with_weights(tuning.alpha, tuning.beta)
@@ -211,6 +211,9 @@ def main(arguments: list[str]) -> None:
     """Prepare, train, test."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
     output_folder = Path(hparams["output_folder"])
+    check_trained(hparams["checkpointer"], hparams["test_only"])
+    if hparams["tuning_utterances"] < 1:
+        raise InputError(f"tuning_utterances must be above 0, not {hparams['tuning_utterances']}.")
     manifests = run_on_main(
         prepare_librispeech,
         kwargs={
