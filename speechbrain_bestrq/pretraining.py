@@ -14,10 +14,8 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from speechbrain_bestrq.accounting import JsonLines, LateReader, datasheet_flops, format_line
+from speechbrain_bestrq.accounting import LateReader, datasheet_flops
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.audio import PretrainingBatch
 from speechbrain_bestrq.checkpointing import SaveError
@@ -25,6 +23,7 @@ from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.model_card import write_card
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
+from speechbrain_bestrq.progress_log import ProgressLog
 from speechbrain_bestrq.resuming import check_ranks_agree, check_resumable, digest, load_state, save_state
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 
@@ -95,14 +94,11 @@ class PretrainingBrain(sb.Brain):
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.run_facts = {**run_facts, **self._machine_facts()}
         self.folder = Path(self.hparams.output_folder)
-        self.log = JsonLines(self.folder / "train_log.jsonl")
+        self.log = ProgressLog(self.folder)
         self.reader = LateReader()
         self.generator = torch.Generator(device=self.device)
-        self.tensorboard = None
-        self.bar = None
         self.best_valid_loss, self.skipped_in_a_row = float("inf"), 0
-        self.rate_scale, self.rewinds, self.best_perplexity = 1.0, 0, 0.0
-        self.unsaved_since, self.unwritten = None, []
+        self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
         self.requests = Requests()  # heeds signals within fit only
         self.usual_norm = torch.zeros((), device=self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
@@ -180,7 +176,6 @@ class PretrainingBrain(sb.Brain):
             if newest is not None and newest.meta["step"] >= (self.optimizer_step_limit or float("inf")):
                 logger.info("This run is done: %s holds update %d.", newest.path, newest.meta["step"])
                 return
-        self.show_bar = not self.noprogressbar and if_main_process()
         with self.requests:
             while True:
                 try:
@@ -190,9 +185,7 @@ class PretrainingBrain(sb.Brain):
                 except _RewindError:
                     self._prepare_rewind()
         self._write_log_lines(wait=True)
-        for output in (self.bar, self.tensorboard):
-            if output is not None:
-                output.close()
+        self.log.close()
 
     def on_fit_start(self) -> None:
         """Refuse a foreign checkpoint and ranks that are not alike, then load the newest; open the logs."""
@@ -210,10 +203,9 @@ class PretrainingBrain(sb.Brain):
             raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")
         self.optimizer_parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if if_main_process():
-            self.log.truncate(after_step=self.optimizer_step)
             facts = json.dumps(self.run_facts, indent=2)
             (self.folder / "run.json").write_text(facts + "\n", encoding="utf-8")
-            self.tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=self.optimizer_step + 1)
+        self.log.open(self.optimizer_step, self.optimizer_step_limit, show_bar=not self.noprogressbar)
         ddp_barrier()
         self.started = time.perf_counter()
 
@@ -318,8 +310,7 @@ class PretrainingBrain(sb.Brain):
         if self.optimizer_step % self.hparams.log_interval == 0:
             self._submit_log_line()
         self._write_log_lines(wait=False)
-        if self.bar is not None:
-            self.bar.update()
+        self.log.advance()
         if self.optimizer_step in self.hparams.encoder_at_steps:
             self._save_encoder(f"encoder@{self.optimizer_step}")
         interval = getattr(self.hparams, "valid_interval", None)
@@ -460,13 +451,8 @@ class PretrainingBrain(sb.Brain):
                 entry |= {name: float("nan") for name in without if name in entry}
             if self.skipped_in_a_row >= getattr(self.hparams, "max_skipped_updates", 50):
                 self._give_up_or_rewind(entry["step"])
-            self._warn_of_falling_codebook_use(entry)
             self.shown_loss = torch.tensor(entry["loss"])
-            if self.bar is not None:
-                shown = {name: entry[name] for name in ("loss", "accuracy", "gain") if name in entry}
-                speed = f"{entry['audio_seconds_per_second']:.0f} s/s"
-                self.bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()}, audio=speed, refresh=False)
-            self._write(entry)
+            self.log.write(entry)
 
     def _give_up_or_rewind(self, step: int) -> None:
         """Ask all ranks to go back to the last checkpoint, if the YAML wants it and it may still help."""
@@ -480,34 +466,6 @@ class PretrainingBrain(sb.Brain):
             "lower the learning rate or lengthen the warm-up, train in bf16 or fp32, and start again to resume."
         )
 
-    def _warn_of_falling_codebook_use(self, entry: dict[str, Any]) -> None:
-        """Warn when half of the codes that were in use are not any more."""
-        perplexity = entry.get("code_perplexity", 0.0)
-        if perplexity < self.best_perplexity / 2:
-            logger.warning(
-                "The perplexity of the codes in use fell from %.1f to %.1f: see codes_used and commonest_share.",
-                self.best_perplexity,
-                perplexity,
-            )
-            self.best_perplexity = perplexity  # warn again when it halves again
-        self.best_perplexity = max(self.best_perplexity, perplexity)
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        """Write one entry as text, as JSON and to TensorBoard; a full disk gets the JSON with the next one."""
-        if not if_main_process():
-            return
-        logger.info(format_line(entry))
-        self.unwritten.append(entry)
-        try:
-            while self.unwritten:
-                self.log.append(self.unwritten[0])
-                self.unwritten.pop(0)
-            for name, value in entry.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.tensorboard.add_scalar(f"{entry['event']}/{name}", value, entry["step"])
-        except OSError as error:
-            logger.error("The log in %s cannot be written (%s): make room.", self.folder, error)
-
     # ---------------------------------------------------------------- stages
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
@@ -516,10 +474,6 @@ class PretrainingBrain(sb.Brain):
             self.sampler.set_epoch(epoch)
             self.step = self.sampler.position  # an epoch that was begun goes on
             self._start_clock()
-            if self.show_bar and self.bar is None:
-                self.bar = tqdm(
-                    total=self.optimizer_step_limit, initial=self.optimizer_step, unit="update", dynamic_ncols=True
-                )
         else:
             self.stage_started = time.perf_counter()
             self.valid_sums, self.train_histogram = self._zero_sums(), self.histogram
@@ -549,7 +503,7 @@ class PretrainingBrain(sb.Brain):
         audio_hours = float(self.totals[0]) / 3600
         entry = {"event": "valid", "step": self.optimizer_step, "epoch": epoch, **values, "audio_hours": audio_hours}
         entry |= {"device_hours": self.device_hours, "seconds": time.perf_counter() - self.stage_started}
-        self._write(entry)
+        self.log.write(entry)
         best = values["loss"] < self.best_valid_loss
         self.best_valid_loss = min(values["loss"], self.best_valid_loss)
         if best:  # before the checkpoint, which says that it is written
@@ -651,7 +605,7 @@ class PretrainingBrain(sb.Brain):
             "validation": entry,
         }
         try:
-            card = write_card(facts, [line for line in self.log.read() if line["event"] == "valid"])
+            card = write_card(facts, [line for line in self.log.lines.read() if line["event"] == "valid"])
             save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
         except OSError as error:
             logger.error("%s cannot be written (%s): make room.", self.folder / name, error)

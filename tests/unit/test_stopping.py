@@ -17,6 +17,7 @@ from speechbrain_bestrq import checkpointing
 from speechbrain_bestrq.accounting import JsonLines
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer, SaveError
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.progress_log import ProgressLog
 from speechbrain_bestrq.resuming import check_ranks_agree
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 
@@ -276,10 +277,11 @@ def test_a_spike_is_skipped_and_counted(toy, tmp_path):
     assert int(brain.totals[1]) == 1 and brain.untouched
 
 
-def test_falling_codebook_use_warns_once(toy, tmp_path, caplog):
-    brain = toy.make_brain(tmp_path, toy.make_model())
-    for perplexity in (100.0, 200.0, 150.0, 90.0, 80.0, 40.0):
-        brain._warn_of_falling_codebook_use({"code_perplexity": perplexity})
+def test_falling_codebook_use_warns_once(tmp_path, caplog):
+    log = ProgressLog(tmp_path)
+    log.open(0, None, show_bar=False)
+    for step, perplexity in enumerate((100.0, 200.0, 150.0, 90.0, 80.0, 40.0)):
+        log.write({"event": "train", "step": step, "code_perplexity": perplexity})
     found = [message for message in caplog.messages if "perplexity of the codes" in message]
     assert len(found) == 2 and "from 200.0 to 90.0" in found[0] and "from 90.0 to 40.0" in found[1]
 
