@@ -317,6 +317,15 @@ class PaddedBatchSampler(torch.utils.data.Sampler[BatchPlan]):
             bounds.append(bounds[-1] + max_batch_samples // int(self.lengths[self._order[bounds[-1]]]))
         self._bounds = np.minimum(bounds, len(self._order))
 
+    @property
+    def shared_batches(self) -> int:
+        """Batches that every rank has, at the least."""
+        return (len(self._bounds) - 1) // self.world_size
+
+    def fingerprint(self) -> str:
+        """Digest the lengths: equal for equal batches."""
+        return hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes()).hexdigest()[:16]
+
     def __len__(self) -> int:
         """Batches of this rank."""
         return len(range(self.rank, len(self._bounds) - 1, self.world_size))

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 
+from speechbrain_bestrq.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "UNFINISHED"
-"""Prefix of a checkpoint folder that is still being written."""
+"""Prefix of a checkpoint folder that is being written, or deleted."""
 CHECKSUMS = "checksums.json"
 """Size and CRC-32 of each other file of a checkpoint."""
 
@@ -58,10 +60,11 @@ class AtomicCheckpointer(Checkpointer):
     The Checkpointer writes a checkpoint's meta file first and looks for nothing else
     when it lists them: a run killed while saving leaves a folder that seems valid, and
     the next start fails on it. Here a checkpoint is written under another name, with
-    size and checksum of each file, synced, and renamed. One whose files are no longer what
-    was written is passed over, and named, when a checkpoint is looked for.
+    size and checksum of each file, synced, and renamed; one that is deleted loses its name
+    first. One whose files are no longer what was written is passed over, and named, when a
+    checkpoint is looked for.
 
-    The main process alone saves, so hooks must not talk to others. A disk that is full or
+    The main process alone saves and deletes, so hooks must not talk to others. A disk that is full or
     read-only raises :class:`SaveError` on all processes alike. The checkpoints before stay as
     they are, and saving can be tried again.
 
@@ -83,9 +86,6 @@ class AtomicCheckpointer(Checkpointer):
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         self._faults: dict[Path, str] = {}
-        if if_main_process() and self.checkpoints_dir.is_dir():
-            for leftover in self.checkpoints_dir.glob(f"{UNFINISHED}+*"):
-                shutil.rmtree(leftover, ignore_errors=True)
 
     # ---------------------------------------------------------------- saving
 
@@ -115,6 +115,7 @@ class AtomicCheckpointer(Checkpointer):
         """
         checkpoint, failure = None, ""
         if if_main_process():
+            self._remove_leftovers()
             folder = self._unfinished(
                 super()._new_checkpoint_dirpath() if name is None else super()._custom_checkpoint_dirpath(name)
             )
@@ -123,14 +124,18 @@ class AtomicCheckpointer(Checkpointer):
             except (OSError, RuntimeError) as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 failure = self._disk_failure(error)
-        failure = ddp_broadcast(failure, src=0)
+        failure, path = ddp_broadcast((failure, checkpoint and checkpoint.path), src=0)
         if failure:
             raise SaveError(failure)
-        if checkpoint is not None:
-            self._faults[checkpoint.path] = ""
-            logger.log(verbosity, "Saved a checkpoint in %s", checkpoint.path)
-        ddp_barrier()
+        self._faults[path] = ""  # nobody needs to read it again
+        if if_main_process():
+            logger.log(verbosity, "Saved a checkpoint in %s", path)
         return checkpoint
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a process that was killed has left; not before this one saves, for that one may still live."""
+        for leftover in self.checkpoints_dir.glob(f"{UNFINISHED}+*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _write(self, folder: Path, meta: dict[str, Any], end_of_epoch: bool) -> Checkpoint:
         """Write all files of a checkpoint."""
@@ -179,47 +184,71 @@ class AtomicCheckpointer(Checkpointer):
 
     # ---------------------------------------------------------------- looking for one
 
-    def find_checkpoints(
+    def _list_checkpoint_dirs(self) -> list[Path]:
+        """The folders that the Checkpointer looks into: those that are whole."""
+        folders = super()._list_checkpoint_dirs()
+        whole = [folder for folder in folders if self._is_whole(folder)]
+        if folders and not whole:
+            raise InputError(
+                f"none of the {len(folders)} checkpoints in {self.checkpoints_dir} is whole: delete them to start at "
+                "the beginning."
+            )
+        return whole
+
+    def _is_whole(self, folder: Path) -> bool:
+        """Whether the files are those that were written; looked at once."""
+        if folder not in self._faults:
+            self._faults[folder] = _fault(folder)
+            if self._faults[folder]:
+                logger.warning("%s is damaged and is not used: %s. Delete it.", folder, self._faults[folder])
+        return not self._faults[folder]
+
+    # ---------------------------------------------------------------- deleting
+
+    def delete_checkpoints(
         self,
-        importance_key: Callable[[Checkpoint], Any] | None = None,
-        max_key: str | None = None,
-        min_key: str | None = None,
+        *,
+        num_to_keep: int = 1,
+        min_keys: Sequence[str] | None = None,
+        max_keys: Sequence[str] | None = None,
+        importance_keys: Sequence[Callable[[Checkpoint], Any]] = (),
         ckpt_predicate: Callable[[Checkpoint], bool] | None = None,
-        max_num_checkpoints: int | None = None,
-    ) -> list[Checkpoint]:
-        """Find checkpoints as the Checkpointer does; those that are damaged are passed over, and named.
+        verbosity: int = logging.INFO,
+    ) -> None:
+        """Delete as the Checkpointer does, on the main process alone, each folder at once or not at all.
 
         Arguments
         ---------
-        importance_key, max_key, min_key, ckpt_predicate, max_num_checkpoints
-            As for :meth:`speechbrain.utils.checkpoints.Checkpointer.find_checkpoints`.
-
-        Returns
-        -------
-        list of Checkpoint
+        num_to_keep, min_keys, max_keys, importance_keys, ckpt_predicate, verbosity
+            As for :meth:`speechbrain.utils.checkpoints.Checkpointer.delete_checkpoints`.
         """
+        if if_main_process():
+            keys = [{"min_key": key} for key in min_keys or ()] + [{"max_key": key} for key in max_keys or ()]
+            keys += [{"importance_key": key} for key in importance_keys]
+            found: dict[Path, bool] = {}
+            for key in keys:
+                ranked = self.find_checkpoints(ckpt_predicate=ckpt_predicate, **key)
+                for place, checkpoint in enumerate(ranked):
+                    found[checkpoint.path] = found.get(checkpoint.path, False) or place < num_to_keep
+            for path in [path for path, kept in found.items() if not kept]:
+                self._delete(path, verbosity)
+        ddp_barrier()
 
-        def is_wanted(checkpoint: Checkpoint) -> bool:
-            return (ckpt_predicate is None or ckpt_predicate(checkpoint)) and self._is_whole(checkpoint)
-
-        return super().find_checkpoints(importance_key, max_key, min_key, is_wanted, max_num_checkpoints)
-
-    def _is_whole(self, checkpoint: Checkpoint) -> bool:
-        """Whether the files are those that were written; looked at once."""
-        path = checkpoint.path
-        if path not in self._faults:
-            self._faults[path] = _fault(path)
-            if self._faults[path]:
-                logger.warning("%s is damaged and is not used: %s. Delete it.", path, self._faults[path])
-        return not self._faults[path]
+    def _delete(self, path: Path, verbosity: int) -> None:
+        nameless = self._unfinished(path)
+        try:
+            os.rename(path, nameless)
+            shutil.rmtree(nameless)
+        except OSError as error:
+            logger.warning("%s cannot be deleted (%s): it takes room.", path, error)
+        else:
+            logger.log(verbosity, "Deleted checkpoint in %s", path)
 
 
 def _fault(folder: Path) -> str:
-    """What is wrong with the files of a checkpoint, if anything; one without checksums is taken as it is."""
+    """What is wrong with the files of a checkpoint, if anything."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return ""
     except (OSError, ValueError) as error:
         return f"its {CHECKSUMS} cannot be read ({error})"
     for name, (size, checksum) in checksums.items():

@@ -1,12 +1,15 @@
 """One writer at a time in a folder."""
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from speechbrain_bestrq.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -40,6 +43,10 @@ def sole_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{name} '{folder}' is being written by another process: wait for it.") from error
+        except OSError as error:  # some network file systems have no locks
+            logger.warning(
+                "%s '%s' cannot be locked (%s): start no second process on it.", name, folder, error.strerror
+            )
         yield
     finally:
         os.close(descriptor)

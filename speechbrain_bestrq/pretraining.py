@@ -10,7 +10,7 @@ from typing import Any
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import ckpt_recency
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -97,12 +97,15 @@ class PretrainingBrain(sb.Brain):
         self.log = ProgressLog(self.folder)
         self.reader = LateReader()
         self.generator = torch.Generator(device=self.device)
-        self.best_valid_loss, self.skipped_in_a_row = float("inf"), 0
+        self.best_valid_loss, self.skipped_in_a_row, self.validation_due = float("inf"), 0, False
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
         self.requests = Requests()  # heeds signals within fit only
         self.usual_norm = torch.zeros((), device=self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
-        self.device_seconds_before, self.started = 0.0, time.perf_counter()
+        self.device_seconds_before = self.device_seconds_rewound = 0.0
+        self.started = time.perf_counter()
+        # updates skipped in a row: now, and the most since the last log line
+        self.skipped_row, self.longest_skipped_row = torch.zeros(2, dtype=torch.int64, device=self.device).unbind()
         # a micro-batch of this many masked frames weighs 1, so that summed losses keep their scale in fp16
         self.nominal_targets = 1000.0
         self.histogram, self.window_sums, self.update_sums = None, self._zero_sums(), self._zero_sums()
@@ -142,7 +145,10 @@ class PretrainingBrain(sb.Brain):
             Returns a list of (wavs, wav_lens); called on the main process only, at the
             start of a new run only.
         """
-        if self.checkpointer is not None and self.checkpointer.find_checkpoint() is not None:
+        check_ranks_agree(model=self.model.signature())
+        # the main process decides: others may see an older state of a shared folder
+        resumed = self.checkpointer is not None and self.checkpointer.find_checkpoint() is not None
+        if ddp_broadcast(resumed, src=0):
             return
         if if_main_process():
             try:
@@ -173,7 +179,8 @@ class PretrainingBrain(sb.Brain):
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("sampler", self.sampler, load_state, save_state)
             newest = self.checkpointer.find_checkpoint()
-            if newest is not None and newest.meta["step"] >= (self.optimizer_step_limit or float("inf")):
+            planned = self.optimizer_step_limit or float("inf")
+            if newest is not None and newest.meta["step"] >= planned and not newest.meta.get("validation_due"):
                 logger.info("This run is done: %s holds update %d.", newest.path, newest.meta["step"])
                 return
         with self.requests:
@@ -186,14 +193,22 @@ class PretrainingBrain(sb.Brain):
                     self._prepare_rewind()
         self._write_log_lines(wait=True)
         self.log.close()
+        if self.unsaved_since:
+            raise InputError(
+                f"the run ended after update {self.optimizer_step}, but its last updates could not be saved: make room "
+                f"in {self.folder}, and start again."
+            )
 
     def on_fit_start(self) -> None:
         """Refuse a foreign checkpoint and ranks that are not alike, then load the newest; open the logs."""
         check_resumable(self.checkpointer, self.model, self.sampler)
+        buffers = {name for name, _ in self.model.named_buffers()}
         check_ranks_agree(
             model=self.model.signature(),
-            buffers=digest(dict(self.model.named_buffers())),
+            # without tables that grow with the longest utterance so far
+            buffers=digest({name: one for name, one in self.model.state_dict().items() if name in buffers}),
             training=self.sampler.state_dict(),
+            validation=self.valid_set.batch_sampler.fingerprint(),
             precision=self.precision,
             seed=self.hparams.seed,
             updates=(self.grad_accumulation_factor, self.optimizer_step_limit),
@@ -283,7 +298,7 @@ class PretrainingBrain(sb.Brain):
         torch._foreach_mul_(gradients, scale)
         good = norm.isfinite()
         if getattr(self.hparams, "spike_ratio", 0) and update > SPIKES_FROM:
-            good &= norm <= self.hparams.spike_ratio * self.usual_norm
+            good &= (norm <= self.hparams.spike_ratio * self.usual_norm) | (self.usual_norm == 0)
         memory = NORM_MEMORY if update > 1 else 0.0
         self.usual_norm = torch.where(good, memory * self.usual_norm + (1 - memory) * norm, self.usual_norm)
         # what GradScaler does for fused optimizers: the kernel itself skips the update. The norm is not finite
@@ -292,8 +307,12 @@ class PretrainingBrain(sb.Brain):
         self.optimizer.step()
         if self.scaler.is_enabled():
             self.scaler.update()
+            # it halves without end: at 0, gradients would never be finite again
+            self.scaler._scale.clamp_(min=1.0)
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_step = update
+        self.skipped_row = torch.where(good, 0, self.skipped_row + 1)
+        self.longest_skipped_row = torch.maximum(self.longest_skipped_row, self.skipped_row)
         self.window_sums += torch.where(good, sums, 0.0)
         self.totals += torch.stack([sums[4], (~good).double()])
         self.histogram *= HISTOGRAM_MEMORY
@@ -318,24 +337,29 @@ class PretrainingBrain(sb.Brain):
             self._validate_amid_epoch()
         self._heed_requests()
 
-    def _heed_requests(self) -> None:
+    def _heed_requests(self, validating: bool = False) -> None:
         """End the run, or go back to the last checkpoint, if a rank was asked to."""
         asked = self.requests.agreed()
         if asked == Request.REWIND:
             raise _RewindError
-        if asked == Request.STOP and not self._optimizer_step_limit_exceeded:  # a run that is done ends by itself
-            self._save_checkpoint(end_of_epoch=False, stopping=True)
-            where = "no checkpoint" if self.unsaved_since or not self.checkpointer else "a checkpoint"
-            signal = self.requests.signal or "a signal to another rank"
-            raise StoppedError(
-                f"by {signal} after update {self.optimizer_step}, with {where} of it; the same command goes on."
-            )
+        # a run that has done its updates ends by itself, when it is validated
+        if asked != Request.STOP or (self._optimizer_step_limit_exceeded and not validating):
+            return
+        if validating:
+            self.histogram, self.validation_due = self.train_histogram, True
+        self._save_checkpoint(end_of_epoch=False, stopping=True)
+        where = "no checkpoint" if self.unsaved_since or not self.checkpointer else "a checkpoint"
+        signal = self.requests.signal or "a signal to another rank"
+        raise StoppedError(
+            f"by {signal} after update {self.optimizer_step}, with {where} of it; the same command goes on."
+        )
 
     def _prepare_rewind(self) -> None:
         """Make ready to load the last checkpoint again and to go on from it with half the rate."""
         self.rewinds += 1
         self.rate_scale /= 2
         self.reader, self.skipped_in_a_row = LateReader(), 0
+        self.device_seconds_rewound = self.device_hours * 3600
         self.update_sums = self._zero_sums()
         logger.warning(
             "Going back to the last checkpoint, for the %d. time of at most %d, with %g of the learning rate.",
@@ -355,6 +379,7 @@ class PretrainingBrain(sb.Brain):
         self.step = step
         self.modules.train()
         self._start_clock()
+        self._heed_requests()  # what came in the validation
 
     def _zero_sums(self) -> Tensor:
         return torch.zeros(len(self.sum_names), dtype=torch.float64, device=self.device)
@@ -419,7 +444,6 @@ class PretrainingBrain(sb.Brain):
             "epoch": self.sampler.epoch,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "window_seconds": seconds,
-            "window_updates": self.window_updates,
             "device_hours": self.device_hours,
             "gflops_per_second": flops / 1e9,
             "utilisation": None if peak is None else flops / peak,
@@ -433,7 +457,10 @@ class PretrainingBrain(sb.Brain):
             "audio_seconds": self.totals[0] - self.clocked_seconds,
             "audio_hours": self.totals[0] / 3600,
             "skipped_updates": self.totals[1],
+            "skipped_row": self.skipped_row,
+            "longest_skipped_row": self.longest_skipped_row,
         }
+        self.longest_skipped_row = self.skipped_row
         self.reader.submit(known, values)
         self.window_sums = self._zero_sums()
         self._start_clock()
@@ -441,20 +468,18 @@ class PretrainingBrain(sb.Brain):
     def _write_log_lines(self, wait: bool) -> None:
         """Write the lines whose values have arrived."""
         for entry in self.reader.ready(wait):
-            updates = entry.pop("window_updates")
             entry["audio_seconds_per_second"] = entry.pop("audio_seconds") / entry.pop("window_seconds")
             entry["skipped_updates"] = int(entry["skipped_updates"])
-            nothing = entry["mask_ratio"] == 0 and entry["skipped_updates"] > 0
-            self.skipped_in_a_row = self.skipped_in_a_row + updates if nothing else 0
-            if nothing:  # all updates of this line were skipped: it has no loss
+            self.skipped_in_a_row, longest = int(entry.pop("skipped_row")), int(entry.pop("longest_skipped_row"))
+            if entry["mask_ratio"] == 0 and self.skipped_in_a_row:  # all updates of this line were skipped: no loss
                 without = ("loss", *self.model.loss_terms, "accuracy", "gain", "mask_ratio")
                 entry |= {name: float("nan") for name in without if name in entry}
-            if self.skipped_in_a_row >= getattr(self.hparams, "max_skipped_updates", 50):
-                self._give_up_or_rewind(entry["step"])
+            if longest >= getattr(self.hparams, "max_skipped_updates", 50):
+                self._give_up_or_rewind(entry["step"], longest)
             self.shown_loss = torch.tensor(entry["loss"])
             self.log.write(entry)
 
-    def _give_up_or_rewind(self, step: int) -> None:
+    def _give_up_or_rewind(self, step: int, skipped: int) -> None:
         """Ask all ranks to go back to the last checkpoint, if the YAML wants it and it may still help."""
         rewind = getattr(self.hparams, "on_nonfinite", "stop") == "rewind"
         has_checkpoint = self.checkpointer is not None and self.checkpointer.find_checkpoint() is not None
@@ -462,7 +487,7 @@ class PretrainingBrain(sb.Brain):
             self.requests.ask(Request.REWIND)
             return
         raise RuntimeError(
-            f"none of the last {self.skipped_in_a_row} updates up to {step} had finite, ordinary gradients: "
+            f"{skipped} updates in a row, of those up to {step}, had no finite, ordinary gradients: "
             "lower the learning rate or lengthen the warm-up, train in bf16 or fp32, and start again to resume."
         )
 
@@ -474,14 +499,23 @@ class PretrainingBrain(sb.Brain):
             self.sampler.set_epoch(epoch)
             self.step = self.sampler.position  # an epoch that was begun goes on
             self._start_clock()
+            if self.validation_due:  # it was broken off; at the end of an epoch it comes by itself
+                self.validation_due = False
+                if not self._validation_is_next:
+                    self._validate_amid_epoch()
         else:
             self.stage_started = time.perf_counter()
             self.valid_sums, self.train_histogram = self._zero_sums(), self.histogram
             self.histogram = None
+            # so many have all ranks; what is asked for in the others is heeded after the validation
+            self.valid_batches, self.shared_valid_batches = 0, self.valid_set.batch_sampler.shared_batches
 
     @torch.no_grad()
     def evaluate_batch(self, batch: PretrainingBatch, stage: sb.Stage) -> Tensor:
         """Add a batch to the sums of the validation."""
+        self.valid_batches += 1
+        if self.valid_batches <= self.shared_valid_batches:
+            self._heed_requests(validating=True)
         batch = batch.to(self.device)
         # padded batches have shapes without number: not worth compiling
         with self.evaluation_ctx, torch.compiler.set_stance("force_eager"):
@@ -504,10 +538,9 @@ class PretrainingBrain(sb.Brain):
         entry = {"event": "valid", "step": self.optimizer_step, "epoch": epoch, **values, "audio_hours": audio_hours}
         entry |= {"device_hours": self.device_hours, "seconds": time.perf_counter() - self.stage_started}
         self.log.write(entry)
-        best = values["loss"] < self.best_valid_loss
-        self.best_valid_loss = min(values["loss"], self.best_valid_loss)
-        if best:  # before the checkpoint, which says that it is written
-            self._save_encoder("encoder", entry)
+        # before the checkpoint, which says that it is written
+        if values["loss"] < self.best_valid_loss and ddp_broadcast(self._save_encoder("encoder", entry), src=0):
+            self.best_valid_loss = values["loss"]
         # a run that ends amid an epoch can be continued there
         self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), valid_loss=values["loss"])
 
@@ -520,12 +553,12 @@ class PretrainingBrain(sb.Brain):
         """
         if self.checkpointer is None:
             return False
+        between_updates = self.step % self.grad_accumulation_factor == 0
+        if not between_updates or self._validation_is_next:  # which saves anyway, when it is done
+            return False
         if self.unsaved_since and self.window_updates == 0:  # try again with each log line
             return True
         if self.window_updates and self.ckpt_interval_minutes > 0:
-            return False
-        between_updates = self.step % self.grad_accumulation_factor == 0
-        if not between_updates or self._validation_is_next:  # which saves anyway, when it is done
             return False
         if self.ckpt_interval_steps > 0:
             return self.optimizer_step % self.ckpt_interval_steps == 0
@@ -539,16 +572,15 @@ class PretrainingBrain(sb.Brain):
         if self.checkpointer is None:
             return
         self._write_log_lines(wait=True)  # a resumed run logs nothing of before its checkpoint
-        if self.skipped_in_a_row and not stopping:
+        if self.skipped_in_a_row and not (stopping or self._optimizer_step_limit_exceeded):
             return  # nothing was learned since the last one, which a rewind goes back to
         signature = json.dumps(self.model.signature(), sort_keys=True)
         self.shared_histogram = self.histogram.clone()
         if self.world_size > 1:
             torch.distributed.all_reduce(self.shared_histogram)
         try:
-            self.checkpointer.save_checkpoint(
-                meta={"step": self.optimizer_step, "signature": signature, **meta}, end_of_epoch=end_of_epoch
-            )
+            meta = {"step": self.optimizer_step, "signature": signature, "validation_due": self.validation_due, **meta}
+            self.checkpointer.save_checkpoint(meta=meta, end_of_epoch=end_of_epoch)
         except SaveError as error:
             self._train_on_unsaved(error)
             return
@@ -571,7 +603,8 @@ class PretrainingBrain(sb.Brain):
         logger.error("%s Training goes on, and tries again.", error)
 
     def _save_progress(self, _brain: Any, path: Path) -> None:
-        """Save the counters that SpeechBrain does not know of."""
+        """Save the counters that SpeechBrain does not know of, when all that came before is in the log."""
+        self.log.flush()
         state = {
             "totals": self.totals,
             "window_sums": self.window_sums,
@@ -579,6 +612,10 @@ class PretrainingBrain(sb.Brain):
             "device_seconds": self.device_hours * 3600,
             "best_valid_loss": self.best_valid_loss,
             "rate_scale": self.rate_scale,
+            "rewinds": self.rewinds,
+            "best_perplexity": self.log.best_perplexity,
+            "skipped_row": self.skipped_row,
+            "validation_due": self.validation_due,
             "usual_norm": self.usual_norm,
         }
         torch.save(state, path)
@@ -588,15 +625,19 @@ class PretrainingBrain(sb.Brain):
         self.totals, self.window_sums = state["totals"], state["window_sums"]
         # histograms are added up over the ranks: the first holds what all had
         self.histogram = state["histogram"] * (self.rank == 0)
-        self.device_seconds_before, self.best_valid_loss = state["device_seconds"], state["best_valid_loss"]
+        self.device_seconds_before = max(self.device_seconds_rewound, state["device_seconds"])
+        self.best_valid_loss = state["best_valid_loss"]
         # a run that went back here with a lower rate keeps it
-        self.rate_scale = min(self.rate_scale, state.get("rate_scale", 1.0))
-        self.usual_norm = state.get("usual_norm", self.usual_norm)
+        self.rate_scale = min(self.rate_scale, state["rate_scale"])
+        self.rewinds = max(self.rewinds, state["rewinds"])
+        self.log.best_perplexity, self.usual_norm = state["best_perplexity"], state["usual_norm"]
+        self.skipped_row = self.longest_skipped_row = state["skipped_row"]
+        self.validation_due = state["validation_due"]
 
-    def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> None:
-        """Write the artefact of this step."""
+    def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> bool:
+        """Write the artefact of this step; say whether that went well."""
         if not if_main_process():
-            return
+            return True
         facts = {
             **self.run_facts,
             "step": self.optimizer_step,
@@ -609,6 +650,8 @@ class PretrainingBrain(sb.Brain):
             save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
         except OSError as error:
             logger.error("%s cannot be written (%s): make room.", self.folder / name, error)
+            return False
+        return True
 
 
 class _RewindError(Exception):

@@ -62,6 +62,7 @@ class ProgressLog:
         if not if_main_process():
             return
         self.close()
+        self.unwritten.clear()
         self.lines.truncate(after_step=update)
         self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=update + 1)
         if show_bar:
@@ -88,14 +89,24 @@ class ProgressLog:
         logger.info(format_line(entry))
         self.unwritten.append(entry)
         try:
-            while self.unwritten:
-                self.lines.append(self.unwritten[0])
-                self.unwritten.pop(0)
+            self.flush()
             for name, value in entry.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._tensorboard.add_scalar(f"{entry['event']}/{name}", value, entry["step"])
         except OSError as error:
             logger.error("The log in %s cannot be written (%s): make room.", self.folder, error)
+
+    def flush(self) -> None:
+        """Write the lines that are still to be written.
+
+        Raises
+        ------
+        OSError
+            If the disk does not take them.
+        """
+        while self.unwritten:
+            self.lines.append(self.unwritten[0])
+            self.unwritten.pop(0)
 
     def close(self) -> None:
         """End the bar and TensorBoard's file."""

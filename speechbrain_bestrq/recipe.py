@@ -17,6 +17,7 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError
+from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
 from speechbrain_bestrq.stopping import StoppedError
 
 
@@ -43,7 +44,7 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     Raises
     ------
     InputError
-        If the YAML is missing, a placeholder is left, or a key is unknown.
+        If the YAML is missing, a placeholder is left, a key is unknown, or ranks were given different ones.
     """
     # what preparation says is shown, before the run's own log is opened
     logging.basicConfig(level=logging.INFO, format="%(name)s - %(message)s")
@@ -59,6 +60,9 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     # SpeechBrain keeps its run options out of the YAML, where others may refer to them
     for name in sorted(run_opts.overridden_args & dict(_top_level(text)).keys()):
         overrides = f"{overrides}\n{name}: {run_opts[name]}"
+    # of the run options, those that name a rank or its device differ
+    options = {name: str(run_opts[name]) for name in run_opts.overridden_args - {"device", "local_rank"}}
+    check_ranks_agree(yaml=text_digest(text), options=overrides, run_options=options)
     try:
         return hparams_file, run_opts, overrides, load_hyperpyyaml(text, overrides)
     except InputError:

@@ -138,6 +138,27 @@ def digest(state: dict[str, torch.Tensor]) -> str:
     return hashed.hexdigest()[:16]
 
 
+def text_digest(text: str) -> str:
+    """Digest a text.
+
+    Arguments
+    ---------
+    text : str
+        Any.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+
+    Example
+    -------
+    >>> len(text_digest("seed: 1"))
+    16
+    """
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def save_state(recoverable: Any, path: Path) -> None:
     """Save a small state of plain types: a hook for a checkpointer."""
     if if_main_process():

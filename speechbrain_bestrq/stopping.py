@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from enum import IntEnum
 from types import FrameType
 
@@ -10,6 +11,9 @@ import torch
 
 #: What asks a run to stop: a scheduler's warning, a pre-emption, Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+#: For so long a signal that comes again is taken for the same one.
+SAME_SIGNAL_SECONDS = 3.0
 
 
 class StoppedError(Exception):
@@ -31,7 +35,8 @@ class Requests:
     rank calls :meth:`agreed`; the answer is the same on all, one update late where there are several,
     so that nobody waits.
 
-    The same signal once more does what it did before: a second Ctrl-C interrupts at once.
+    The same signal once more, some seconds later, does what it did before: a second Ctrl-C interrupts at once. Sooner
+    it is taken for the same: a scheduler may signal all processes, and a launcher hand it on to them.
 
     Example
     -------
@@ -47,6 +52,7 @@ class Requests:
         """The signal that came here, if any."""
         self._asked = Request.GO_ON
         self._before: dict[int, object] = {}
+        self._came: dict[int, float] = {}
         self._group = self._pending = None
 
     def __enter__(self) -> "Requests":
@@ -58,9 +64,14 @@ class Requests:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        first = self._came.setdefault(number, now)
+        if now - first > SAME_SIGNAL_SECONDS:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+            return
         self.signal = signal.Signals(number).name
         self.ask(Request.STOP)
-        signal.signal(number, self._before[number])
 
     def ask(self, request: Request) -> None:
         """Ask for something; may be called on any rank, at any time."""

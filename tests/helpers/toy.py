@@ -28,6 +28,7 @@ from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer
 from speechbrain_bestrq.masking import SpanMasking
 from speechbrain_bestrq.pretraining import PretrainingBrain
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
+from speechbrain_bestrq.recipe import load_recipe
 from speechbrain_bestrq.schedules import WarmupNoam
 from speechbrain_bestrq.transformer import TransformerEncoder
 from speechbrain_bestrq.wav2vec2 import Wav2Vec2
@@ -184,6 +185,13 @@ class InOrder(torch.utils.data.Sampler):
     def set_epoch(self, epoch):
         """Start an epoch."""
         self.epoch, self.position = epoch, 0
+
+    #: What each rank has at the least.
+    shared_batches = 0
+
+    def fingerprint(self):
+        """Equal for equal batches."""
+        return f"{self.count} ready batches"
 
     def __len__(self):
         return self.count
@@ -399,6 +407,12 @@ def rank_train(signal_at=None, **settings):
         "rank": rank,
         "steps": result.brain.optimizer_step,
     }
+
+
+def rank_load_recipe(yaml, more):
+    """Load a YAML as a recipe does, in the group that is there."""
+    sb.utils.distributed.ddp_init_group = lambda options: None
+    load_recipe([yaml, *more])
 
 
 def rank_fit_waves(output, waves, model=None, nan_updates=(), **settings):

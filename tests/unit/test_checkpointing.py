@@ -65,15 +65,47 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint_and_no_other(start, n
     assert torch.equal(model.weight, weight)
 
 
-def test_what_a_kill_left_over_is_removed_at_the_next_start(start, tmp_path):
+def test_what_a_kill_left_over_is_removed_when_the_next_start_saves(start, tmp_path):
     checkpointer, _, fragile = start()
     checkpointer.save_checkpoint(name="first")
     fragile.dies = True
     with pytest.raises(Killed):
         checkpointer.save_checkpoint(name="second")
     assert list((tmp_path / "save").glob(f"{UNFINISHED}+*"))
-    start()
-    assert [path.name for path in (tmp_path / "save").iterdir()] == ["CKPT+first"]
+    resumed, _, _ = start()  # the process before may still be saving
+    assert list((tmp_path / "save").glob(f"{UNFINISHED}+*"))
+    resumed.save_checkpoint(name="third")
+    assert {path.name for path in (tmp_path / "save").iterdir()} == {"CKPT+first", "CKPT+third"}
+
+
+def test_a_kill_while_deleting_leaves_no_folder_that_looks_valid(start, tmp_path, monkeypatch):
+    checkpointer, _, _ = start()
+    for step in (1, 2, 3):
+        checkpointer.save_checkpoint(meta={"step": step}, name=str(step))
+
+    def killed(path):
+        (path / "checksums.json").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            checkpointer.delete_checkpoints(importance_keys=[lambda checkpoint: checkpoint.meta["step"]])
+    resumed, _, _ = start()
+    assert len(names(resumed)) == 2 and resumed.recover_if_possible(max_key="step").meta["step"] == 3
+
+
+def test_a_folder_that_cannot_be_deleted_is_a_warning(start, monkeypatch, caplog):
+    checkpointer, _, _ = start()
+    for step in (1, 2):
+        checkpointer.save_checkpoint(meta={"step": step}, name=str(step))
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.rename", refuse)
+    checkpointer.delete_checkpoints(importance_keys=[lambda checkpoint: checkpoint.meta["step"]])
+    assert "CKPT+1 cannot be deleted ([Errno 30] Read-only file system)" in caplog.text
 
 
 def test_a_kill_while_saving_under_a_name_again_keeps_the_old_one(start):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import speechbrain as sb
 import torch
 
-from speechbrain_bestrq import checkpointing
+from speechbrain_bestrq import checkpointing, pretraining, stopping
 from speechbrain_bestrq.accounting import JsonLines
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer, SaveError
 from speechbrain_bestrq.errors import InputError
@@ -62,15 +63,61 @@ def test_a_signal_ends_the_run_after_the_update_and_the_same_command_goes_on_as_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_run_that_is_done_is_not_stopped_before_its_validation(toy, tmp_path, corpus, monkeypatch):
-    signal_after(monkeypatch, toy, 4, signal.SIGTERM)
+def signal_in_validation(monkeypatch, toy, validation, number):
+    """Let a signal come when a validation begins, counted from 1."""
+    begun = []
+    on_stage_start = toy.ToyBrain.on_stage_start
+
+    def counted(self, stage, epoch=None):
+        on_stage_start(self, stage, epoch)
+        if stage == sb.Stage.VALID:
+            begun.append(epoch)
+            if len(begun) == validation:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(toy.ToyBrain, "on_stage_start", counted)
+
+
+@pytest.mark.parametrize(("validation", "update"), [(1, 3), (2, 6), (3, 8)])
+def test_a_signal_in_a_validation_ends_it_and_it_is_done_when_the_run_goes_on(
+    toy, tmp_path, corpus, monkeypatch, validation, update
+):
+    """Amid an epoch, at its end, and at the end of the run."""
+    settings = {**corpus, "updates": 8, "valid_interval": 3, "model": {"dropout": 0.1}}
+    unbroken = toy.train(tmp_path / "unbroken", **settings)
+    with monkeypatch.context() as patch:
+        signal_in_validation(patch, toy, validation, signal.SIGTERM)
+        with pytest.raises(StoppedError, match=f"by SIGTERM after update {update}, with a checkpoint of it"):
+            toy.train(tmp_path / "run", **settings)
+    assert not [line for line in toy.log_lines(tmp_path / "run", "valid") if line["step"] == update]
+    resumed = toy.train(tmp_path / "run", **settings)
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+    ours, theirs = (
+        [(line["step"], line["loss"]) for line in toy.log_lines(tmp_path / folder, "valid")]
+        for folder in ("run", "unbroken")
+    )
+    assert ours == theirs and [step for step, _ in ours] == [3, 6, 8]
+    state = unbroken.model.state_dict()
+    assert all(torch.equal(one, state[name]) for name, one in resumed.model.state_dict().items())
+    assert (tmp_path / "run" / "encoder").is_dir()
+
+
+def test_a_signal_in_the_last_update_leaves_the_validation_to_the_next_start(toy, tmp_path, corpus, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_after(patch, toy, 4, signal.SIGTERM)
+        with pytest.raises(StoppedError, match="after update 4"):
+            toy.train(tmp_path, **corpus, updates=4)
+    assert not toy.log_lines(tmp_path, "valid")
     toy.train(tmp_path, **corpus, updates=4)
-    assert (tmp_path / "encoder").is_dir() and toy.log_lines(tmp_path, "valid")
+    assert (tmp_path / "encoder").is_dir() and [line["step"] for line in toy.log_lines(tmp_path, "valid")] == [4]
 
 
-def test_a_second_signal_of_a_kind_does_what_it_did_before():
-    with Requests():
-        signal.raise_signal(signal.SIGINT)
+def test_a_second_signal_of_a_kind_does_what_it_did_before_but_not_if_it_follows_at_once(monkeypatch):
+    with Requests() as requests:
+        for _ in range(3):  # a scheduler signals all, the launcher hands it on
+            signal.raise_signal(signal.SIGINT)
+        assert requests.agreed() == Request.STOP
+        monkeypatch.setattr(stopping, "SAME_SIGNAL_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -150,6 +197,70 @@ def test_training_goes_on_while_nothing_can_be_saved_and_tries_again(toy, tmp_pa
     )
 
 
+def test_what_was_saved_late_is_no_part_of_an_update(toy, tmp_path, corpus, monkeypatch):
+    """Two micro-batches an update: the first retry would come after the first of them."""
+    settings = {**corpus, "updates": 6, "accumulation": 2, "max_batch_seconds": 2.0}
+    toy.train(tmp_path / "unbroken", **settings)
+    save, refused = AtomicCheckpointer.save_checkpoint, []
+
+    def full_once(self, *arguments, **options):
+        with monkeypatch.context() as patch:
+            if not refused:
+                refused.append(options["meta"]["step"])
+                fill_disk(patch)
+            return save(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicCheckpointer, "save_checkpoint", full_once)
+        toy.train(tmp_path / "run", **settings, checkpoint_every=1, stop_after=3)
+    assert refused == [1]
+    toy.train(tmp_path / "run", **settings)
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+
+
+def test_a_run_whose_end_could_not_be_saved_says_so_and_goes_on_when_there_is_room(toy, tmp_path, corpus, monkeypatch):
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        with pytest.raises(InputError, match="ended after update 5, but its last updates could not be saved") as error:
+            toy.train(tmp_path / "run", **corpus, updates=5)
+    assert "\n" not in str(error.value)
+    toy.train(tmp_path / "run", **corpus, updates=5)
+    toy.train(tmp_path / "unbroken", **corpus, updates=5)
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+
+
+def test_an_encoder_that_could_not_be_written_is_written_with_the_next_best(toy, tmp_path, corpus, monkeypatch):
+    write, refused = pretraining.save_encoder, []
+
+    def full_once(*arguments, **facts):
+        if not refused:
+            refused.append(facts["step"])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments, **facts)
+
+    monkeypatch.setattr(pretraining, "save_encoder", full_once)
+    brain = toy.train(tmp_path, **corpus, updates=4, valid_interval=2).brain
+    assert refused == [2] and (tmp_path / "encoder").is_dir()
+    assert brain.best_valid_loss == toy.log_lines(tmp_path, "valid")[-1]["loss"]
+
+
+def test_lines_that_the_disk_did_not_take_are_in_the_log_before_a_checkpoint_is(toy, tmp_path, corpus, monkeypatch):
+    append, refused = JsonLines.append, []
+
+    def full_at_three(self, entry):
+        if entry["step"] == 3 and len(refused) < 2:
+            refused.append(entry)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "append", full_at_three)
+        toy.train(tmp_path, **corpus, updates=6, checkpoint_every=3, stop_after=4)
+    assert len(refused) == 2
+    toy.train(tmp_path, **corpus, updates=6)
+    assert [step for step, _ in toy.losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_disk_that_stays_full_ends_the_run_when_the_yaml_says_so(toy, tmp_path, corpus, monkeypatch):
     fill_disk(monkeypatch)
     with pytest.raises(InputError, match="Nothing could be saved for 0 hours"):
@@ -209,6 +320,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(toy, tmp_path,
     assert newest.path.is_dir(), "it is the user's to delete"
 
 
+@pytest.mark.parametrize("name", ["CKPT.yaml", "checksums.json"])
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe: [", None])
+def test_what_tells_of_a_checkpoint_may_be_damaged_too(checkpointer, caplog, name, damage):
+    folder = checkpointer.save_checkpoint(name="second", meta={"step": 2}).path
+    if damage is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(damage)
+    found = AtomicCheckpointer(checkpoints_dir=folder.parent).find_checkpoint()
+    assert found.path.name == "CKPT+first"
+    # one without its CKPT.yaml is none to SpeechBrain either
+    assert (damage is None and name == "CKPT.yaml") or f"{folder} is damaged" in caplog.text
+
+
+def test_when_none_is_whole_nothing_is_begun_anew(toy, tmp_path, corpus):
+    toy.train(tmp_path, **corpus, updates=3)
+    for file in (tmp_path / "save").glob("*/model.ckpt"):
+        file.write_bytes(b"")
+    before = toy.losses(tmp_path)
+    with pytest.raises(
+        InputError, match=r"none of the 1 checkpoints in .*save is whole: delete them to start"
+    ) as error:
+        toy.train(tmp_path, **corpus, updates=5)
+    assert "\n" not in str(error.value) and toy.losses(tmp_path) == before
+
+
 # ---------------------------------------------------------------- updates that go wrong
 
 
@@ -245,6 +382,25 @@ def test_too_many_skipped_updates_go_back_to_the_checkpoint_with_half_the_rate(t
     # a process started later keeps the lower rate
     again = toy.train(tmp_path, **corpus, **options | {"updates": 14})
     assert again.brain.rate_scale == 0.5
+
+
+@pytest.mark.parametrize(("most", "ends"), [(7, False), (6, True)])
+def test_updates_skipped_in_a_row_are_counted_across_log_lines(toy, tmp_path, corpus, monkeypatch, most, ends):
+    """Updates 4 to 9 are skipped; no line has skipped ones alone."""
+    optimizers_step = toy.ToyBrain.optimizers_step
+
+    def spoilt(self):
+        if 3 <= self.optimizer_step < 9:
+            next(iter(self.model.parameters())).grad.fill_(float("nan"))
+        optimizers_step(self)
+
+    monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
+    settings = {**corpus, "updates": 12, "log_interval": 6, "max_skipped_updates": most}
+    if ends:
+        with pytest.raises(RuntimeError, match="6 updates in a row, of those up to 12"):
+            toy.train(tmp_path, **settings)
+    else:
+        assert int(toy.train(tmp_path, **settings).brain.totals[1]) == 6
 
 
 def test_a_spike_is_skipped_and_counted(toy, tmp_path):
@@ -309,6 +465,19 @@ def test_ranks_that_were_given_other_data_or_models_find_out_at_the_start(toy, t
         AssertionError, match=r"rank 1 was given other things than rank 0 \(model.quantizer.seed: 1 there, 0"
     ):
         toy.train_ranks(tmp_path / "codebook", calls)
+
+
+def test_ranks_that_were_given_other_options_find_out_before_anything_is_built(toy, tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("log_interval: 10\nmodel: !new:torch.nn.Linear [1, 1]\n")
+    calls = [("rank_load_recipe", {"yaml": str(path), "more": [f"--log_interval={count}"]}) for count in (10, 20)]
+    with pytest.raises(AssertionError, match=r"rank 1 was given other things than rank 0 \(options: log_interval: 20"):
+        toy.train_ranks(tmp_path / "options", calls)
+    other = tmp_path / "other.yaml"
+    other.write_text("log_interval: 20\n")
+    calls = [("rank_load_recipe", {"yaml": str(one), "more": []}) for one in (path, other)]
+    with pytest.raises(AssertionError, match=r"rank 1 was given other things than rank 0 \(yaml: "):
+        toy.train_ranks(tmp_path / "yaml", calls)
 
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_update(toy, tmp_path, corpus):

@@ -21,16 +21,19 @@ A run that was stopped goes on when the same command is given again. What govern
 """
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from speechbrain_bestrq.audio import AudioTable, WaveformDataset, make_loader
 from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.corpora import prepare_corpus
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
+from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
 
@@ -88,6 +91,12 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
 def main(arguments: list[str]) -> None:
     """Prepare, train."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
+    with sole_writer(Path(hparams["output_folder"])) if if_main_process() else nullcontext():
+        run(hparams_file, run_opts, overrides, hparams)
+
+
+def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
+    """Prepare and train, with the output folder to ourselves."""
     manifests = run_on_main(prepare_corpus, args=[hparams])
     ranks = (0, 1)
     if torch.distributed.is_initialized():
