@@ -58,6 +58,8 @@ class ClassificationBrain(TaskBrain):
         If a metric is unknown, or there is nothing to train something with.
     """
 
+    free_settings = TaskBrain.free_settings | {"fold"}
+
     def __init__(
         self,
         modules: dict[str, nn.Module],
@@ -302,8 +304,6 @@ def run_classification(
                 **facts,
                 "labels": list(labels),
                 "label_hours": sum(float(row["duration"]) for row in train.values()) / 3600,
-                "examples_per_class": hparams["examples_per_class"],
-                "class_weights": hparams["class_weights"],
                 **brain.records(),
                 "sets": {TEST_SET: told},
             },

@@ -21,24 +21,28 @@ from speechbrain_bestrq.task_encoders import TaskEncoder
 
 logger = logging.getLogger(__name__)
 
-_STATES, _INDEX = "states.f32", "index.json"
+_INDEX = "index.json"
 _BYTES = 4  # of a float32
 
 
 class FeatureCache:
     """The hidden states of utterances, in one memory-mapped file; :func:`cache_features` makes it.
 
+    The file stays as it was when it was opened, also when another run makes the cache of other weights or
+    audio in the same folder.
+
     Arguments
     ---------
     folder : str or Path
-        Holds ``states.f32`` and ``index.json``.
+        Holds ``index.json`` and the file that it names.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
         self._places: dict[str, list[int]] = index["places"]
-        self._shape = (index["states"], index["channels"])
+        shape = (index["frames"], index["states"], index["channels"])
+        self._values = np.memmap(self.folder / index["file"], np.float32, "r", shape=shape)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -46,10 +50,7 @@ class FeatureCache:
     def __getitem__(self, name: str) -> Tensor:
         """Give the hidden states of an utterance: float32, shape (T, S, D)."""
         start, frames = self._places[name]
-        states, channels = self._shape
-        file = self.folder / _STATES
-        values = np.memmap(file, np.float32, "r", start * states * channels * _BYTES, (frames, states, channels))
-        return torch.from_numpy(np.array(values))
+        return torch.from_numpy(np.array(self._values[start : start + frames]))
 
 
 def cache_features(
@@ -113,14 +114,15 @@ def cache_features(
         size / 1e9,
         folder,
     )
-    (folder / _INDEX).unlink(missing_ok=True)
+    content = json.dumps([identity, audio], sort_keys=True)
+    file_name = f"states-{hashlib.sha256(content.encode()).hexdigest()[:16]}.f32"
     places: dict[str, list[int]] = {}
     dataset = make_dataset(rows, sample_rate)
     sampler = TaskBatchSampler(list(seconds.values()), max_batch_seconds, training=False)
     device, training = torch.device(device), encoder.training
     encoder.eval().to(device)
     position = 0
-    with open(folder / _STATES, "wb") as file, torch.no_grad():
+    with open(folder / f"{file_name}.writing", "wb") as file, torch.no_grad():
         for batch in make_task_loader(dataset, sampler):
             wavs, wav_lens = batch.sig
             hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
@@ -131,11 +133,15 @@ def cache_features(
                 places[name] = [position, length]
                 position += length
     encoder.train(training)
-    index = {"identity": identity, "audio": audio, "places": places}
+    os.replace(folder / f"{file_name}.writing", folder / file_name)
+    index = {"identity": identity, "audio": audio, "places": places, "file": file_name, "frames": position}
     index |= {"states": encoder.num_states, "channels": encoder.output_dim}
     beside = folder / f"{_INDEX}.writing"
     beside.write_text(json.dumps(index), encoding="utf-8")
     os.replace(beside, folder / _INDEX)
+    for other in folder.glob("states-*.f32"):
+        if other.name != file_name:  # whoever reads it goes on reading it
+            other.unlink(missing_ok=True)
     return FeatureCache(folder)
 
 
@@ -181,18 +187,21 @@ def _identify(encoder: TaskEncoder, sample_rate: int) -> dict[str, Any]:
 
 
 def _audio(rows: Rows) -> dict[str, list[Any]]:
-    """Which audio each utterance is."""
-    return {name: [str(row["wav"]), float(row["duration"])] for name, row in rows.items()}
+    """Which audio each utterance is, as far as it can be told without reading it."""
+    audio = {}
+    for name, row in rows.items():
+        file = os.stat(row["wav"])
+        audio[name] = [str(row["wav"]), float(row["duration"]), file.st_size, file.st_mtime_ns]
+    return audio
 
 
 def _is_made(folder: Path, identity: dict[str, Any], audio: dict[str, list[Any]]) -> bool:
     """Whether a cache is whole, of this encoder, and has at least this audio."""
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        frames = sum(length for _, length in index["places"].values())
-        whole = frames * index["states"] * index["channels"] * _BYTES
+        whole = index["frames"] * index["states"] * index["channels"] * _BYTES
         there = index["audio"]
         same = index["identity"] == identity and all(there.get(name) == one for name, one in audio.items())
-        return same and (folder / _STATES).stat().st_size == whole
+        return same and (folder / index["file"]).stat().st_size == whole
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import speechbrain as sb
 import torch
 from speechbrain.nnet.schedulers import NewBobScheduler, update_learning_rate
 from speechbrain.utils.checkpoints import Checkpointer
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,7 +20,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.recipe import command_line
 from speechbrain_bestrq.results import machine
-from speechbrain_bestrq.resuming import digest
+from speechbrain_bestrq.resuming import digest, text_digest
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -54,7 +55,7 @@ class TaskBrain(sb.Brain):
     - ``encoder_start_update``: the first update that trains the encoder (0 if left out). Before,
       it runs without gradients;
     - ``speed_perturb``: applied to the waveforms in training, if it is there;
-    - ``output_folder``, ``train_logger``, ``epoch_counter``, ``seed``.
+    - ``output_folder``, ``train_logger`` (a ``FileTrainLogger``), ``epoch_counter``, ``seed``.
 
     Arguments
     ---------
@@ -73,6 +74,12 @@ class TaskBrain(sb.Brain):
 
     #: Of the validation: the lower the better.
     metric = "loss"
+
+    #: What may change before a run goes on; a task's Brain adds its own. The encoder is compared by its weights.
+    free_settings = frozenset(
+        "cache_features cache_folder data_folder encoder eval_precision fold_folder max_eval_batch_seconds "
+        "max_unreadable num_workers number_of_epochs output_folder save_folder test_only".split()
+    )
 
     def __init__(
         self,
@@ -96,8 +103,9 @@ class TaskBrain(sb.Brain):
         self.seconds = {"train": 0.0, "validation": 0.0}
         self.layer_weights: list[list[float]] = []
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
-        # what the head learns to hear, if that stays as it is
-        self._heard = digest(self.encoder.state_dict()) if self.encoder.freeze else None
+        self.settings = self._settings(hparams)
+        self._begun_with = digest(self.encoder.state_dict())
+        self._trains_on: str | None = None
         if checkpointer is not None:
             # before the modules: those trained on another encoder may not fit, or fit and be of no use
             checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
@@ -107,6 +115,44 @@ class TaskBrain(sb.Brain):
             for part in self.parts:
                 if isinstance(self._annealing(part), NewBobScheduler):  # others are functions of the epoch
                     checkpointer.add_recoverable(f"{part}_annealing", self._annealing(part))
+
+    @classmethod
+    def _settings(cls, hparams: dict[str, Any]) -> dict[str, Any]:
+        """The plain values of a YAML that govern what is trained."""
+        settings = {}
+        for name, value in hparams.items():
+            if name in cls.free_settings or name.startswith("__"):
+                continue
+            try:
+                settings[name] = json.loads(json.dumps(value))
+            except TypeError:  # a module, an optimiser...
+                continue
+        return settings
+
+    @classmethod
+    def check_run(cls, checkpointer: Checkpointer, hparams: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint of other settings, or to test what was not trained, before any work.
+
+        Arguments
+        ---------
+        checkpointer : Checkpointer
+            Of the run.
+        hparams : dict
+            Of the YAML: with "test_only" and "speech_encoder".
+
+        Raises
+        ------
+        InputError
+            Naming what differs.
+        """
+        newest = checkpointer.find_checkpoint()
+        if newest is None:
+            if hparams["test_only"]:
+                raise InputError(NOTHING_TRAINED.format(checkpointer.checkpoints_dir))
+            return
+        encoder: TaskEncoder = hparams["speech_encoder"]
+        progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
+        _check_progress(progress, newest.path, cls._settings(hparams), digest(encoder.state_dict()), encoder.source)
 
     # ---------------------------------------------------------------- computing
 
@@ -210,11 +256,32 @@ class TaskBrain(sb.Brain):
             Of :func:`speechbrain_bestrq.task_data.make_task_loader`.
         """
         self.train_sampler = train_set.batch_sampler  # on one device too, each epoch has batches of its own
+        self._trains_on = _fingerprint(train_set.dataset.data)
+        updates = epoch_counter.limit * (len(train_set) // self.grad_accumulation_factor)
+        start = getattr(self.hparams, "encoder_start_update", 0)
+        if not self.encoder.freeze and start >= updates:
+            raise InputError(
+                f"encoder_start_update is {start}, but there are {updates} updates in all: the encoder would never be "
+                "trained. Give a lower one, or more epochs."
+            )
         with self.requests:
             super().fit(epoch_counter, train_set, valid_set)
             self._stop_if_asked(saved=True)  # another rank was, in the last validation
         if self.layer_weights and if_main_process():
             draw_layer_weights(self.layer_weights, Path(self.hparams.output_folder) / LAYER_WEIGHTS_PLOT)
+
+    def on_fit_start(self) -> None:
+        """Load the newest checkpoint; take the epochs that it has not seen the end of out of the log."""
+        super().on_fit_start()
+        log = Path(self.hparams.train_logger.save_file)
+        if if_main_process() and log.exists():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            done = self.hparams.epoch_counter.current
+            numbers = [re.match(r"epoch: (\d+)", line) for line in lines]
+            kept = [
+                line for line, number in zip(lines, numbers, strict=True) if number is None or int(number[1]) <= done
+            ]
+            log.write_text("".join(kept), encoding="utf-8")
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Start the clock and the metrics."""
@@ -237,7 +304,8 @@ class TaskBrain(sb.Brain):
             self.seconds["train"] += elapsed
             self._train_loss = float(stage_loss)
             return
-        metrics = {"loss": float(stage_loss), **self.stage_metrics(stage)}
+        # one answer for all ranks: rates that part would let the weights part
+        metrics = ddp_broadcast({"loss": float(stage_loss), **self.stage_metrics(stage)}, src=0)
         if stage == sb.Stage.TEST:
             self.test_metrics = metrics
             return
@@ -260,18 +328,21 @@ class TaskBrain(sb.Brain):
                 "step": self.step,
                 "world_size": self.world_size,
                 "layer_weights": self.layer_weights,
-                "epochs": self.hparams.epoch_counter.current,
+                "epochs": self.hparams.epoch_counter.current - (self._stage == sb.Stage.TRAIN),
                 "updates": self.optimizer_step,
-                "encoder": self._heard,
+                "settings": self.settings,
+                "encoder": self._begun_with,
+                "trains_on": self._trains_on,
             }
             Path(path).write_text(json.dumps(progress), encoding="utf-8")
 
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         progress = json.loads(Path(path).read_text(encoding="utf-8"))
-        if self._heard is not None and progress.get("encoder", self._heard) != self._heard:
+        _check_progress(progress, Path(path).parent, self.settings, self._begun_with, self.encoder.source)
+        if self._trains_on is not None and progress["trains_on"] != self._trains_on:
             raise InputError(
-                f"the checkpoint in {Path(path).parent} was trained on another encoder than {self.encoder.source}: "
-                "give another --output_folder, or that encoder."
+                f"the checkpoint in {Path(path).parent} was trained on other utterances or labels: give another "
+                "--output_folder."
             )
         if progress["step"] and progress["world_size"] != self.world_size:
             raise InputError(
@@ -332,6 +403,7 @@ class TaskBrain(sb.Brain):
                 "digest": digest(self.encoder.state_dict()),
             },
             "seed": self.hparams.seed,
+            "settings": self.settings,
             "epochs": trained["epochs"],
             "updates": trained["updates"],
             "best_epoch": best.meta["epoch"],
@@ -346,31 +418,25 @@ class TaskBrain(sb.Brain):
         }
 
 
-def check_trained(checkpointer: Checkpointer, test_only: bool) -> None:
-    """Refuse to test what was not trained, before anything is prepared for it.
+def _check_progress(
+    progress: dict[str, Any], folder: Path, settings: dict[str, Any], encoder: str, source: str
+) -> None:
+    """Refuse a checkpoint of other settings or another encoder."""
+    advice = "give another --output_folder, or that"
+    if progress["encoder"] != encoder:
+        raise InputError(f"the checkpoint in {folder} was trained on another encoder than {source}: {advice} encoder.")
+    for name in sorted(progress["settings"].keys() | settings.keys()):
+        there, here = (one.get(name) for one in (progress["settings"], settings))
+        if there != here:
+            raise InputError(
+                f"the checkpoint in {folder} was trained with {name} {there!r}, not {here!r}: {advice} setting."
+            )
 
-    Arguments
-    ---------
-    checkpointer : Checkpointer
-        Of the run.
-    test_only : bool
-        Whether that is all the run is to do.
 
-    Raises
-    ------
-    InputError
-        If it is, and there is no checkpoint.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> check_trained(Checkpointer(folder), test_only=False)
-    >>> check_trained(Checkpointer(folder), test_only=True)
-    Traceback (most recent call last):
-    speechbrain_bestrq.errors.InputError: ... has no checkpoint to test: train first, without --test_only.
-    """
-    if test_only and checkpointer.find_checkpoint() is None:
-        raise InputError(NOTHING_TRAINED.format(checkpointer.checkpoints_dir))
+def _fingerprint(rows: dict[str, dict[str, Any]]) -> str:
+    """Digest what is known of utterances, but not where they lie."""
+    told = {name: {key: str(value) for key, value in row.items() if key != "wav"} for name, row in rows.items()}
+    return text_digest(json.dumps(told, sort_keys=True))
 
 
 def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:

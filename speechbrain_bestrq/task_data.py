@@ -404,7 +404,7 @@ def take_examples(rows: Rows, label: str, count: int | None, seed: int = 0) -> d
     Raises
     ------
     InputError
-        If the count is not above 0.
+        If the count is no whole number above 0.
 
     Example
     -------
@@ -414,8 +414,8 @@ def take_examples(rows: Rows, label: str, count: int | None, seed: int = 0) -> d
     """
     if count is None:
         return dict(rows)
-    if count < 1:
-        raise InputError(f"the number of examples a class must be above 0, not {count}.")
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"the number of examples a class is a whole number above 0, not {count!r}.")
     left: dict[Any, int] = {}
     taken = set()
     for name in _dealt(rows, seed, label):

@@ -190,7 +190,7 @@ def iemocap_folds(rows: Iterable[Mapping[str, Any]], by: str) -> list[Fold]:
     the same session, and trains on the other four sessions, as MP3S does (Table 1's
     protocol). By session: five folds, each tests on one session, validates on the next
     one (on the first after the last), and trains on the other three. Either way no
-    speaker and no dialog is on two sides.
+    speaker is on two sides; by speaker, test and validation share their dialogs.
 
     Arguments
     ---------

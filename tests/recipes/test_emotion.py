@@ -120,7 +120,7 @@ def test_all_folds_in_one_command_are_those_run_one_by_one_and_are_put_together(
     assert whole["device_hours"] == pytest.approx(sum(one["device_hours"] for one in each.values()))
     assert whole["encoder"] == each["Session1"]["encoder"] and whole["epochs"] == 1
     # the cache is one for all, and nothing of the first fold reaches the fourth
-    assert [path.parent for path in run.rglob("states.f32")] == [run / "cache"]
+    assert [path.parent for path in run.rglob("states-*.f32")] == [run / "cache"]
     train.main(arguments("probe_small", iemocap, encoder, tmp_path / "one", "--folds=session", "--fold=Session4"))
     alone = read_results(tmp_path / "one" / "Session4")
     assert alone["sets"]["test"]["loss"] == each["Session4"]["sets"]["test"]["loss"]
@@ -154,9 +154,14 @@ def test_finished_folds_are_passed_over_until_something_changes(train, iemocap, 
     assert run() == ["Session4", "Session5"]
     before = read_results(tmp_path / "run" / "all")["sets"]["test"]["accuracy"]
     assert run() == []
-    # tested again, not trained: other options are another result
-    assert run("--test_only") == list(SESSIONS)
+    assert run("--test_only") == list(SESSIONS) and run() == []
+    assert run("--test_only") == list(SESSIONS), "tests are not passed over"
     assert read_results(tmp_path / "run" / "all")["sets"]["test"]["accuracy"] == before
+    with pytest.raises(
+        InputError, match=r"Session1/save/CKPT.* was trained with examples_per_class None, not 1"
+    ) as error:
+        run("--examples_per_class=1")
+    assert "\n" not in str(error.value)
 
 
 def test_another_encoder_in_the_same_folder_is_refused(train, iemocap, encoder, tmp_path):
@@ -168,13 +173,20 @@ def test_another_encoder_in_the_same_folder_is_refused(train, iemocap, encoder, 
         assert "\n" not in str(error.value)
 
 
+def test_classes_may_have_numbers_for_names(train, iemocap, tmp_path):
+    more = ["--classes={ang: 1, hap: 1, exc: 1, neu: 0, sad: 0}", "--fold=Session1", "--folds=session"]
+    train.main(arguments("probe_small", iemocap, "fbank", tmp_path, *more))
+    results = read_results(tmp_path / "Session1")
+    assert results["labels"] == ["0", "1"] and results["sets"]["test"]["accuracy"]["value"] > 0
+
+
 def test_the_classes_of_the_yaml_are_those_that_are_learned(train, iemocap, tmp_path):
     more = ["--classes={ang: loud, hap: loud, exc: loud, neu: quiet, sad: quiet}", "--fold=Session1", "--folds=session"]
     more += ["--class_weights=balanced", "--valid_metric=unweighted_error", "--examples_per_class=3"]
     train.main(arguments("probe_small", iemocap, "fbank", tmp_path, *more))
     results = read_results(tmp_path / "Session1")
     assert results["labels"] == ["loud", "quiet"] and results["encoder"]["method"] == "fbank"
-    assert results["examples_per_class"] == 3 and results["class_weights"] == "balanced"
+    assert results["settings"]["examples_per_class"] == 3 and results["settings"]["class_weights"] == "balanced"
     rows = read_rows(tmp_path / "manifests" / "Session1" / "train.csv")
     assert len(rows) > 6 and 0 < results["label_hours"] < sum(float(row["duration"]) for row in rows) / 3600
 
@@ -203,6 +215,9 @@ BAD_INPUT = {
     "a fold of the other kind": ("bestrq", ["--fold=Session1"], "fold 'Session1' does not exist"),
     "another cross-validation": ("bestrq", ["--folds=dialog"], "folds is 'speaker' or 'session'"),
     "an unknown label": ("bestrq", ["--classes={joy: happy}"], "'joy' is no label of the release"),
+    "classes that are none": ("bestrq", ["--classes=[ang, hap]"], "classes says what each label becomes"),
+    "a list of folds": ("bestrq", ["--folds=[speaker]"], "folds is 'speaker' or 'session'"),
+    "a number of examples that is none": ("bestrq", ["--examples_per_class=few"], "a whole number above 0, not 'few'"),
     "a single class": (
         "bestrq",
         ["--classes={ang: null, exc: null, hap: null, sad: null}"],

@@ -316,7 +316,7 @@ def test_results_say_what_was_done(sets, encoder, tmp_path):
     run(tmp_path, encoder, sets, examples_per_class=3)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["task"] == "emotion recognition" and results["labels"] == LABELS
-    assert results["examples_per_class"] == 3 and results["class_weights"] is None
+    assert results["settings"]["examples_per_class"] == 3 and results["settings"]["class_weights"] is None
     assert 0 < results["label_hours"] < sum(row["duration"] for row in sets["train"].values()) / 3600
     told = results["sets"]["test"]
     assert told["utterances"] == 40 and told["resampled"] == "speakers" and told["evaluation_seconds"] > 0

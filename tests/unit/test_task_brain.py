@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,26 @@ class LoudnessBrain(TaskBrain):
     def stage_metrics(self, stage):
         """Share of wrong answers."""
         return {"error": float(np.mean(self.outcomes))}
+
+
+class Stopping(LoudnessBrain):
+    """Gets a signal in a batch of training, or at a validation, counted from 1."""
+
+    signals = {}
+
+    def fit_batch(self, batch):
+        """Count."""
+        self.heard = getattr(self, "heard", 0) + 1
+        if self.heard == self.signals.get("batch"):
+            os.kill(os.getpid(), self.signals["number"])
+        return super().fit_batch(batch)
+
+    def stage_metrics(self, stage):
+        """Count."""
+        self.validated = getattr(self, "validated", 0) + 1
+        if self.validated == self.signals.get("validation"):
+            os.kill(os.getpid(), self.signals["number"])
+        return super().stage_metrics(stage)
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +172,16 @@ def test_a_fine_tuned_encoder_changes_and_is_in_the_checkpoint(rows, folder, tmp
 
 
 def test_the_encoder_rests_until_its_first_update(rows, folder, tmp_path):
-    brain = make_brain(tmp_path / "run", folder, epochs=1, freeze=False, encoder_start_update=10**6)
+    brain = make_brain(tmp_path / "run", folder, epochs=1, freeze=False)
     before = copied(brain.encoder)
     fit(brain, rows)
-    assert not changed(before, brain.encoder)
-    assert all(parameter.grad is None for parameter in brain.encoder.parameters())
+    assert changed(before, brain.encoder) == {name for name, _ in brain.encoder.named_parameters()}
+    resting = make_brain(tmp_path / "again", folder, epochs=2, freeze=False, encoder_start_update=brain.optimizer_step)
+    resting.__class__, resting.signals = Stopping, {"validation": 1, "number": signal.SIGTERM}
+    with pytest.raises(StoppedError):
+        fit(resting, rows)
+    assert not changed(before, resting.encoder)
+    assert all(parameter.grad is None for parameter in resting.encoder.parameters())
     again = make_brain(tmp_path / "again", folder, epochs=2, freeze=False, encoder_start_update=brain.optimizer_step)
     fit(again, rows)
     assert changed(before, again.encoder) == {name for name, _ in again.encoder.named_parameters()}
@@ -183,7 +209,7 @@ def test_each_part_has_its_own_rate_and_schedule(rows, folder, tmp_path):
         freeze=False,
         head_annealing=NewBobScheduler(1e-2, annealing_factor=0.8),
         mix_annealing=LinearScheduler(1e-1, 1e-2, 3),
-        encoder_start_update=10**6,
+        encoder_start_update=11,  # in the last of the three epochs
         encoder_annealing=NewBobScheduler(1e-3, annealing_factor=0.1),
     )
     brain.__class__ = Falling
@@ -191,7 +217,7 @@ def test_each_part_has_its_own_rate_and_schedule(rows, folder, tmp_path):
     rates = {part: optimizer.param_groups[0]["lr"] for part, optimizer in brain.optimizers_dict.items()}
     assert rates["head"] == pytest.approx(1e-2 * 0.8**2)
     assert rates["mix"] == pytest.approx(1e-2)
-    assert rates["encoder"] == 1e-3  # it was not trained yet
+    assert rates["encoder"] == 1e-3  # it was not trained before
 
 
 def test_what_is_trained_needs_an_optimizer(folder, tmp_path):
@@ -225,26 +251,6 @@ def test_a_run_stopped_after_an_epoch_goes_on_as_if_unbroken(rows, folder, tmp_p
     resumed = fit(make_brain(tmp_path / "broken", folder, epochs=3, **schedule), rows)
     assert len(resumed.layer_weights) == 3 and resumed.seconds["train"] > 0
     assert same(resumed, unbroken, tmp_path / "broken", tmp_path / "unbroken")
-
-
-class Stopping(LoudnessBrain):
-    """Gets a signal in a batch of training, or at a validation, counted from 1."""
-
-    signals = {}
-
-    def fit_batch(self, batch):
-        """Count."""
-        self.heard = getattr(self, "heard", 0) + 1
-        if self.heard == self.signals.get("batch"):
-            os.kill(os.getpid(), self.signals["number"])
-        return super().fit_batch(batch)
-
-    def stage_metrics(self, stage):
-        """Count."""
-        self.validated = getattr(self, "validated", 0) + 1
-        if self.validated == self.signals.get("validation"):
-            os.kill(os.getpid(), self.signals["number"])
-        return super().stage_metrics(stage)
 
 
 @pytest.mark.parametrize("freeze", [True, False])
@@ -285,6 +291,63 @@ def test_a_head_is_not_set_on_another_frozen_encoder_than_it_was_trained_on(rows
     with pytest.raises(InputError, match="was trained on another encoder than random:") as error:
         fit(other, rows) if again == "fit" else other.test(loaders(rows)[1])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("again", ["fit", "test"])
+def test_nor_is_a_fine_tuning_begun_with_one_encoder_and_gone_on_with_on_another(rows, folder, tmp_path, again):
+    fit(make_brain(tmp_path / "run", folder, freeze=False), rows)
+    other = make_brain(tmp_path / "run", f"random:{folder}", epochs=3, freeze=False)
+    with pytest.raises(InputError, match="was trained on another encoder than random:"):
+        fit(other, rows) if again == "fit" else other.test(loaders(rows)[1])
+
+
+def test_a_run_does_not_go_on_with_other_settings_or_utterances(rows, folder, tmp_path):
+    fit(make_brain(tmp_path / "run", folder, learning_rate=0.1, num_workers=2), rows)
+    fit(
+        make_brain(tmp_path / "run", folder, epochs=3, learning_rate=0.1, num_workers=0, output_folder="elsewhere"),
+        rows,
+    )
+    other = make_brain(tmp_path / "run", folder, epochs=4, learning_rate=0.2)
+    with pytest.raises(InputError, match=r"was trained with learning_rate 0.1, not 0.2: give another") as error:
+        fit(other, rows)
+    assert "\n" not in str(error.value)
+    fewer = {name: row for name, row in rows.items() if name != "3"}
+    louder = {name: {**row, "loud": 1} for name, row in rows.items()}
+    for changed_rows in (fewer, louder):
+        again = make_brain(tmp_path / "run", folder, epochs=4, learning_rate=0.1)
+        with pytest.raises(InputError, match="was trained on other utterances or labels"):
+            fit(again, changed_rows)
+    moved = {name: {**row, "wav": str(shutil.copy(row["wav"], tmp_path))} for name, row in rows.items()}
+    fit(make_brain(tmp_path / "run", folder, epochs=4, learning_rate=0.1), moved)
+
+
+def test_what_may_not_go_on_is_said_before_any_work(rows, folder, tmp_path):
+    brain = fit(make_brain(tmp_path / "run", folder, learning_rate=0.1), rows)
+    hparams = {"test_only": False, "speech_encoder": brain.encoder, "seed": 3, "learning_rate": 0.1}
+    LoudnessBrain.check_run(brain.checkpointer, hparams)
+    with pytest.raises(InputError, match="was trained with learning_rate 0.1, not 0.3"):
+        LoudnessBrain.check_run(brain.checkpointer, {**hparams, "learning_rate": 0.3})
+    with pytest.raises(InputError, match="was trained on another encoder than random:"):
+        LoudnessBrain.check_run(brain.checkpointer, {**hparams, "speech_encoder": TaskEncoder(f"random:{folder}")})
+    empty = AtomicCheckpointer(checkpoints_dir=tmp_path / "empty")
+    LoudnessBrain.check_run(empty, hparams)
+    with pytest.raises(InputError, match="empty has no checkpoint to test: train first"):
+        LoudnessBrain.check_run(empty, {**hparams, "test_only": True})
+
+
+def test_an_encoder_that_would_never_be_trained_is_refused(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder, freeze=False, encoder_start_update=500)
+    with pytest.raises(InputError, match=r"encoder_start_update is 500, but there are \d+ updates in all"):
+        fit(brain, rows)
+
+
+def test_an_epoch_that_is_done_again_is_in_the_log_once(rows, folder, tmp_path):
+    fit(make_brain(tmp_path / "run", folder), rows)
+    with open(tmp_path / "run" / "train_log.txt", "a") as file:
+        file.write("epoch: 3, killed before its checkpoint\n")
+    fit(make_brain(tmp_path / "run", folder, epochs=3), rows)
+    assert [line.split(",")[0] for line in logged(tmp_path / "run")] == ["epoch: 1", "epoch: 2", "epoch: 3"]
+    assert "killed" not in "".join(logged(tmp_path / "run"))
 
 
 def test_training_on_cached_states_is_training_on_the_audio(rows, folder, tmp_path):

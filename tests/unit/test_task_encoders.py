@@ -129,9 +129,30 @@ def test_a_cache_is_made_again_when_the_weights_or_the_audio_change_and_only_the
     shutil.rmtree(tmp_path / "cache")
     assert made(encoder, fewer) and made(encoder, rows)
     assert made(encoder, {**rows, "u0": {**rows["u0"], "duration": 0.4}}) and made(encoder, rows)
-    states = tmp_path / "cache" / "states.f32"
+    (states,) = (tmp_path / "cache").glob("states-*.f32")
     states.write_bytes(states.read_bytes()[:-4])
     assert made(encoder, rows)
+
+
+def test_a_cache_that_is_open_stays_what_it_was(folder, rows, tmp_path):
+    encoder = TaskEncoder(folder)
+    opened = cache_features(tmp_path / "cache", encoder, rows)
+    before = {name: opened[name] for name in rows}
+    other = cache_features(tmp_path / "cache", TaskEncoder(f"random:{folder}"), dict(reversed(rows.items())))
+    assert all(torch.equal(opened[name], states) for name, states in before.items())
+    assert any(not torch.equal(other[name], states) for name, states in before.items())
+    assert len(list((tmp_path / "cache").glob("states-*"))) == 1
+
+
+def test_audio_that_was_replaced_is_heard_anew(folder, rows, tmp_path):
+    rows = {name: dict(row) for name, row in rows.items()}
+    name = next(iter(rows))
+    rows[name]["wav"] = str(shutil.copy(rows[name]["wav"], tmp_path / "one.wav"))
+    encoder = TaskEncoder(folder)
+    before = cache_features(tmp_path / "cache", encoder, rows)[name]
+    wave, rate = soundfile.read(rows[name]["wav"])
+    soundfile.write(rows[name]["wav"], wave[::-1], rate)
+    assert not torch.equal(cache_features(tmp_path / "cache", encoder, rows)[name], before)
 
 
 def test_a_cache_that_was_interrupted_is_made_again(folder, rows, tmp_path, monkeypatch):
@@ -151,7 +172,8 @@ def test_the_size_of_a_cache_is_said_first_and_a_full_disk_is_refused(folder, ro
     caplog.set_level("INFO")
     encoder = TaskEncoder(folder)
     cache_features(tmp_path / "cache", encoder, rows)
-    size = (tmp_path / "cache" / "states.f32").stat().st_size
+    (states,) = (tmp_path / "cache").glob("states-*.f32")
+    size = states.stat().st_size
     assert f"{size / 1e9:.2f} GB" in caplog.messages[0]
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": size - 1}))
     with pytest.raises(InputError, match="free: make room"):

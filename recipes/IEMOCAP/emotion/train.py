@@ -32,7 +32,14 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
-from speechbrain_bestrq.classification import TEST_SET, check_lengths, check_options, check_rows, run_classification
+from speechbrain_bestrq.classification import (
+    TEST_SET,
+    ClassificationBrain,
+    check_lengths,
+    check_options,
+    check_rows,
+    run_classification,
+)
 from speechbrain_bestrq.classification_scores import SCORES, Answers, over_folds
 from speechbrain_bestrq.corpora import fold_manifests, prepare_iemocap
 from speechbrain_bestrq.corpora.iemocap import FOLDS
@@ -42,7 +49,6 @@ from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
 from speechbrain_bestrq.results import read_results, write_results
 from speechbrain_bestrq.resuming import digest
-from speechbrain_bestrq.task_brain import check_trained
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +60,7 @@ ALL = "all"
 
 def choose_folds(hparams: dict) -> list[str]:
     """Name the folds to run."""
-    names = list(FOLDS.get(hparams["folds"], ()))  # other values are refused by the preparation
+    names = list(FOLDS.get(str(hparams["folds"]), ()))  # other values are refused by the preparation
     if hparams["fold"] == ALL or not names:
         return names
     if hparams["fold"] not in names:
@@ -73,7 +79,7 @@ def load_fold(hparams_file: str, overrides: str, fold: str) -> tuple[str, dict[s
 def mark_folds(hparams_file: str, overrides: str, hparams: dict, sides: dict[str, dict[str, Path]]) -> dict:
     """Digest for each fold what its results are a function of: options, encoder, manifests."""
     text = Path(hparams_file).read_text(encoding="utf-8")
-    options = sorted(line for line in overrides.splitlines() if line and not line.startswith("fold:"))
+    options = sorted(line for line in overrides.splitlines() if line and not line.startswith(("fold:", "test_only:")))
     encoder = digest(hparams["speech_encoder"].state_dict())
     marks = {}
     for fold, paths in sides.items():
@@ -155,26 +161,31 @@ def main(arguments: list[str]) -> None:
     """Prepare; train and test on each fold; put them together."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
     check_options(hparams)
-    # an option is merged into the mapping of the YAML: null is how it takes a label out
-    hparams["classes"] = {label: name for label, name in hparams["classes"].items() if name is not None}
-    labels = sorted(set(hparams["classes"].values()))
-    check_rows({}, "emo", labels)
     folds = choose_folds(hparams)
     output_folder = Path(hparams["output_folder"])
     for fold in folds:
-        check_trained(AtomicCheckpointer(checkpoints_dir=output_folder / fold / "save"), hparams["test_only"])
+        ClassificationBrain.check_run(AtomicCheckpointer(checkpoints_dir=output_folder / fold / "save"), hparams)
+    # an option is merged into the mapping of the YAML: null is how it takes a label out
+    if not isinstance(hparams["classes"], dict):
+        raise InputError(
+            f"classes says what each label becomes, such as {{ang: ang, exc: hap}}, not {hparams['classes']}."
+        )
+    hparams["classes"] = {label: str(name) for label, name in hparams["classes"].items() if name is not None}
+    labels = sorted(set(hparams["classes"].values()))
+    check_rows({}, "emo", labels)
     manifests = run_on_main(
         prepare_iemocap,
         kwargs={"save_folder": output_folder / "manifests", **{name: hparams[name] for name in PREPARATION}},
     )
     turns = read_manifest(manifests[ALL])
     check_lengths(turns, hparams["speech_encoder"], hparams["sample_rate"])
+    check_rows({ALL: turns}, "emo", labels)
     sides = {fold: fold_manifests(manifests, fold) for fold in folds}
 
     # from here on the folders of the folds are written to
     cache = open_cache(hparams, {ALL: turns}, run_opts["device"])
     marks = mark_folds(hparams_file, overrides, hparams, sides)
-    finished = run_on_main(find_finished, args=[output_folder, marks])
+    finished = [] if hparams["test_only"] else run_on_main(find_finished, args=[output_folder, marks])
     for fold in folds:
         if fold in finished:
             logger.info("fold %s: finished before, see %s", fold, output_folder / fold)

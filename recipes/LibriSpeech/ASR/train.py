@@ -34,7 +34,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.recipe import load_recipe, run_recipe
 from speechbrain_bestrq.results import interval, write_errors, write_results
-from speechbrain_bestrq.task_brain import TaskBrain, check_trained
+from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import make_task_loaders, take_hours
 from speechbrain_bestrq.text import check_lengths, check_texts
 
@@ -54,6 +54,10 @@ PREPARATION = (
 
 class ASRBrain(TaskBrain):
     """CTC over the mixed hidden states."""
+
+    free_settings = TaskBrain.free_settings | set(
+        "test_splits beam_search language_model beam_size alphas betas tuning_utterances decoding_workers".split()
+    )
 
     @property
     def metric(self) -> str:
@@ -211,7 +215,7 @@ def main(arguments: list[str]) -> None:
     """Prepare, train, test."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
     output_folder = Path(hparams["output_folder"])
-    check_trained(hparams["checkpointer"], hparams["test_only"])
+    ASRBrain.check_run(hparams["checkpointer"], hparams)
     if hparams["tuning_utterances"] < 1:
         raise InputError(f"tuning_utterances must be above 0, not {hparams['tuning_utterances']}.")
     manifests = run_on_main(

@@ -22,14 +22,19 @@ from pathlib import Path
 import speechbrain as sb
 from speechbrain.utils.distributed import run_on_main
 
-from speechbrain_bestrq.classification import check_lengths, check_options, check_rows, run_classification
+from speechbrain_bestrq.classification import (
+    ClassificationBrain,
+    check_lengths,
+    check_options,
+    check_rows,
+    run_classification,
+)
 from speechbrain_bestrq.corpora import prepare_slurp
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.corpora.slurp import TARGETS
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import open_cache
 from speechbrain_bestrq.recipe import load_recipe, run_recipe
-from speechbrain_bestrq.task_brain import check_trained
 
 #: What the preparation is told.
 PREPARATION = ("data_folder", "microphones", "synthetic", "sample_rate", "resample", "max_unreadable")
@@ -49,7 +54,7 @@ def main(arguments: list[str]) -> None:
     """Prepare, train, test."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
     check_options(hparams)
-    check_trained(hparams["checkpointer"], hparams["test_only"])
+    ClassificationBrain.check_run(hparams["checkpointer"], hparams)
     if hparams["target"] not in TARGETS:
         raise InputError(f"target is one of {', '.join(TARGETS)}, not {hparams['target']!r}.")
     output_folder = Path(hparams["output_folder"])

@@ -34,7 +34,7 @@ from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.metrics import equal_error_rate, minimum_detection_cost
 from speechbrain_bestrq.recipe import load_recipe, run_recipe
 from speechbrain_bestrq.results import interval, write_errors, write_results
-from speechbrain_bestrq.task_brain import TaskBrain, check_trained
+from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import make_task_loaders, repeat_for_chunks, take_examples
 from speechbrain_bestrq.verification import SpeakerEmbeddings, normalize_scores, speaker_means, write_scores
 from speechbrain_bestrq.verification_errors import (
@@ -70,6 +70,7 @@ class VerificationBrain(TaskBrain):
     """
 
     metric = "eer"
+    free_settings = TaskBrain.free_settings | {"trials", "cohort_utterances", "cohort_top", "cohort_seed"}
 
     def __init__(self, *arguments: Any, trials: dict[sb.Stage, list], **options: Any):
         super().__init__(*arguments, **options)
@@ -218,7 +219,7 @@ def main(arguments: list[str]) -> None:
     """Prepare, train, test."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
     check_settings(hparams)
-    check_trained(hparams["checkpointer"], hparams["test_only"])
+    VerificationBrain.check_run(hparams["checkpointer"], hparams)
     output_folder = Path(hparams["output_folder"])
     manifests = run_on_main(
         prepare_voxceleb,
