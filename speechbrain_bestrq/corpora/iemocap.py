@@ -277,7 +277,7 @@ def _check_options(classes: Mapping[str, str], folds: str, kinds: Sequence[str])
     for label in classes:
         if label not in EMOTIONS:
             raise InputError(f"classes: {label!r} is no label of the release: its labels are {', '.join(EMOTIONS)}.")
-    if folds not in FOLDS:
+    if str(folds) not in FOLDS:
         raise InputError(f"folds is 'speaker' or 'session', not {folds!r}.")
     check_list(kinds, "kinds")
     if not kinds or set(kinds) - set(KINDS):

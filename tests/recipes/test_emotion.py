@@ -231,7 +231,7 @@ BAD_INPUT = {
     "nothing to test": ("bestrq", ["--test_only"], "no checkpoint to test"),
     "an unknown metric": ("bestrq", ["--valid_metric=wer"], "valid_metric is one of error"),
     "unknown weights": ("bestrq", ["--class_weights=inverse"], "class_weights is null or balanced"),
-    "no examples": ("bestrq", ["--examples_per_class=0"], "must be above 0, not 0"),
+    "no examples": ("bestrq", ["--examples_per_class=0"], "a whole number above 0, not 0"),
 }
 
 
