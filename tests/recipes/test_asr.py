@@ -61,12 +61,13 @@ def encoder(make_speech_encoder, tmp_path):
 
 @pytest.fixture
 def small_yamls(tmp_path_factory):
-    """The recipe's YAMLs with small heads, which options cannot reach."""
+    """The recipe's YAMLs with small heads, which options cannot reach, and an encoder that rests for one update."""
     folder = tmp_path_factory.mktemp("hparams")
     for path in (RECIPE / "hparams").glob("*.yaml"):
         text = path.read_text()
         for size in ("1024", "1280", "256"):
             text = text.replace(f"    hidden_size: {size}\n", "    hidden_size: 8\n")
+        text = text.replace("encoder_start_update: 1000", "encoder_start_update: 1")
         (folder / path.name).write_text(text.replace("vocabulary_size: 1000", "vocabulary_size: 14"))
     return folder
 
