@@ -15,6 +15,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain"
@@ -230,3 +231,10 @@ def test_validation_amid_an_epoch_changes_nothing_in_training(train, librispeech
         validated = [line["step"] for line in log if line["event"] == "valid"]
         assert validated == ([1, 2, 3, 4] if interval == 1 else [4])
     assert losses[1] == losses[100]
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(train, librispeech, tmp_path):
+    with sole_writer(tmp_path), pytest.raises(InputError, match="is being written by another process") as error:
+        train.main(arguments("bestrq_small", librispeech, tmp_path))
+    assert "\n" not in str(error.value) and not (tmp_path / "manifests").exists()
+    train.main(arguments("bestrq_small", librispeech, tmp_path))
