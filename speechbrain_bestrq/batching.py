@@ -5,6 +5,7 @@ here from lengths alone; :mod:`speechbrain_bestrq.audio` reads what was planned.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ import torch
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.ladder import LEAST_SAMPLES, Layout, expected_fall, fit_rungs, plan_layout
 from speechbrain_bestrq.seeding import derived_generator
+
+logger = logging.getLogger(__name__)
 
 
 class BatchPlan(NamedTuple):
@@ -239,13 +242,15 @@ class LadderBatchSampler(torch.utils.data.Sampler[BatchPlan]):
         """
         epoch, position = int(state["epoch"]), int(state["position"])
         changed = [key for key, value in self._identity().items() if state[key] != value]
+        changes = ", ".join(f"{key} ({state[key]} then, {self._identity()[key]} now)" for key in changed)
         if changed and 0 < position < state["batches"]:
-            changes = ", ".join(f"{key} ({state[key]} then, {self._identity()[key]} now)" for key in changed)
             raise InputError(
                 f"the checkpoint lies within epoch {epoch}, after {position} of {state['batches']} batches, and cannot "
                 f"be resumed with other {changes}: restore what was, or delete this checkpoint to resume from the "
                 "one before."
             )
+        if changed:
+            logger.info("Going on after epoch %d with other %s.", epoch, changes)
         self.epoch = epoch
         # an epoch that was over is over under the new settings too
         self.position = len(self) if changed and position else position

@@ -222,6 +222,7 @@ class AtomicCheckpointer(Checkpointer):
         num_to_keep, min_keys, max_keys, importance_keys, ckpt_predicate, verbosity
             As for :meth:`speechbrain.utils.checkpoints.Checkpointer.delete_checkpoints`.
         """
+        ddp_barrier()  # whoever looks for one has found it
         if if_main_process():
             keys = [{"min_key": key} for key in min_keys or ()] + [{"max_key": key} for key in max_keys or ()]
             keys += [{"importance_key": key} for key in importance_keys]

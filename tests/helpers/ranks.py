@@ -50,6 +50,8 @@ def run_rank(task):
     """Join the group, run the call, write down what it returned."""
     rank, count, scratch = task["rank"], task["count"], Path(task["scratch"])
     torch.set_num_threads(1)
+    # as a rank of torchrun, not as the server that this one is forked from
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), GLOO_SOCKET_IFNAME="lo")
     report = {}
     try:

@@ -409,6 +409,17 @@ def rank_train(signal_at=None, **settings):
     }
 
 
+def rank_train_diverging(**settings):
+    """As :func:`rank_train`; on the second rank the loss is not finite from update 5 on, at the first rate."""
+
+    def compute_objectives(self, predictions, batch, stage):
+        spoilt = self.rank == 1 and self.optimizer_step >= 4 and self.rate_scale == 1.0
+        return predictions.loss * (float("nan") if spoilt else 1.0)
+
+    ToyBrain.compute_objectives = compute_objectives
+    return rank_train(**settings)
+
+
 def rank_load_recipe(yaml, more):
     """Load a YAML as a recipe does, in the group that is there."""
     sb.utils.distributed.ddp_init_group = lambda options: None

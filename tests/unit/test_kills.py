@@ -105,6 +105,22 @@ def test_a_run_in_its_own_process_stops_with_the_status_that_says_start_me_again
     assert "stopped: by SIGTERM after update" in said(tmp_path / "run").read_text().splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_torchrun_hands_a_signal_on_and_the_same_command_goes_on(toy, tmp_path, settings):
+    settings = {**settings, "updates": 30}
+    for process in start_ranks(tmp_path / "unbroken", settings, [0.0, 0.0], "torchrun"):
+        finish(process, tmp_path / "unbroken")
+    (launched,) = start_ranks(tmp_path / "run", settings, [0.1, 0.1], "torchrun")
+    wait_for_updates(tmp_path / "run", launched, 5)
+    launched.send_signal(signal.SIGTERM)
+    assert launched.wait(60) != 0  # torchrun has a status of its own
+    assert "stopped: by SIGTERM after update" in said(tmp_path / "run").read_text()
+    done = len(toy.losses(tmp_path / "run"))
+    for process in start_ranks(tmp_path / "run", settings, [0.0, 0.0], "torchrun"):
+        finish(process, tmp_path / "run")
+    assert 5 <= done < 30 and toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+
+
 #: A rank of a run, which may dawdle over each update.
 RANK = SCRIPT.replace(
     "toy.train(**json.loads(sys.argv[1]))",

@@ -12,6 +12,7 @@ import torch
 from speechbrain_bestrq import pretraining
 from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.resuming import load_state, save_state
 
 RATE = 16000
 
@@ -250,17 +251,66 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on(toy, tmp_path, corpus):
     assert same_run(toy, tmp_path / "unbroken", tmp_path / "resumed")
 
 
-def test_two_ranks_resume_in_new_processes(toy, tmp_path, corpus):
-    settings = {**corpus, **STOCHASTIC, "accumulation": 1, "updates": 5}
+@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (1, 2)])
+def test_two_ranks_resume_in_new_processes(toy, tmp_path, corpus, workers, accumulation):
+    settings = {**corpus, **STOCHASTIC, "accumulation": accumulation, "updates": 5, "workers": workers}
+    states = []
     for output, extra in (("unbroken", {}), ("resumed", {"stop_after": 3}), ("resumed", {})):
         number = len(list(tmp_path.glob("ranks*")))
         call = ("rank_train", {**settings, **extra, "output": str(tmp_path / output)})
         ranks = toy.train_ranks(tmp_path / f"ranks{number}", call)
+        states.append(ranks[0]["state"])
+    for name, tensor in states[0].items():
+        assert torch.equal(ranks[0]["state"][name], tensor) and torch.equal(ranks[1]["state"][name], tensor), name
     assert toy.losses(tmp_path / "resumed") == toy.losses(tmp_path / "unbroken")
     assert [step for step, _ in toy.losses(tmp_path / "resumed")] == [1, 2, 3, 4, 5]
     assert [rank["steps"] for rank in ranks] == [5, 5]
     hours = [[line["audio_hours"] for line in toy.log_lines(tmp_path / name)] for name in ("resumed", "unbroken")]
     assert hours[0] == hours[1]
+
+
+def test_on_another_number_of_ranks_it_goes_on_after_an_epoch_and_says_so(toy, tmp_path, corpus, caplog):
+    settings = {**corpus, "updates": 6}
+    toy.train_ranks(tmp_path / "ranks", ("rank_train", {**settings, "epochs": 1, "output": str(tmp_path / "run")}))
+    done = toy.losses(tmp_path / "run")
+    caplog.set_level("INFO")
+    result = toy.train(tmp_path / "run", **settings)
+    assert "Going on after epoch 1 with other world_size (2 then, 1 now)." in caplog.text
+    steps = [step for step, _ in toy.losses(tmp_path / "run")]
+    assert steps == [1, 2, 3, 4, 5, 6] and toy.losses(tmp_path / "run")[: len(done)] == done and len(done) < 6
+    assert {epoch for epoch, _ in result.seen} == {2}
+    heard = sorted(index for _, indices in result.seen for index in indices)
+    assert len(heard) == len(set(heard))
+
+
+def test_what_a_run_has_learned_of_itself_outlives_it(toy, tmp_path, corpus):
+    settings = {**corpus, "updates": 6, "checkpoint_every": 2}
+    first = toy.train(tmp_path, **settings, stop_after=4).brain
+    first.usual_norm, first.rewinds, first.rate_scale = torch.tensor(3.5), 2, 0.25
+    first.skipped_row, first.log.best_perplexity, first.best_valid_loss = torch.tensor(7), 12.5, 0.75
+    first.checkpointer.save_checkpoint(meta={"step": 4, "signature": json.dumps(first.model.signature())})
+    hours = first.device_hours
+    again = toy.make_brain(tmp_path, toy.make_model(), updates=6)
+    again.sampler = first.sampler
+    again.checkpointer.add_recoverable("sampler", first.sampler, load_state, save_state)
+    again.init_optimizers()
+    again.checkpointer.recover_if_possible()
+    assert (float(again.usual_norm), again.rewinds, again.rate_scale) == (3.5, 2, 0.25)
+    assert (int(again.skipped_row), again.log.best_perplexity, again.best_valid_loss) == (7, 12.5, 0.75)
+    assert again.device_hours >= hours and torch.equal(again.totals, first.totals)
+
+
+def test_the_scale_of_fp16_has_a_lower_end(toy, tmp_path):
+    """It is halved with each update that is not finite; at zero none ever were again."""
+    model = toy.make_model()
+    bad = toy.make_batch(model, [np.full(8000, np.nan, dtype=np.float32)])
+    batches = [bad] * 8 + [toy.make_batch(model, waves(0.8, seed=1), number=number) for number in range(3)]
+    brain = toy.make_brain(tmp_path, model, epochs=1, updates=None, checkpoints=False)
+    brain.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    brain.fit(brain.counter, toy.ready_loader(batches), toy.ready_loader([]))
+    assert brain.scaler.get_scale() == 1.0 and int(brain.totals[1]) == 8
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_run_that_is_done_trains_no_more_and_can_be_prolonged_amid_its_epoch(toy, tmp_path, corpus, caplog):

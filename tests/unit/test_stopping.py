@@ -384,6 +384,16 @@ def test_too_many_skipped_updates_go_back_to_the_checkpoint_with_half_the_rate(t
     assert again.brain.rate_scale == 0.5
 
 
+def test_ranks_go_back_together(toy, tmp_path, corpus):
+    """One of them has a loss that is not finite."""
+    options = {"updates": 10, "checkpoint_every": 2, "max_skipped_updates": 3, "on_nonfinite": "rewind"}
+    call = {"output": str(tmp_path / "run"), **{name: str(path) for name, path in corpus.items()}, **options}
+    ranks = toy.train_ranks(tmp_path / "ranks", ("rank_train_diverging", call))
+    assert [rank["steps"] for rank in ranks] == [10, 10]
+    assert all(torch.equal(ranks[1]["state"][name], tensor) for name, tensor in ranks[0]["state"].items())
+    assert [step for step, _ in toy.losses(tmp_path / "run")] == list(range(1, 11))
+
+
 @pytest.mark.parametrize(("most", "ends"), [(7, False), (6, True)])
 def test_updates_skipped_in_a_row_are_counted_across_log_lines(toy, tmp_path, corpus, monkeypatch, most, ends):
     """Updates 4 to 9 are skipped; no line has skipped ones alone."""
