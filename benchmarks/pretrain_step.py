@@ -110,10 +110,6 @@ class ResidentBatches(list):
 
     epoch, position = 1, 0
 
-    def state_dict(self) -> dict:
-        """Nothing that ranks could differ in."""
-        return {}
-
 
 class Ours:
     """This project's step, through its Brain."""

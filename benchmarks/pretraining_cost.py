@@ -44,10 +44,6 @@ class Resident(list):
 
     epoch, position = 1, 0
 
-    def state_dict(self) -> dict:
-        """Nothing that ranks could differ in."""
-        return {}
-
 
 class Contender:
     """The updates of one YAML."""

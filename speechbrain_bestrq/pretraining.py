@@ -183,6 +183,7 @@ class PretrainingBrain(sb.Brain):
             if newest is not None and newest.meta["step"] >= planned and not newest.meta.get("validation_due"):
                 logger.info("This run is done: %s holds update %d.", newest.path, newest.meta["step"])
                 return
+        self._check_ranks_agree()
         with self.requests:
             while True:
                 try:
@@ -199,9 +200,8 @@ class PretrainingBrain(sb.Brain):
                 f"in {self.folder}, and start again."
             )
 
-    def on_fit_start(self) -> None:
-        """Refuse a foreign checkpoint and ranks that are not alike, then load the newest; open the logs."""
-        check_resumable(self.checkpointer, self.model, self.sampler)
+    def _check_ranks_agree(self) -> None:
+        """Refuse to train with ranks that are not alike."""
         buffers = {name for name, _ in self.model.named_buffers()}
         check_ranks_agree(
             model=self.model.signature(),
@@ -213,6 +213,10 @@ class PretrainingBrain(sb.Brain):
             seed=self.hparams.seed,
             updates=(self.grad_accumulation_factor, self.optimizer_step_limit),
         )
+
+    def on_fit_start(self) -> None:
+        """Refuse a foreign checkpoint, else load the newest; open the logs."""
+        check_resumable(self.checkpointer, self.model, self.sampler)
         super().on_fit_start()
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")

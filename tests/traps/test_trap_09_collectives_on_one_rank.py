@@ -13,7 +13,8 @@ def calls_of_a_rank(toy, monkeypatch, output, rank):
     train = toy.write_noise(output / "train", [0.7, 0.8, 0.9, 1.0])
     table = toy.make_table(train)
     with monkeypatch.context() as patch:
-        patch.setattr("speechbrain_bestrq.pretraining.if_main_process", lambda: rank == 0)
+        for module in ("pretraining", "progress_log"):
+            patch.setattr(f"speechbrain_bestrq.{module}.if_main_process", lambda: rank == 0)
         patch.setattr(torch.distributed, "all_reduce", note("all_reduce"))
         patch.setattr(torch.distributed, "broadcast", note("broadcast"))
         patch.setattr("speechbrain_bestrq.pretraining.ddp_barrier", note("barrier"))
