@@ -157,6 +157,8 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     (beside / CARD_FILE).write_text(card, encoding="utf-8")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in speech_encoder.state_dict().items()}
     save_file(weights, beside / WEIGHTS_FILE)
+    # safetensors writes files that only their owner can read
+    shutil.copymode(beside / CONFIG_FILE, beside / WEIGHTS_FILE)
     if folder.exists():
         folder.rename(replaced)
     beside.rename(folder)

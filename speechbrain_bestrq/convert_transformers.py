@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def to_transformers(model: Wav2Vec2 | SpeechEncoder, folder: str | os.PathLike) 
     # separate memory for each: parts of one tensor cannot be saved
     weights = {name: weight.detach().cpu().clone().contiguous() for name, weight in weights.items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # safetensors writes files that only their owner can read
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
     return folder
 
 

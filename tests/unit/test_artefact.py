@@ -53,6 +53,11 @@ def test_a_folder_holds_config_weights_card_and_facts(saved):
     assert set(load_file(folder / "model.safetensors")) == set(speech_encoder.state_dict())
 
 
+def test_whoever_can_read_the_config_can_read_the_weights(saved):
+    _, folder = saved
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_the_description_alone_builds_the_same_architecture(make_speech_encoder):
     speech_encoder = make_speech_encoder("relative", "global")
     config = json.loads(json.dumps(encoder_config(speech_encoder)))

@@ -72,7 +72,7 @@ def wait_for_updates(output, process, more, patience=120):
 def test_a_run_killed_twenty_times_is_the_unbroken_run(toy, tmp_path, settings):
     unbroken = start(tmp_path / "unbroken", settings)
     finish(unbroken, tmp_path / "unbroken")
-    generator, kills = random.Random(0), 0
+    generator, kills, unfinished = random.Random(0), 0, 0
     while True:
         process = start(tmp_path / "run", settings)
         if kills < 20:
@@ -84,7 +84,10 @@ def test_a_run_killed_twenty_times_is_the_unbroken_run(toy, tmp_path, settings):
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
+        unfinished += any((tmp_path / "run" / "save").glob("UNFINISHED*"))
+    print(f"figure: killed {kills} times, {unfinished} of them with a checkpoint half written or half deleted")
     assert kills >= 15, "the run was over before it had been killed often"
+    assert unfinished, "no kill came while saving"
     assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
     assert [step for step, _ in toy.losses(tmp_path / "run")] == list(range(1, 41))
     assert not list((tmp_path / "run" / "save").glob("UNFINISHED*"))
@@ -101,6 +104,7 @@ def test_a_run_in_its_own_process_stops_with_the_status_that_says_start_me_again
     asked = time.monotonic()
     os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does, the loading workers too
     assert process.wait(60) == 75, said(tmp_path / "run").read_text()[-3000:]
+    print(f"figure: ended {time.monotonic() - asked:.1f} s after SIGTERM")
     assert time.monotonic() - asked < 30
     assert "stopped: by SIGTERM after update" in said(tmp_path / "run").read_text().splitlines()[-1]
 
@@ -182,6 +186,7 @@ def test_when_a_rank_dies_the_others_end_within_a_minute_and_the_same_command_go
     os.kill(find_rank(launched, 1), signal.SIGKILL)
     died = time.monotonic()
     statuses = [process.wait(60) for process in launched]
+    print(f"figure: {launcher}: all ended {time.monotonic() - died:.1f} s after a rank died")
     assert time.monotonic() - died < 60
     assert statuses == ([1] if launcher == "torchrun" else [1, -signal.SIGKILL])
     if launcher == "alone":  # torchrun may end the other before it notices
@@ -212,5 +217,7 @@ def test_memory_and_open_files_stay_flat_over_two_thousand_updates(toy, tmp_path
     finish(process, tmp_path / "run")
     memory, files = (np.array(values, dtype=float) for values in zip(*samples, strict=True))
     early, late = slice(len(samples) // 5, 2 * len(samples) // 5), slice(-len(samples) // 5, None)
-    assert np.median(memory[late]) < 1.02 * np.median(memory[early])
+    growth = np.median(memory[late]) / np.median(memory[early]) - 1
+    print(f"figure: memory {growth:+.2%}, open files {files[late].max() - files[early].max():+.0f}")
+    assert growth < 0.02
     assert files[late].max() <= files[early].max() + 2
