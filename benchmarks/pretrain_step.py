@@ -40,9 +40,9 @@ from speechbrain_step import SpeechBrainBestRQ, SpeechBrainBestRQBrain, make_bat
 from torch import Tensor
 
 from speechbrain_bestrq.accounting import datasheet_flops
-from speechbrain_bestrq.audio import PretrainingBatch
 from speechbrain_bestrq.batching import LadderBatchSampler
 from speechbrain_bestrq.pretraining import PretrainingBrain
+from speechbrain_bestrq.pretraining_data import PretrainingBatch
 
 RATE = 16000
 HPARAMS = Path(__file__).resolve().parents[1] / "recipes" / "LibriSpeech" / "pretrain" / "hparams"

@@ -28,8 +28,8 @@ from hyperpyyaml import load_hyperpyyaml
 from torch import Tensor
 
 from speechbrain_bestrq.accounting import datasheet_flops
-from speechbrain_bestrq.audio import PretrainingBatch
 from speechbrain_bestrq.pretraining import PretrainingBrain
+from speechbrain_bestrq.pretraining_data import PretrainingBatch
 
 RATE = 16000
 HPARAMS = Path(__file__).resolve().parents[1] / "recipes" / "LibriSpeech" / "pretrain" / "hparams"

@@ -1,28 +1,24 @@
-"""Reading audio: what the manifest lists, stretches of its files, and batches of them."""
+"""Reading audio: what the manifest lists, and stretches of its files."""
 
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 import torchaudio
-from torch import Tensor
 
-from speechbrain_bestrq.batching import BatchPlan
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.masking import MaskedFrames
-from speechbrain_bestrq.seeding import derive_seed, derived_generator
-from speechbrain_bestrq.stopping import leave_stopping_to_parent
 
 MISSING_SECONDS = 0.04
 """How much a file may be shorter than its manifest says: one encoder frame."""
 MAX_RESAMPLING_WEIGHTS = 2**24
 """Weights of the largest resampling kernel: 64 MB."""
+FULL_SCALE = 32768
+"""The int16 step of a sample of 1."""
 
 
 class _Strings:
@@ -202,10 +198,61 @@ def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) 
     >>> read_segment(str(folder / "a.wav"), start=4000, samples=8000, sample_rate=16000).shape
     (8000,)
     """
+    return as_float(read_samples(path, start, samples, sample_rate))
+
+
+def as_float(audio: np.ndarray) -> np.ndarray:
+    """Give samples as float32, of which 1 is full scale: exactly, in whatever form they are kept.
+
+    Arguments
+    ---------
+    audio : numpy.ndarray
+        int16 or float32.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32, of the same shape.
+
+    Example
+    -------
+    >>> as_float(np.array([-32768, 16384], dtype=np.int16))
+    array([-1. ,  0.5], dtype=float32)
+    """
+    return audio.astype(np.float32) * np.float32(1 / FULL_SCALE) if audio.dtype == np.int16 else audio
+
+
+def read_samples(path: str, start: int, samples: int, sample_rate: int = 16000) -> np.ndarray:
+    """Read a stretch of an audio file in the form that is quickest to hand on.
+
+    Arguments
+    ---------
+    path, start, samples, sample_rate
+        As for :func:`read_segment`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (samples,): int16 if the file holds one channel of 16-bit integers at that rate, as
+        LibriSpeech's do, else float32.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_segment`.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.flac"
+    >>> soundfile.write(path, np.array([0, 1, -2], dtype=np.int16), 16000)
+    >>> read_samples(str(path), 1, 2)
+    array([ 1, -2], dtype=int16)
+    """
     try:
         with soundfile.SoundFile(path) as file:
             if file.samplerate == sample_rate:
-                audio = _read(file, start, samples)
+                whole = file.subtype == "PCM_16" and file.channels == 1
+                audio = _read(file, start, samples, "int16" if whole else "float32")
             else:
                 audio = _read_resampled(file, start, samples, sample_rate)
     except (soundfile.SoundFileError, OSError) as error:
@@ -221,10 +268,10 @@ def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) 
     return np.pad(audio, (0, missing)) if missing else audio
 
 
-def _read(file: soundfile.SoundFile, start: int, frames: int) -> np.ndarray:
+def _read(file: soundfile.SoundFile, start: int, frames: int, dtype: str = "float32") -> np.ndarray:
     """Read up to `frames` frames at the file's own rate, channels averaged."""
     file.seek(min(start, file.frames))
-    audio = file.read(frames, dtype="float32", always_2d=True)
+    audio = file.read(frames, dtype=dtype, always_2d=True)
     return audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1, dtype=np.float32)
 
 
@@ -253,197 +300,3 @@ def _read_resampled(file: soundfile.SoundFile, start: int, samples: int, sample_
 def _resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
     """Give the resampler of two rates, whose filter takes longer to make than to use."""
     return torchaudio.transforms.Resample(rate, sample_rate)
-
-
-@dataclass(frozen=True)
-class PretrainingBatch:
-    """A batch of audio with everything random that its step needs."""
-
-    wavs: Tensor
-    """float32, shape (B, N); zeros in padding."""
-    wav_lens: Tensor | None
-    """Lengths relative to N, float32, shape (B,); None if nothing is padded."""
-    masked: MaskedFrames
-    """The encoder frames to predict."""
-    noise_seed: int
-    """Seed of the filler noise, which is drawn on the device."""
-    dropout_seed: int
-    """Seed of what else the step draws."""
-    number: int
-    """Of the batch plan: place of the batch in its epoch."""
-    seconds: float
-    """Audio in the batch, without padding."""
-    cut_seconds: float
-    """Audio of the same utterances that was cut off."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "PretrainingBatch":
-        """Move the tensors.
-
-        Arguments
-        ---------
-        device : torch.device or str
-            Where to.
-        non_blocking : bool
-            Do not wait for the copy, if the batch is in pinned memory.
-
-        Returns
-        -------
-        PretrainingBatch
-        """
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "PretrainingBatch":
-        """Copy the tensors to pinned memory.
-
-        Returns
-        -------
-        PretrainingBatch
-        """
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "PretrainingBatch":
-        return replace(
-            self,
-            wavs=function(self.wavs),
-            wav_lens=None if self.wav_lens is None else function(self.wav_lens),
-            masked=self.masked._replace(mask=function(self.masked.mask), indices=function(self.masked.indices)),
-        )
-
-
-class WaveformDataset(torch.utils.data.Dataset):
-    """Reads the batches that a batch sampler plans, and draws their masks.
-
-    Mask and seeds are functions of (seed, rank, epoch, number of the batch), whatever
-    process prepares it.
-
-    Arguments
-    ---------
-    table : AudioTable
-        The utterances.
-    masking : callable
-        ``masking(lengths, max_length, generator) -> MaskedFrames`` in encoder frames, as
-        :class:`~speechbrain_bestrq.masking.SpanMasking`.
-    frame_lengths : callable
-        Gives the encoder frames of so many samples: int64 (B,) -> int64 (B,).
-    seed : int
-        Seed of the run.
-    rank : int
-        This process. 0 on all ranks in validation, so that masks do not depend on the number of
-        processes.
-
-    Example
-    -------
-    >>> from speechbrain_bestrq.batching import PaddedBatchSampler
-    >>> from speechbrain_bestrq.masking import SpanMasking
-    >>> folder = getfixture("tmp_path")
-    >>> for name, seconds in (("a", 1), ("b", 2)):
-    ...     soundfile.write(folder / f"{name}.wav", np.zeros(seconds * 16000), 16000)
-    >>> table = AudioTable("ab", [f"{folder}/a.wav", f"{folder}/b.wav"], [1.0, 2.0], sample_rate=16000)
-    >>> dataset = WaveformDataset(table, SpanMasking(0.06, 10), lambda samples: (1 + samples // 160) // 4, seed=0)
-    >>> plan = next(iter(PaddedBatchSampler(table.lengths, 64000)))
-    >>> batch = dataset.__getitems__(plan)
-    >>> batch.wavs.shape, batch.wav_lens, batch.masked.mask.shape, batch.seconds
-    (torch.Size([2, 32000]), tensor([1.0000, 0.5000]), torch.Size([2, 50]), 3.0)
-    """
-
-    def __init__(
-        self,
-        table: AudioTable,
-        masking: Callable[[Tensor, int, torch.Generator], MaskedFrames],
-        frame_lengths: Callable[[Tensor], Tensor],
-        seed: int = 0,
-        rank: int = 0,
-    ):
-        self.table, self.masking, self.frame_lengths = table, masking, frame_lengths
-        self.seed, self.rank = seed, rank
-
-    def __len__(self) -> int:
-        """Number of utterances."""
-        return len(self.table)
-
-    def __getitems__(self, plan: BatchPlan) -> PretrainingBatch:
-        """Read a batch.
-
-        Arguments
-        ---------
-        plan : BatchPlan
-            Utterances, where they start, and the length of the batch.
-
-        Returns
-        -------
-        PretrainingBatch
-
-        Raises
-        ------
-        InputError
-            As :func:`read_segment`.
-        """
-        whole = self.table.lengths[plan.indices]
-        lengths = np.minimum(whole - plan.starts, plan.samples)
-        wavs = np.zeros((len(lengths), plan.samples), dtype=np.float32)
-        for row, (index, start, length) in enumerate(zip(plan.indices, plan.starts, lengths, strict=True)):
-            wavs[row, :length] = read_segment(
-                self.table.path(int(index)), int(start), int(length), self.table.sample_rate
-            )
-        frames = self.frame_lengths(torch.from_numpy(lengths))
-        max_frames = int(self.frame_lengths(torch.tensor([plan.samples])))
-        step = (self.seed, self.rank, plan.epoch, plan.number)
-        return PretrainingBatch(
-            wavs=torch.from_numpy(wavs),
-            # times N in float32, rounded, this gives the integers back (exact for N up to 2**21: 131 s)
-            wav_lens=None if (lengths == plan.samples).all() else torch.from_numpy(lengths / plan.samples).float(),
-            masked=self.masking(frames, max_frames, derived_generator(*step, 0)),
-            noise_seed=derive_seed(*step, 1),
-            dropout_seed=derive_seed(*step, 2),
-            number=plan.number,
-            seconds=float(lengths.sum()) / self.table.sample_rate,
-            cut_seconds=float((whole - lengths).sum()) / self.table.sample_rate,
-        )
-
-
-def _identity(batch: PretrainingBatch) -> PretrainingBatch:
-    return batch
-
-
-def make_loader(
-    dataset: WaveformDataset,
-    sampler: torch.utils.data.Sampler[BatchPlan],
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    prefetch_factor: int = 4,
-) -> torch.utils.data.DataLoader:
-    """Make the loader of planned batches.
-
-    What it gives does not depend on the number of workers. Iterating draws nothing from the
-    global generator, so that a run stopped within an epoch and resumed goes on as if
-    unbroken.
-
-    Arguments
-    ---------
-    dataset : WaveformDataset
-        Reads the batches.
-    sampler : Sampler
-        Plans them: a ``LadderBatchSampler`` or a ``PaddedBatchSampler``.
-    num_workers : int
-        Processes that read; 0 reads in this one. Each uses one thread.
-    pin_memory : bool
-        Give batches in pinned memory, for a GPU.
-    prefetch_factor : int
-        Batches each worker prepares ahead.
-
-    Returns
-    -------
-    DataLoader
-        Gives :class:`PretrainingBatch`.
-    """
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=_identity,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=leave_stopping_to_parent,
-        generator=torch.Generator(),
-    )

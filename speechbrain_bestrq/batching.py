@@ -1,7 +1,7 @@
 """Which utterances share a batch: without padding for pre-training, padded for validation.
 
 Lengths are in samples at the rate the model hears (16 kHz). Batches are planned
-here from lengths alone; :mod:`speechbrain_bestrq.audio` reads what was planned.
+here from lengths alone; :mod:`speechbrain_bestrq.pretraining_data` reads what was planned.
 """
 
 import hashlib
@@ -74,7 +74,8 @@ class LadderBatchSampler(torch.utils.data.Sampler[BatchPlan]):
     max_rungs : int
         Number of rungs that is not exceeded, unless the lengths are spread so widely
         that so few rungs cut more than ``max_cut``; then there are as many as it needs
-        (:meth:`describe` says so).
+        (:meth:`describe` says so). 37 and a few smaller batches of left-overs are at most 40
+        shapes of LibriSpeech-like lengths.
     max_cut : float
         Largest share of the audio that is cut in an epoch, in (0, 1).
     sample_rate : int
@@ -108,7 +109,7 @@ class LadderBatchSampler(torch.utils.data.Sampler[BatchPlan]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        max_rungs: int = 40,
+        max_rungs: int = 37,
         max_cut: float = 0.02,
         sample_rate: int = 16000,
     ):

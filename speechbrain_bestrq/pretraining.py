@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 from speechbrain_bestrq.accounting import LateReader, datasheet_flops
 from speechbrain_bestrq.artefact import save_encoder
-from speechbrain_bestrq.audio import PretrainingBatch
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.model_card import write_card
+from speechbrain_bestrq.pretraining_data import PretrainingBatch
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
 from speechbrain_bestrq.progress_log import ProgressLog
 from speechbrain_bestrq.resuming import check_ranks_agree, check_resumable, digest, load_state, save_state

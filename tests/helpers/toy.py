@@ -17,7 +17,7 @@ import torch
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_bestrq.accounting import JsonLines
-from speechbrain_bestrq.audio import AudioTable, PretrainingBatch, WaveformDataset, make_loader
+from speechbrain_bestrq.audio import AudioTable
 from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.bestrq import BestRQ
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
@@ -27,6 +27,7 @@ from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
 from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer
 from speechbrain_bestrq.masking import SpanMasking
 from speechbrain_bestrq.pretraining import PretrainingBrain
+from speechbrain_bestrq.pretraining_data import PretrainingBatch, WaveformDataset, make_loader
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
 from speechbrain_bestrq.recipe import load_recipe
 from speechbrain_bestrq.schedules import WarmupNoam
@@ -366,7 +367,8 @@ def train(
     brain.stop_after = stop_after
     # as the recipe, the same audio whatever the number of ranks
     every = LadderBatchSampler(table.lengths, samples, seed=seed)
-    brain.measure(lambda: [(batch.wavs, batch.wav_lens) for batch in make_loader(make_dataset(table, model), every)])
+    batches = (batch.to("cpu") for batch in make_loader(make_dataset(table, model), every))
+    brain.measure(lambda: [(batch.wavs, batch.wav_lens) for batch in batches])
     try:
         brain.fit(brain.counter, loader, valid_loader)
         stopped = False

@@ -153,6 +153,7 @@ BAD_INPUT = {
     "value out of range": (["--whiten=8"], r"bestrq_small.yaml: .*whiten is the number of components kept"),
     "batch bound below the longest utterance": (["--max_batch_seconds=2"], r"max_batch_seconds"),
     "all too short": (["--min_seconds=20"], r"min_seconds"),
+    "another cache": (["--cache=disk"], r"cache is memory, or null"),
     "other rate refused": (["--sample_rate=8000", "--resample=False"], r"resample"),
 }
 
@@ -231,6 +232,15 @@ def test_validation_amid_an_epoch_changes_nothing_in_training(train, librispeech
         validated = [line["step"] for line in log if line["event"] == "valid"]
         assert validated == ([1, 2, 3, 4] if interval == 1 else [4])
     assert losses[1] == losses[100]
+
+
+def test_audio_that_is_decoded_once_trains_the_same_model(train, librispeech, tmp_path):
+    losses = {}
+    for cache in ("null", "memory"):
+        train.main(arguments("bestrq_small", librispeech, tmp_path / cache, f"--cache={cache}", "--num_workers=1"))
+        losses[cache] = [(line["event"], line["loss"]) for line in read_log(tmp_path / cache)]
+    assert losses["memory"] == losses["null"] and len(losses["null"]) >= 3
+    assert sorted(path.suffix for path in (tmp_path / "memory" / "cache").iterdir()) == [".int16", ".int16"]
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(train, librispeech, tmp_path):

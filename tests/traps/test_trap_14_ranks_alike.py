@@ -14,7 +14,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain" / "t
 def test_ranks_have_different_masks_and_noise(toy, tmp_path):
     """Trap: every rank has the same seed, hence equal masks and noise.
 
-    Mutation: in audio.py, WaveformDataset.__getitems__, ``step = (self.seed, self.rank,`` -> ``step = (self.seed, 0,``.
+    Mutation: in pretraining_data.py, WaveformDataset.__getitems__, ``step = (self.seed, self.rank,`` -> ``step =
+    (self.seed, 0,``.
     """
     table = toy.make_table(toy.write_noise(tmp_path / "audio", [2.0, 2.0]))
     model = toy.make_model()
@@ -28,8 +29,8 @@ def test_ranks_have_different_masks_and_noise(toy, tmp_path):
 def test_the_recipe_tells_the_training_data_its_rank(toy, tmp_path):
     """Trap: as above, where the recipe puts the parts together; validation masks are those of any number of ranks.
 
-    Mutation: in train.py, dataio_prepare, ``waveforms(train_table, hparams["seed"], rank)`` ->
-    ``waveforms(train_table, hparams["seed"], 0)``.
+    Mutation: in train.py, dataio_prepare, ``waveforms(train_table, hparams["seed"], rank,`` ->
+    ``waveforms(train_table, hparams["seed"], 0,``.
     """
     spec = importlib.util.spec_from_file_location("train", RECIPE)
     recipe = importlib.util.module_from_spec(spec)
@@ -38,7 +39,7 @@ def test_the_recipe_tells_the_training_data_its_rank(toy, tmp_path):
     hparams = {
         "data_folder": folder, "output_folder": tmp_path / "run", "corpus": "folder", "extra_folders": [], "seed": 3,
         "sample_rate": 16000, "resample": True, "max_unreadable": 0, "min_seconds": 0.5, "max_seconds": 30.0,
-        "max_batch_seconds": 5, "num_workers": 0, "statistics_hours": 1.0, "model": toy.make_model(),
+        "max_batch_seconds": 5, "num_workers": 0, "cache": None, "statistics_hours": 1.0, "model": toy.make_model(),
     }  # fmt: skip
     manifests = recipe.prepare_corpus(hparams)
     loaders = [recipe.dataio_prepare(hparams, manifests, rank, 2)[:2] for rank in (0, 1)]

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import soundfile
 import torch
 import torchaudio
 
-from speechbrain_bestrq.audio import AudioTable, WaveformDataset, make_loader, read_segment
+from speechbrain_bestrq.audio import AudioTable, read_segment
 from speechbrain_bestrq.batching import BatchPlan, LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.masking import SpanMasking
+from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
 
 RATE = 16000
 
@@ -188,7 +190,9 @@ def test_ladder_batches_hold_the_planned_stretches_without_padding(corpus):
     sampler.set_epoch(1)
     seconds = cut = 0.0
     for plan in sampler:
-        batch = dataset.__getitems__(plan)
+        loaded = dataset.__getitems__(plan)
+        assert loaded.wavs.dtype == torch.int16
+        batch = loaded.to("cpu")
         assert batch.wavs.dtype == torch.float32 and batch.wavs.shape == (len(plan.indices), plan.samples)
         assert batch.wav_lens is None
         assert batch.masked.mask.shape == (len(plan.indices), frame_lengths(plan.samples))
@@ -249,7 +253,19 @@ def test_a_batch_moves_whole(corpus):
     assert {moved.wavs.device.type, moved.wav_lens.device.type} == {"meta"}
     assert {moved.masked.mask.device.type, moved.masked.indices.device.type} == {"meta"}
     assert moved.masked.count == batch.masked.count and moved.noise_seed == batch.noise_seed
-    assert same(batch.to("cpu"), batch)
+    assert same(batch.to("cpu"), replace(batch, wavs=batch.wavs / 32768))
+
+
+@pytest.mark.parametrize("other", [{"subtype": "PCM_24"}, {"samplerate": 8000}, {"channels": 2}])
+def test_audio_that_is_not_16_bit_mono_at_the_rate_is_loaded_as_it_was(tmp_path, other):
+    rate, channels = other.get("samplerate", RATE), other.get("channels", 1)
+    soundfile.write(tmp_path / "a.wav", noise(RATE), RATE)
+    soundfile.write(tmp_path / "b.wav", noise(rate, channels) / 40000, rate, other.get("subtype"))
+    dataset = make_dataset({name: {"wav": str(tmp_path / f"{name}.wav"), "duration": 1.0} for name in "ab"})
+    batch = dataset.__getitems__(BatchPlan(1, 0, RATE, np.array([0, 1]), np.array([0, 0])))
+    assert batch.wavs.dtype == torch.float32
+    for row, name in zip(batch.wavs, "ab", strict=True):
+        assert np.array_equal(row.numpy(), read_segment(str(tmp_path / f"{name}.wav"), 0, RATE, RATE))
 
 
 # ---- the loader
@@ -330,7 +346,7 @@ def test_batches_reach_a_process_that_was_not_forked(corpus):
 def test_workers_read_in_one_thread(corpus):
     # in a process of its own: this one's setting must not decide
     code = (
-        "import sys, torch; from speechbrain_bestrq.audio import make_loader\n"
+        "import sys, torch; from speechbrain_bestrq.pretraining_data import make_loader\n"
         "class Threads:\n"
         "    def __getitems__(self, plan): return torch.get_num_threads()\n"
         "    def __len__(self): return 1\n"

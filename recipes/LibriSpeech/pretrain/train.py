@@ -10,6 +10,7 @@ A run that was stopped goes on when the same command is given again. What govern
     the method and the model    `model` of the YAML
     the data                    --data_folder, --corpus, --train_splits, --valid_splits, --extra_folders,
                                 --min_seconds, --max_seconds, --resample, --max_unreadable
+    decoding once or always     --cache memory, --cache_folder
     the size of an update       --max_batch_seconds x --grad_accumulation_factor x devices
     the length of the run       --optimizer_step_limit (updates)
     precision, compilation      --precision fp32|bf16|fp16, --compile
@@ -29,12 +30,15 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
-from speechbrain_bestrq.audio import AudioTable, WaveformDataset, make_loader
+from speechbrain_bestrq.audio import AudioTable
 from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.corpora import prepare_corpus
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
+from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.pcm_cache import PcmCache, cache_audio
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
+from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
 from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
 
 logger = logging.getLogger(__name__)
@@ -47,24 +51,30 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     train_table = AudioTable.from_manifest(read_manifest(manifests["train"]), rate, **limits)
     valid_table = AudioTable.from_manifest(read_manifest(manifests["valid"]), rate, **limits)
     model = hparams["model"]
+    caches = [None, None]
+    if hparams["cache"] == "memory":
+        caches = [cache_audio(table, hparams["cache_folder"]) for table in (train_table, valid_table)]
+    elif hparams["cache"] is not None:
+        raise InputError(f"cache is memory, or null, not {hparams['cache']}.")
     batch_samples = round(hparams["max_batch_seconds"] * rate)
     ranks = {"rank": rank, "world_size": world_size}
 
     train_sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"], **ranks)
     valid_sampler = PaddedBatchSampler(valid_table.lengths, batch_samples, **ranks)
 
-    def waveforms(table: AudioTable, seed: int, rank: int) -> WaveformDataset:
-        return WaveformDataset(table, model.masking, model.speech_encoder.num_frames, seed, rank)
+    def waveforms(table: AudioTable, seed: int, rank: int, cache: PcmCache | None) -> WaveformDataset:
+        return WaveformDataset(table, model.masking, model.speech_encoder.num_frames, seed, rank, cache)
 
     loader = {"num_workers": hparams["num_workers"], "pin_memory": torch.cuda.is_available()}
-    train_loader = make_loader(waveforms(train_table, hparams["seed"], rank), train_sampler, **loader)
+    train_loader = make_loader(waveforms(train_table, hparams["seed"], rank, caches[0]), train_sampler, **loader)
     # validation masks do not depend on the seed, nor on the number of ranks
-    valid_loader = make_loader(waveforms(valid_table, 0, 0), valid_sampler, **loader)
+    valid_loader = make_loader(waveforms(valid_table, 0, 0, caches[1]), valid_sampler, **loader)
 
     def statistics_audio() -> list[tuple[torch.Tensor, None]]:
         sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"])
         batches, hours = [], 0.0
-        for batch in make_loader(waveforms(train_table, hparams["seed"], 0), sampler):
+        for batch in make_loader(waveforms(train_table, hparams["seed"], 0, caches[0]), sampler):
+            batch = batch.to("cpu")
             batches.append((batch.wavs, batch.wav_lens))
             hours += batch.seconds / 3600
             if hours >= hparams["statistics_hours"]:

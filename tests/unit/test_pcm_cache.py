@@ -1,0 +1,108 @@
+"""Audio decoded once into 16-bit samples that are mapped into memory."""
+
+import logging
+import os
+import pickle
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from speechbrain_bestrq import pcm_cache
+from speechbrain_bestrq.audio import AudioTable, read_segment
+from speechbrain_bestrq.batching import LadderBatchSampler
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.masking import SpanMasking
+from speechbrain_bestrq.pcm_cache import cache_audio
+from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
+
+RATE = 16000
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Twelve utterances of 1 to 2 s, 16 bits."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(RATE, 2 * RATE, 12)
+    paths = [str(tmp_path / f"{index}.flac") for index in range(12)]
+    for path, samples in zip(paths, lengths, strict=True):
+        soundfile.write(path, generator.integers(-9000, 9000, samples).astype(np.int16), RATE)
+    return AudioTable(map(str, range(12)), paths, lengths / RATE, RATE)
+
+
+def batches(table, cache=None, num_workers=0):
+    """All batches of an epoch, as they reach the model."""
+    dataset = WaveformDataset(table, SpanMasking(0.06, 10), lambda samples: (1 + samples // 160) // 4, cache=cache)
+    sampler = LadderBatchSampler(table.lengths, 5 * RATE, max_cut=0.1)
+    return [batch.to("cpu") for batch in make_loader(dataset, sampler, num_workers)]
+
+
+def test_batches_are_those_of_the_files(table, tmp_path):
+    cache = cache_audio(table, tmp_path / "cache", threads=3)
+    for workers in (0, 2):
+        for plain, cached in zip(batches(table), batches(table, cache, workers), strict=True):
+            assert torch.equal(plain.wavs, cached.wavs)
+
+
+def test_a_cache_is_made_once_and_again_when_a_file_changes(table, tmp_path, monkeypatch):
+    first = cache_audio(table, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(pcm_cache, "read_samples", None)  # nothing is decoded
+        assert cache_audio(table, tmp_path / "cache").path == first.path
+    os.utime(table.path(3), (1, 1))
+    second = cache_audio(table, tmp_path / "cache")
+    assert second.path != first.path and np.array_equal(second.read(3, 0, 9), first.read(3, 0, 9))
+
+
+def test_what_is_sent_to_a_spawned_worker_is_small(table, tmp_path):
+    cache = cache_audio(table, tmp_path / "cache")
+    sent = pickle.dumps(cache)
+    assert len(sent) < 2000 and np.array_equal(pickle.loads(sent).read(5, 100, 200), cache.read(5, 100, 200))
+
+
+def test_other_audio_is_rounded_and_counted(tmp_path, caplog):
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, RATE)
+    wave[100] = 1.5
+    soundfile.write(tmp_path / "a.wav", wave, RATE, "FLOAT")
+    soundfile.write(tmp_path / "b.wav", 0.5 * wave[::2], RATE // 2, "PCM_16")
+    table = AudioTable("ab", [f"{tmp_path}/a.wav", f"{tmp_path}/b.wav"], [1.0, 1.0], RATE)
+    with caplog.at_level(logging.WARNING):
+        cache = cache_audio(table, tmp_path / "cache")
+    assert "2 of 2 utterances are not 16-bit" in caplog.text and "1 of them are louder" in caplog.text
+    for index in range(2):
+        exact = read_segment(table.path(index), 0, RATE, RATE)
+        found = cache.read(index, 0, RATE) / 32768
+        assert np.abs(found - np.clip(exact, -1, 32767 / 32768)).max() <= 0.5 / 32768 + 1e-9
+
+
+def test_a_kill_leaves_nothing_that_looks_whole(table, tmp_path, monkeypatch):
+    def killed(path, *arguments):
+        if path == table.path(7):
+            raise KeyboardInterrupt
+        return np.zeros(arguments[1], dtype=np.int16)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pcm_cache, "read_samples", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache_audio(table, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    # and what a kill that cannot be caught leaves behind is written over
+    (tmp_path / "cache" / f"{pcm_cache._digest(table)}.int16.writing").write_bytes(b"half")
+    cache = cache_audio(table, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [cache.path.name]
+
+
+def test_a_disk_without_room_is_refused_before_any_decoding(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(pcm_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    monkeypatch.setattr(pcm_cache, "read_samples", None)
+    with pytest.raises(InputError, match="takes 0.00 GB, and .* has room for 0.00 GB: name another cache_folder"):
+        cache_audio(table, tmp_path / "cache")
+
+
+def test_a_file_that_is_gone_is_named(table, tmp_path):
+    os.remove(table.path(2))
+    with pytest.raises(InputError, match=re.escape(table.path(2))):
+        cache_audio(table, tmp_path / "cache")
