@@ -13,7 +13,6 @@ Markdown table goes to the standard output; nothing is written unless --output n
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+from speechbrain_bestrq.machine import describe_machine
 from speechbrain_bestrq.pretrained import PretrainedEncoder
 
 #: Samples per second; characters of the head, and of a second of speech.
@@ -92,16 +92,6 @@ def timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def machine_name(device: str) -> str:
-    """Name what runs the benchmark."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    information = Path("/proc/cpuinfo")
-    models = information.read_text().splitlines() if information.exists() else []
-    model = next((line.split(":")[1].strip() for line in models if line.startswith("model name")), platform.processor())
-    return f"{model or platform.machine()} ({os.cpu_count()} cores)"
-
-
 def table(arguments: argparse.Namespace, source: str | os.PathLike) -> str:
     """Measure, and put the result into Markdown."""
     device, autocast = arguments.device, torch.bfloat16 if arguments.bf16 else None
@@ -122,8 +112,8 @@ def table(arguments: argparse.Namespace, source: str | os.PathLike) -> str:
     size = sum(parameter.numel() for parameter in probe.parameters()) / 1e6
     lines = [
         f"A step of {arguments.batch} x {arguments.seconds:g} s; encoder of {size:.1f} million parameters, "
-        f"{layers} layers of {d_model}; {precision}; median of {arguments.repeats}, in turns; {machine_name(device)}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{layers} layers of {d_model}; {precision}; median of {arguments.repeats}, in turns; "
+        f"{describe_machine(device)}",
         "",
         "| encoder | step, ms | fastest - slowest, ms | in the encoder, ms | share of the step |",
         "|---|---|---|---|---|",

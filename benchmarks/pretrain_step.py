@@ -24,7 +24,6 @@ the columns compare. "of product" is the share of what a matrix product reached 
 import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -41,6 +40,7 @@ from torch import Tensor
 
 from speechbrain_bestrq.accounting import datasheet_flops
 from speechbrain_bestrq.batching import LadderBatchSampler
+from speechbrain_bestrq.machine import describe_machine, device_name
 from speechbrain_bestrq.pretraining import PretrainingBrain
 from speechbrain_bestrq.pretraining_data import PretrainingBatch
 
@@ -322,7 +322,7 @@ def table(measurements: list[Measurement], product: float, arguments: argparse.N
     peak = datasheet_flops(device, arguments.precision)
     base = best.get("SpeechBrain")
     lines = [
-        f"{arguments.size} model, {arguments.precision}, {device}, torch {torch.__version__}; "
+        f"{arguments.size} model, {arguments.precision}, {describe_machine(arguments.device)}; "
         f"{arguments.seconds} s utterances, {arguments.steps} steps a block, {arguments.repeats} blocks in turns; "
         f"a matrix product reached {product / 1e12:.2f} TFLOP/s",
         "",
@@ -373,10 +373,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Measure, print, write."""
     arguments = parse(words)
-    cuda = arguments.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
-    if not cuda:
-        device = f"{device}, {torch.get_num_threads()} threads"
+    device = device_name(arguments.device)
     product = matrix_product_flops(arguments.device, arguments.precision)
     with tempfile.TemporaryDirectory() as folder:
         measurements = measure(arguments, Path(folder), lambda text: print(text, file=sys.stderr, flush=True))

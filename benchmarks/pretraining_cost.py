@@ -15,8 +15,6 @@ process came to hold more than before.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -28,6 +26,7 @@ from hyperpyyaml import load_hyperpyyaml
 from torch import Tensor
 
 from speechbrain_bestrq.accounting import datasheet_flops
+from speechbrain_bestrq.machine import describe_machine
 from speechbrain_bestrq.pretraining import PretrainingBrain
 from speechbrain_bestrq.pretraining_data import PretrainingBatch
 
@@ -173,11 +172,10 @@ def table(arguments: argparse.Namespace) -> str:
     generator = torch.Generator().manual_seed(0)
     shape = (arguments.utterances, round(arguments.seconds * RATE))
     waveforms = [(0.1 * torch.randn(shape, generator=generator)).to(arguments.device) for _ in range(arguments.updates)]
-    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
     lines = [
         f"{arguments.utterances} x {arguments.seconds:g} s an update, {arguments.blocks} blocks of {arguments.updates} "
-        f"updates in turns, {arguments.precision}; {machine} ({os.cpu_count()} cores), {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}",
+        f"updates in turns, {arguments.precision}; "
+        f"{describe_machine(arguments.device)}",
         "",
         "| YAML | parameters | audio-s/s (range) | GFLOP/audio-s | GFLOP/s | of product | utilisation | peak GB |",
         "|---|---|---|---|---|---|---|---|",

@@ -11,8 +11,6 @@ standard output; nothing is written unless --output names a file.
 
 import argparse
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import sys
@@ -24,6 +22,7 @@ import torch
 from speechbrain.nnet.quantisers import RandomProjectionQuantizer as SpeechBrainQuantizer
 from torch import Tensor
 
+from speechbrain_bestrq.machine import describe_machine
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
 
 #: What the project promises at 1200 frames and 8192 codes.
@@ -116,16 +115,6 @@ def measure_speed(frames: int, codes: int, repeats: int, device: str) -> tuple[d
     return seconds, float((labels[OURS] == labels[THEIRS]).double().mean())
 
 
-def machine_name(device: str) -> str:
-    """Name what runs the benchmark."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    information = Path("/proc/cpuinfo")
-    models = information.read_text().splitlines() if information.exists() else []
-    model = next((line.split(":")[1].strip() for line in models if line.startswith("model name")), platform.processor())
-    return f"{model or platform.machine()} ({os.cpu_count()} cores)"
-
-
 def table(arguments: argparse.Namespace) -> str:
     """Measure, and put the result into Markdown."""
     memory = {
@@ -137,7 +126,7 @@ def table(arguments: argparse.Namespace) -> str:
     met = ratio >= TARGET_RATIO and memory[OURS] < TARGET_MEGABYTES
     lines = [
         f"Labels of {arguments.frames} frames, {arguments.codes} codes; {arguments.repeats} repeats in turns; "
-        f"{machine_name(arguments.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{describe_machine(arguments.device)}",
         "",
         "| quantizer | median, ms | fastest - slowest, ms | extra memory, MB |",
         "|---|---|---|---|",

@@ -11,8 +11,6 @@ was held before it, each in a fresh process. One Markdown table goes to the stan
 
 import argparse
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from torch import nn
 
 from speechbrain_bestrq.contrastive import contrastive_loss, sample_negatives
 from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer, mean_shares, perplexity
+from speechbrain_bestrq.machine import describe_machine
 from speechbrain_bestrq.masking import MaskedFrames
 
 #: The base model's sizes: features, targets, codes in each of two groups, distractors, temperature of the cosines.
@@ -131,11 +130,10 @@ def measure_time(arguments: argparse.Namespace, part: str) -> dict[str, list[flo
 
 def table(arguments: argparse.Namespace) -> str:
     """Measure, and put the result into Markdown."""
-    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
     lines = [
         f"{arguments.frames} masked frames in {arguments.utterances} utterances, 2 x {CODES} codes, {NEGATIVES} "
-        f"distractors, forward and backward, fp32; {arguments.repeats} repeats in turns; {machine} ({os.cpu_count()} "
-        f"cores), {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"distractors, forward and backward, fp32; {arguments.repeats} repeats in turns; "
+        f"{describe_machine(arguments.device)}",
         "",
         "| part | whose | median, ms | fastest - slowest, ms | extra memory, MB |",
         "|---|---|---|---|---|",

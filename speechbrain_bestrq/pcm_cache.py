@@ -49,7 +49,8 @@ class PcmCache:
                 "delete that file."
             )
         self._starts = np.cumsum(self.lengths) - self.lengths
-        self._samples = np.memmap(self.path, np.int16, "r")
+        # as a plain array: slices of a memmap are slow to make
+        self._samples = np.asarray(np.memmap(self.path, np.int16, "r"))
 
     def __reduce__(self) -> tuple[type, tuple[Path, np.ndarray]]:
         # a worker that was spawned maps the file itself; the array would be sent whole
@@ -107,7 +108,7 @@ def cache_audio(table: AudioTable, folder: str | os.PathLike, threads: int | Non
     >>> soundfile.write(folder / "a.wav", np.array([1, -2, 3], dtype=np.int16), 16000)
     >>> cache = cache_audio(AudioTable(["a"], [f"{folder}/a.wav"], [3 / 16000], 16000), folder / "cache")
     >>> cache.read(0, start=1, samples=2)
-    memmap([-2,  3], dtype=int16)
+    array([-2,  3], dtype=int16)
     """
     made: list[Path] = []
     run_on_main(lambda: made.append(_make(table, Path(folder), threads or os.cpu_count() or 1)))

@@ -20,6 +20,7 @@ from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.machine import device_name
 from speechbrain_bestrq.model_card import write_card
 from speechbrain_bestrq.pretraining_data import PretrainingBatch
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
@@ -115,12 +116,12 @@ class PretrainingBrain(sb.Brain):
             checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
 
     def _machine_facts(self) -> dict[str, Any]:
-        cuda = self.device_type == "cuda"
         return {
             "model": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "frames_per_second": self._frames_per_second(),
-            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
             "precision": self.precision,
             "world_size": self.world_size,
             "updates_planned": self.optimizer_step_limit,

@@ -150,7 +150,9 @@ class WaveformDataset(torch.utils.data.Dataset):
         stretches = zip(plan.indices.tolist(), plan.starts.tolist(), lengths.tolist(), strict=True)
         read = [self._read(*stretch) for stretch in stretches]
         whole = all(audio.dtype == np.int16 for audio in read)
-        wavs = np.zeros((len(lengths), plan.samples), dtype=np.int16 if whole else np.float32)
+        padded = (lengths < plan.samples).any()
+        make = np.zeros if padded else np.empty
+        wavs = make((len(lengths), plan.samples), dtype=np.int16 if whole else np.float32)
         for row, audio in zip(wavs, read, strict=True):
             row[: len(audio)] = audio if whole else as_float(audio)
         frames = self.frame_lengths(torch.from_numpy(lengths))
@@ -159,7 +161,7 @@ class WaveformDataset(torch.utils.data.Dataset):
         return PretrainingBatch(
             wavs=torch.from_numpy(wavs),
             # times N in float32, rounded, this gives the integers back (exact for N up to 2**21: 131 s)
-            wav_lens=None if (lengths == plan.samples).all() else torch.from_numpy(lengths / plan.samples).float(),
+            wav_lens=torch.from_numpy(lengths / plan.samples).float() if padded else None,
             masked=self.masking(frames, max_frames, derived_generator(*step, 0)),
             noise_seed=derive_seed(*step, 1),
             dropout_seed=derive_seed(*step, 2),

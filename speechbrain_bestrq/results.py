@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.machine import device_name
 from speechbrain_bestrq.metrics import Interval, paired_bootstrap
 
 RESULTS_FILE = "results.json"
@@ -32,14 +32,9 @@ def interval(value: Interval) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Say on what a run ran: the device, threads and versions."""
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU ({platform.processor() or platform.machine()})"
-    )
     packages = ("torch", "speechbrain", "speechbrain_bestrq")
     return {
-        "device": device,
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in packages},
     }

@@ -1,0 +1,47 @@
+"""What a figure was measured on."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def device_name(device: str | torch.device = "cpu") -> str:
+    """Name the GPU, or the processor and its cores.
+
+    Arguments
+    ---------
+    device : str or torch.device
+        ``cuda``, ``cuda:1``..., else the processor.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> device_name("cpu").endswith(" cores)")
+    True
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def describe_machine(device: str | torch.device = "cpu") -> str:
+    """Say in a line what stands beside a measured figure: device, threads, version of PyTorch.
+
+    Arguments
+    ---------
+    device : str or torch.device
+        As for :func:`device_name`.
+
+    Returns
+    -------
+    str
+    """
+    return f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
