@@ -4,7 +4,10 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -107,3 +110,24 @@ def test_wrong_settings_of_the_steps_benchmark_are_refused(step_benchmark, capsy
     with pytest.raises(SystemExit):
         step_benchmark.main(words)
     assert message in capsys.readouterr().err
+
+
+def test_the_loaders_benchmark_reads_the_same_audio_in_all_ways(tmp_path, capsys):
+    module, generator = load("loader"), np.random.default_rng(0)
+    for number in range(6):
+        samples = generator.integers(-9000, 9000, 16000 + 1600 * number).astype(np.int16)
+        soundfile.write(tmp_path / f"{number}.flac", samples, 16000)
+    threads = torch.get_num_threads()
+    module.main([str(tmp_path), "--blocks", "2", "--batch_seconds", "5", "--workers", "1"])
+    torch.set_num_threads(threads)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    names = ["one process", "bare decoding", "files", "cache", "1 workers", "files", "cache"]
+    assert [row[0].strip() for row in rows] == names
+    rates = [float(row[1].split("(")[0].replace(",", "")) for row in rows if "audio-s" not in row[1]]
+    assert min(rates) > 0
+
+
+def test_a_folder_without_audio_is_refused_by_the_loaders_benchmark(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load("loader").main([str(tmp_path)])
+    assert "holds no audio" in capsys.readouterr().err
