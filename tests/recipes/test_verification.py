@@ -213,9 +213,10 @@ def test_a_run_is_not_tested_on_those_it_was_trained_on(train, small_yamls, voxc
 
 @pytest.mark.slow
 def test_torchrun_on_two_devices_trains_and_tells_once(small_yamls, voxceleb, encoder, tmp_path):
+    on_two = ("--precision=bf16", "--encoder_start_update=0")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
-    command += arguments(small_yamls, "bestrq_finetune", voxceleb, encoder, tmp_path / "run", "--precision=bf16")
+    command += arguments(small_yamls, "bestrq_finetune", voxceleb, encoder, tmp_path / "run", *on_two)
     result = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
     )
