@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 
-from speechbrain_bestrq.pretrained import PretrainedEncoder
+from speechbrain_bestrq.frontend import absolute_lengths
+from speechbrain_bestrq.pretrained import PretrainedEncoder, normalize_utterances
 
 
 class LayerMix(nn.Module):
@@ -26,11 +27,20 @@ class LayerMix(nn.Module):
     layernorm : bool
         Normalise each state's frames (LayerNorm without parameters) before the sum, so
         that a weight says what it seems to, whatever the states' scales.
+    utterance_norm : bool
+        Normalise each state's channels over the utterance's frames before the sum. That
+        equalises the scales too, and takes away what all frames of an utterance have in
+        common: the speaker, the microphone, the room. For tasks of what is said.
 
     Attributes
     ----------
     weights : Parameter
         The logits, shape (num_layers,).
+
+    Raises
+    ------
+    ValueError
+        If both are wanted.
 
     Example
     -------
@@ -41,18 +51,23 @@ class LayerMix(nn.Module):
     'layer weights, lowest first: 0.333 0.333 0.333'
     """
 
-    def __init__(self, num_layers: int, layernorm: bool = False):
+    def __init__(self, num_layers: int, layernorm: bool = False, utterance_norm: bool = False):
+        if layernorm and utterance_norm:
+            raise ValueError("layernorm and utterance_norm exclude each other: choose one.")
         super().__init__()
-        self.num_layers, self.layernorm = num_layers, layernorm
+        self.num_layers, self.layernorm, self.utterance_norm = num_layers, layernorm, utterance_norm
         self.weights = nn.Parameter(torch.zeros(num_layers))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mix.
 
         Arguments
         ---------
         hidden : Tensor
             Shape (num_layers, B, T, D).
+        lengths : Tensor, optional
+            Frames of each utterance, shape (B,); None when nothing is padded. They matter
+            with ``utterance_norm``.
 
         Returns
         -------
@@ -70,6 +85,8 @@ class LayerMix(nn.Module):
             hidden = hidden.float()
             if self.layernorm:
                 hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:])
+            if self.utterance_norm:
+                hidden = normalize_utterances(hidden, lengths, each_channel=True)
             return torch.tensordot(self.weights.softmax(0), hidden, dims=1)
 
     def shares(self) -> list[float]:
@@ -101,7 +118,7 @@ class WeightedEncoder(nn.Module):
         The encoder's source; the name is that of ``WeightedSSLModel``.
     save_path, freeze, freeze_feature_extractor, apply_spec_augment, freeze_layers, output_rate
         See :class:`speechbrain_bestrq.pretrained.PretrainedEncoder`.
-    layernorm : bool
+    layernorm, utterance_norm : bool
         See :class:`LayerMix`.
 
     Attributes
@@ -144,6 +161,7 @@ class WeightedEncoder(nn.Module):
         apply_spec_augment: bool = False,
         freeze_layers: int = 0,
         output_rate: int | None = None,
+        utterance_norm: bool = False,
     ):
         super().__init__()
         self.encoder = PretrainedEncoder(
@@ -156,7 +174,7 @@ class WeightedEncoder(nn.Module):
             freeze_layers=freeze_layers,
             output_rate=output_rate,
         )
-        self.mix = LayerMix(self.encoder.num_layers + 1, layernorm)
+        self.mix = LayerMix(self.encoder.num_layers + 1, layernorm, utterance_norm)
         self.num_layers, self.output_dim = self.mix.num_layers, self.encoder.output_dim
         self.freeze = freeze
 
@@ -167,7 +185,10 @@ class WeightedEncoder(nn.Module):
 
     def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Encode waveforms (B, N) of relative lengths (B,) into (B, T, D); zero in the padding."""
-        return self.mix(self.encoder(wav, wav_lens))
+        lengths = None
+        if wav_lens is not None:
+            lengths = self.encoder.num_frames(absolute_lengths(wav_lens.to(wav.device), wav.shape[-1]))
+        return self.mix(self.encoder(wav, wav_lens), lengths)
 
 
 def record_layer_weights(mix: LayerMix, epoch: int, folder: str | os.PathLike) -> str:

@@ -342,7 +342,7 @@ def spec_augment(features: Tensor, lengths: Tensor | None = None, time_span: int
     return features.masked_fill(in_time[:, :, None] | in_features[:, None], 0.0)
 
 
-def normalize_utterances(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+def normalize_utterances(hidden: Tensor, lengths: Tensor | None = None, each_channel: bool = False) -> Tensor:
     """Normalise each utterance to mean 0 and variance 1, over its frames and channels together.
 
     As ``torch.nn.functional.layer_norm`` over both axes, which SpeechBrain's lobes use,
@@ -354,6 +354,9 @@ def normalize_utterances(hidden: Tensor, lengths: Tensor | None = None) -> Tenso
         Shape (..., B, T, D).
     lengths : Tensor, optional
         Frames of each utterance, shape (B,); None when nothing is padded.
+    each_channel : bool
+        Normalise each channel by itself (over the frames only): what an utterance's
+        frames have in common, as its speaker and its room, is gone.
 
     Returns
     -------
@@ -367,11 +370,13 @@ def normalize_utterances(hidden: Tensor, lengths: Tensor | None = None) -> Tenso
     """
     hidden = hidden.float()
     frames, channels = hidden.shape[-2:]
+    axes = (-2,) if each_channel else (-2, -1)
     if lengths is None:
-        return nn.functional.layer_norm(hidden, (frames, channels))
+        variance, mean = torch.var_mean(hidden, axes, correction=0, keepdim=True)
+        return (hidden - mean) * torch.rsqrt(variance + 1e-5)
     padding = ~valid_frames(lengths, frames)[..., None]
-    count = lengths.clamp(min=1)[:, None, None] * channels
-    mean = hidden.masked_fill(padding, 0.0).sum((-2, -1), keepdim=True) / count
+    count = lengths.clamp(min=1)[:, None, None] * (1 if each_channel else channels)
+    mean = hidden.masked_fill(padding, 0.0).sum(axes, keepdim=True) / count
     centred = (hidden - mean).masked_fill(padding, 0.0)
-    variance = centred.square().sum((-2, -1), keepdim=True) / count
+    variance = centred.square().sum(axes, keepdim=True) / count
     return centred * torch.rsqrt(variance + 1e-5)

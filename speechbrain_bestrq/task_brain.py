@@ -183,7 +183,7 @@ class TaskBrain(sb.Brain):
                 wavs = self.hparams.speed_perturb(wavs)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained()):
                 hidden, lengths = self.modules.encoder(wavs, wav_lens)
-        return (hidden[0] if self.mix is None else self.modules.mix(hidden)), lengths
+        return (hidden[0] if self.mix is None else self.modules.mix(hidden, lengths)), lengths
 
     def _encoder_is_trained(self) -> bool:
         return not self.encoder.freeze and self.optimizer_step >= getattr(self.hparams, "encoder_start_update", 0)

@@ -38,6 +38,29 @@ def test_with_layernorm_no_state_counts_more_by_its_scale(hidden):
     assert torch.allclose(LayerMix(4, True)(hidden), LayerMix(4, True)(scaled), atol=1e-3)
 
 
+def test_with_utterance_norm_each_channel_is_standardised_over_its_own_frames(hidden):
+    mixed = LayerMix(4, utterance_norm=True)(hidden, torch.tensor([10, 6]))
+    for utterance, frames in ((0, 10), (1, 6)):
+        states = hidden[:, utterance, :frames]
+        expected = ((states - states.mean(1, keepdim=True)) / states.std(1, correction=0, keepdim=True)).mean(0)
+        assert torch.allclose(mixed[utterance, :frames], expected, atol=1e-4)
+    assert not mixed[1, 6:].any()
+    alone = LayerMix(4, utterance_norm=True)(hidden[:, 1:, :6])
+    assert torch.allclose(mixed[1:, :6], alone, atol=1e-5)
+
+
+def test_with_utterance_norm_nothing_is_left_of_what_all_frames_have_in_common(hidden):
+    lengths, mix = torch.tensor([10, 6]), LayerMix(4, utterance_norm=True)
+    valid = torch.arange(10)[:, None] < torch.tensor([10, 6])[:, None, None]
+    elsewhere = (hidden * 3.0 + 7.0 * torch.randn(4, 2, 1, 8)) * valid
+    assert torch.allclose(mix(elsewhere, lengths), mix(hidden, lengths), atol=1e-3)
+
+
+def test_the_two_norms_exclude_each_other():
+    with pytest.raises(ValueError, match="choose one"):
+        LayerMix(2, layernorm=True, utterance_norm=True)
+
+
 def test_it_learns_which_state_tells(hidden):
     mix = LayerMix(4, layernorm=True)
     optimizer = torch.optim.Adam(mix.parameters(), 0.1)
@@ -71,6 +94,16 @@ def test_a_weighted_encoder_has_the_attributes_of_speechbrains(make_speech_encod
     wavs, wav_lens = 0.1 * torch.randn(2, 8000), torch.tensor([1.0, 0.5])
     states = PretrainedEncoder(folder, freeze=True, output_all_hiddens=True)(wavs, wav_lens)
     assert torch.equal(encoder(wavs, wav_lens), encoder.mix(states))
+
+
+def test_the_utterance_norm_of_a_weighted_encoder_heeds_the_padding(make_speech_encoder, tmp_path):
+    folder = save_encoder(make_speech_encoder(), tmp_path / "encoder", "# Encoder")
+    encoder = WeightedEncoder(folder, freeze=True, utterance_norm=True, output_rate=50)
+    wavs = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
+    padded, alone = encoder(wavs, torch.tensor([1.0, 0.5])), encoder(wavs[1:, :8000])
+    assert torch.allclose(padded[1:, : alone.shape[1]], alone, atol=1e-4)
+    assert not padded[1, alone.shape[1] :].any()
+    assert padded[0].mean(0).abs().max() < 1e-5
 
 
 def test_weights_are_described_in_a_line_and_drawn(tmp_path):
