@@ -22,74 +22,40 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from hyperpyyaml import load_hyperpyyaml
+from contenders import RATE, Ours
 from torch import Tensor
 
 from speechbrain_bestrq.accounting import datasheet_flops
 from speechbrain_bestrq.machine import describe_machine
-from speechbrain_bestrq.pretraining import PretrainingBrain
-from speechbrain_bestrq.pretraining_data import PretrainingBatch
 
-RATE = 16000
-HPARAMS = Path(__file__).resolve().parents[1] / "recipes" / "LibriSpeech" / "pretrain" / "hparams"
 #: The YAMLs of a size: BEST-RQ's, then wav2vec 2.0's.
 YAMLS = {"base": ("bestrq", "wav2vec2"), "small": ("bestrq_small", "wav2vec2_small")}
 #: Seconds for 500 updates of wav2vec 2.0 over those of BEST-RQ in the logs of arXiv 2405.04296.
 PAPER_RATIO = 2.4
 
 
-class Resident(list):
-    """Batches that are on the device already; what the Brain asks of a sampler."""
-
-    epoch, position = 1, 0
-
-
-class Contender:
-    """The updates of one YAML."""
+class Timed:
+    """The updates of one YAML, and what they took."""
 
     def __init__(self, name: str, waveforms: list[Tensor], arguments: argparse.Namespace, folder: Path):
-        self.name, device = name, arguments.device
-        held = held_gigabytes(device)
-        with open(HPARAMS / f"{name}.yaml", encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, {"data_folder": "none", "output_folder": str(folder / name)})
-        self.model = hparams["model"]
-        self.model.measure([(0.1 * torch.randn(1, 10 * RATE, generator=torch.Generator().manual_seed(0)), None)])
-        own = {"grad_accumulation_factor": 1, "log_interval": 10**9, "valid_interval": None}
-        options = {"device": device, "precision": arguments.precision, "noprogressbar": True}
-        (folder / name).mkdir(exist_ok=True)
-        self.brain = PretrainingBrain(
-            {"model": self.model},
-            hparams["optimizer"],
-            {**hparams, **own},
-            {**options, "distributed_backend": "gloo"},
-            None,
-            {},
-        )
-        self.batches = Resident(self._batch(number, wavs) for number, wavs in enumerate(waveforms))
-        self.brain.sampler = self.batches
-        self.brain.on_fit_start()
+        self.name, self.device = name, arguments.device
+        held = held_gigabytes(self.device)
+        self.contender = Ours(name, self.device, arguments.precision, folder)
+        self.contender.start(waveforms)
+        self.parameters = sum(parameter.numel() for parameter in self.contender.model.parameters())
+        self.flops, _ = self.contender.count()
+        self.audio_seconds = self.contender.seconds
         self.seconds: list[float] = []
-        shapes = [(*batch.masked.mask.shape, batch.masked.count) for batch in self.batches]
-        self.flops = sum(self.model.flops(*shape) for shape in shapes)
-        self.audio_seconds = sum(batch.seconds for batch in self.batches)
         self.block()  # warms up
         self.seconds.clear()
-        self.memory = peak_gigabytes(device) - held
-
-    def _batch(self, number: int, wavs: Tensor) -> PretrainingBatch:
-        frames = self.model.speech_encoder.num_frames(wavs.shape[1])
-        generator = torch.Generator().manual_seed(number)
-        masked = self.model.masking(torch.full((len(wavs),), frames), frames, generator)
-        return PretrainingBatch(wavs, None, masked, number, number, number, wavs.numel() / RATE, 0.0).to(wavs.device)
+        self.memory = peak_gigabytes(self.device) - held
 
     def block(self) -> None:
         """Take an update on each batch."""
-        self.brain.modules.train()
         start = time.perf_counter()
-        for batch in self.batches:
-            self.brain.step = 0  # every batch is an update, and none the last of an epoch
-            self.brain.fit_batch(batch)
-        if self.brain.device_type == "cuda":
+        for number in range(len(self.contender.batches)):
+            self.contender.step(number)
+        if self.device == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
 
@@ -141,7 +107,7 @@ def product_rate(device: str, precision: str) -> float:
 def compare(size: str, waveforms: list[Tensor], arguments: argparse.Namespace) -> list[str]:
     """Measure the two of a size: the rows of a table, and a line on their ratio."""
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [Contender(name, waveforms, arguments, Path(folder)) for name in YAMLS[size]]
+        contenders = [Timed(name, waveforms, arguments, Path(folder)) for name in YAMLS[size]]
         for _ in range(arguments.blocks):
             for contender in contenders:
                 contender.block()
@@ -151,11 +117,10 @@ def compare(size: str, waveforms: list[Tensor], arguments: argparse.Namespace) -
         peak = datasheet_flops(torch.cuda.get_device_name(), arguments.precision)
     rows = []
     for one in contenders:
-        parameters = sum(parameter.numel() for parameter in one.model.parameters())
         slowest, fastest = (one.audio_seconds / seconds for seconds in (max(one.seconds), min(one.seconds)))
         rate = one.flops / statistics.median(one.seconds)
         rows.append(
-            f"| {one.name} | {parameters / 1e6:.1f} M | {one.speed:.1f} ({slowest:.1f} - {fastest:.1f}) | "
+            f"| {one.name} | {one.parameters / 1e6:.1f} M | {one.speed:.1f} ({slowest:.1f} - {fastest:.1f}) | "
             f"{one.flops / one.audio_seconds / 1e9:.2f} | {rate / 1e9:.0f} | {100 * rate / product:.0f} % | "
             f"{'-' if peak is None else f'{100 * rate / peak:.1f} %'} | {one.memory:.2f} |"
         )

@@ -81,7 +81,7 @@ def test_the_steps_benchmark_compares_all_contenders_on_the_same_audio(step_benc
     text = capsys.readouterr().out
     assert output.read_text() == text
     rows = {cells[1].strip(): cells for line in text.splitlines() if (cells := line.split("|"))[0] == "" and cells[1:]}
-    names = {"SpeechBrain", "ours, relative", "ours, rotary"}
+    names = {"SpeechBrain", "ours, relative", "ours, rotary", "ours, wav2vec 2.0", "transformers, wav2vec 2.0"}
     assert names <= rows.keys()
     assert rows["SpeechBrain"][5].strip() == "1.00"
     measured = json.loads(output.with_suffix(".json").read_text())["measurements"]
@@ -90,12 +90,38 @@ def test_the_steps_benchmark_compares_all_contenders_on_the_same_audio(step_benc
         assert one["audio_seconds"] == 2 * 2 * 1.5
         assert len(one["block_seconds"]) == 2 and min(one["block_seconds"]) > 0
         assert 0.3 < one["mask_share"] < 0.8
-        assert one["kernels_per_step"] > 100
+        assert one["operators_per_step"] > 100 and one["megabytes_per_audio_second"] > 1
+
+
+def test_each_length_has_its_table(step_benchmark, capsys, monkeypatch):
+    monkeypatch.setattr(step_benchmark, "transformers_is_installed", lambda: False)
+    step_benchmark.main([*TINY, "--seconds", "1.5", "2", "--repeats", "1", "--steps", "1"])
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if line.startswith("Utterances")] == [
+        "Utterances of 1.5 s:",
+        "Utterances of 2 s:",
+    ]
+    assert text.count("| ours, wav2vec 2.0 |") == 2 and "transformers" not in text
+
+
+def test_traffic_counts_what_is_read_and_written_also_backward():
+    traffic = load("traffic")
+    weight = torch.ones(64, 32, requires_grad=True)
+    inputs = torch.ones(16, 32)
+
+    def compute():
+        (inputs @ weight.t()).view(-1).sum().backward()
+
+    counted = traffic.count_traffic(compute)
+    products = counted.by_operator["aten::mm"]
+    assert products[0] == 2  # forward, and the weight's gradient
+    assert products[1] == 2 * 4 * (16 * 32 + 64 * 32 + 16 * 64) - 4 * (16 * 64 - 1)  # the sum's gradient is expanded
+    assert not {"aten::view", "aten::t", "aten::detach", "aten::expand"} & counted.by_operator.keys()
 
 
 def test_the_mixed_lengths_are_spread_like_librispeechs_and_have_no_padding(step_benchmark):
     arguments = step_benchmark.parse(["--seconds", "mix", "--steps", "40"])
-    waveforms = step_benchmark.make_waveforms(arguments, 100.0)
+    waveforms = step_benchmark.make_waveforms(arguments, "mix", 100.0)
     seconds = [wavs.shape[1] / 16000 for wavs in waveforms]
     assert len(set(seconds)) > 5 and min(seconds) < 8 and max(seconds) > 15
     assert all(wavs.numel() <= 100 * 16000 for wavs in waveforms)
@@ -103,7 +129,11 @@ def test_the_mixed_lengths_are_spread_like_librispeechs_and_have_no_padding(step
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--seconds", "long"], "number or mix"), (["--steps", "0"], "at least 1"), (["--device", "cuda"], "no GPU here")],
+    [
+        (["--seconds", "12", "long"], "numbers and mix, not long"),
+        (["--steps", "0"], "at least 1"),
+        (["--device", "cuda"], "no GPU here"),
+    ],
 )
 def test_wrong_settings_of_the_steps_benchmark_are_refused(step_benchmark, capsys, monkeypatch, words, message):
     monkeypatch.setattr(step_benchmark.torch.cuda, "is_available", lambda: False)

@@ -35,7 +35,8 @@ def test_our_loss_in_the_benchmark_is_of_as_many_frames_as_theirs():
     assert masked.count == 1600 and masked.mask.sum(1).tolist() == [400] * 4
 
 
-def test_the_two_methods_are_compared_on_the_same_audio(capsys):
+def test_the_two_methods_are_compared_on_the_same_audio(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
     generator = torch.get_rng_state()
     words = ["--sizes", "small", "--seconds", "1", "--utterances", "1", "--blocks", "1"]
     load("pretraining_cost").main(words)
@@ -49,7 +50,8 @@ def test_the_two_methods_are_compared_on_the_same_audio(capsys):
 
 
 @pytest.mark.parametrize("name", ["wav2vec2_loss", "pretraining_cost"])
-def test_wrong_settings_are_refused(name, capsys):
+def test_wrong_settings_are_refused(name, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
     with pytest.raises(SystemExit):
         load(name).main(["--utterances", "0"])
     assert "at least one utterance" in capsys.readouterr().err
