@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder, run_layers
+from speechbrain_bestrq.encoder import ConformerEncoder, DepthwiseConvolution, SpeechEncoder, run_layers
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
 
 KINDS = pytest.mark.parametrize("attention", ["rotary", "relative"])
@@ -196,6 +196,29 @@ def test_states_are_the_input_then_each_layer_the_last_one_after_the_final_norm(
     expected[-1] = nn.functional.layer_norm(expected[-1], (16,), encoder.norm.weight, encoder.norm.bias, eps=1e-6)
     states = encoder(x)
     assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_depthwise_convolution_is_pytorchs_and_transposes_nothing(dtype, relative_difference):
+    torch.manual_seed(0)
+    ours = DepthwiseConvolution(6, 5).to(dtype)
+    theirs = nn.Conv1d(6, 6, 5, padding=2, groups=6).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    values = torch.randn(3, 11, 6).to(dtype)
+    inputs = [values.clone().requires_grad_() for _ in range(2)]
+    outputs = ours(inputs[0]), theirs(inputs[1].mT).mT
+    assert outputs[0].is_contiguous()
+    accuracy = 1e-6 if dtype == torch.float32 else 1e-2
+    assert relative_difference(outputs[1], outputs[0]) < accuracy
+    for output in outputs:
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    pairs = [
+        (inputs[1].grad, inputs[0].grad),
+        (theirs.weight.grad, ours.weight.grad),
+        (theirs.bias.grad, ours.bias.grad),
+    ]
+    assert all(relative_difference(expected, found) < accuracy for expected, found in pairs)
+    assert inputs[0].grad.is_contiguous()
 
 
 def test_rotary_makes_no_tensor_of_frames_by_frames():
