@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_bestrq.attention import RelativeAttention, RotaryAttention
+from speechbrain_bestrq.convolution import FrameConvolution
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel, valid_frames
 
 _ACTIVATIONS = {"gelu": nn.GELU, "swish": nn.SiLU}
@@ -38,39 +39,6 @@ class FeedForward(nn.Sequential):
         )
 
 
-class DepthwiseConvolution(nn.Conv1d):
-    """A convolution over time of each channel by itself, of sequences with their channels innermost.
-
-    Equal to ``nn.Conv1d`` between two transpositions, with its weights. A sequence (B, T, D)
-    is an image of one row in PyTorch's channels-last format, without moving anything, and
-    comes out as one: on a CPU this takes a third of the time that ``nn.Conv1d`` takes to copy,
-    convolve and copy back. Elsewhere it has not been measured, and ``nn.Conv1d`` is used.
-
-    Arguments
-    ---------
-    channels : int
-        D.
-    kernel_size : int
-        Frames; odd. There is as much padding as keeps the length.
-
-    Example
-    -------
-    >>> DepthwiseConvolution(8, 3)(torch.randn(2, 5, 8)).shape
-    torch.Size([2, 5, 8])
-    """
-
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve (B, T, D)."""
-        if x.device.type != "cpu":
-            return super().forward(x.transpose(1, 2)).transpose(1, 2)
-        image = x.transpose(1, 2).unsqueeze(2)
-        weight, padding = self.weight.unsqueeze(2), (0, *self.padding)
-        return nn.functional.conv2d(image, weight, self.bias, padding=padding, groups=self.groups)[:, :, 0].mT
-
-
 class ConvolutionModule(nn.Module):
     """The Conformer's convolution: gated pointwise, depthwise, LayerNorm, pointwise.
 
@@ -100,7 +68,7 @@ class ConvolutionModule(nn.Module):
             raise ValueError(f"kernel_size must be odd, not {kernel_size}.")
         self.norm = nn.LayerNorm(d_model)
         self.gate = nn.Linear(d_model, 2 * d_model)
-        self.depthwise = DepthwiseConvolution(d_model, kernel_size)
+        self.depthwise = FrameConvolution(d_model, kernel_size, groups=d_model)
         self.inner_norm = nn.LayerNorm(d_model)
         self.activation = _ACTIVATIONS[activation]()
         self.out = nn.Linear(d_model, d_model)

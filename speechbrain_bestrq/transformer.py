@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.parametrizations import weight_norm
 
+from speechbrain_bestrq.convolution import FrameConvolution
 from speechbrain_bestrq.encoder import run_layers
 from speechbrain_bestrq.frontend import valid_frames
 
@@ -132,15 +133,14 @@ class ConvolutionalPositions(nn.Module):
 
     def __init__(self, d_model: int, kernel_size: int = 128, groups: int = 16):
         super().__init__()
-        convolution = nn.Conv1d(d_model, d_model, kernel_size, padding=kernel_size // 2, groups=groups)
+        convolution = FrameConvolution(d_model, kernel_size, groups)
         nn.init.normal_(convolution.weight, std=2.0 / math.sqrt(kernel_size * d_model))
         nn.init.zeros_(convolution.bias)
         self.convolution = weight_norm(convolution, dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute positions of (B, T, d_model), in which padding must be zero."""
-        positions = self.convolution(x.transpose(1, 2))[..., : x.shape[1]]
-        return nn.functional.gelu(positions).transpose(1, 2)
+        return nn.functional.gelu(self.convolution(x)[:, : x.shape[1]])
 
     def flops(self, frames: int) -> float:
         """Multiply-adds (two operations each) of a forward pass over so many frames."""

@@ -7,7 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from speechbrain_bestrq.encoder import ConformerEncoder, DepthwiseConvolution, SpeechEncoder, run_layers
+from speechbrain_bestrq.convolution import FrameConvolution
+from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder, run_layers
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
 
 KINDS = pytest.mark.parametrize("attention", ["rotary", "relative"])
@@ -198,17 +199,19 @@ def test_states_are_the_input_then_each_layer_the_last_one_after_the_final_norm(
     assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_depthwise_convolution_is_pytorchs_and_transposes_nothing(dtype, relative_difference):
+@pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("kernel_size", "groups"), [(5, 6), (8, 3)])
+def test_the_convolution_of_frames_is_pytorchs_and_transposes_nothing(
+    kernel_size, groups, dtype, accuracy, relative_difference
+):
     torch.manual_seed(0)
-    ours = DepthwiseConvolution(6, 5).to(dtype)
-    theirs = nn.Conv1d(6, 6, 5, padding=2, groups=6).to(dtype)
+    ours = FrameConvolution(6, kernel_size, groups).to(dtype)
+    theirs = nn.Conv1d(6, 6, kernel_size, padding=kernel_size // 2, groups=groups).to(dtype)
     theirs.load_state_dict(ours.state_dict())
     values = torch.randn(3, 11, 6).to(dtype)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
     outputs = ours(inputs[0]), theirs(inputs[1].mT).mT
     assert outputs[0].is_contiguous()
-    accuracy = 1e-6 if dtype == torch.float32 else 1e-2
     assert relative_difference(outputs[1], outputs[0]) < accuracy
     for output in outputs:
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
