@@ -161,3 +161,43 @@ def test_a_folder_without_audio_is_refused_by_the_loaders_benchmark(tmp_path, ca
     with pytest.raises(SystemExit):
         load("loader").main([str(tmp_path)])
     assert "holds no audio" in capsys.readouterr().err
+
+
+def write_run(folder, ranks=2):
+    """A run of two ranks: 100 s of audio an update, 10 s each; a validation of 5 s, a checkpoint of 3 s."""
+    known = {"model": "BestRQ", "parameters": 1_000_000, "precision": "fp32", "device": "CPU", "world_size": ranks}
+    (folder / "run.json").write_text(json.dumps(known))
+    lines, clock = [], 60.0
+    for step in range(1, 6):
+        clock += 10.0
+        hours = {"audio_hours": step * 100 / 3600, "device_hours": ranks * clock / 3600}
+        train = {"event": "train", "step": step, "audio_seconds_per_second": 10.0, "data_wait_share": 0.2}
+        lines.append({**train, **hours})
+        if step == 3:
+            clock += 5.0
+            valid = {"event": "valid", "step": step, "seconds": 5.0}
+            lines.append({**valid, **hours, "device_hours": ranks * clock / 3600})
+            clock += 3.0
+    (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_time_of_a_run_is_split_into_its_parts(tmp_path, capsys):
+    write_run(tmp_path)
+    load("end_to_end").main([str(tmp_path)])
+    text = capsys.readouterr().out
+    rows = {cells[1].strip(): cells[2:4] for line in text.splitlines() if len(cells := line.split("|")) == 5}
+    expected = {"updates": 40.0, "- of them waiting for audio": 8.0, "validations": 5.0, "the rest": 3.0}
+    assert {name: float(rows[name][0]) for name in expected} == expected
+    assert rows["updates"][1].strip() == "83.3%"
+    assert "End to end 8.3 audio-seconds a second; in the updates alone 10.0, in their median log line 10.0." in text
+
+
+def test_a_run_without_a_log_is_refused_by_the_time_table(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load("end_to_end").main([str(tmp_path)])
+    assert "has no run.json" in capsys.readouterr().err
+    write_run(tmp_path)
+    first = (tmp_path / "train_log.jsonl").read_text().splitlines()[0]
+    (tmp_path / "train_log.jsonl").write_text(first + "\n")
+    with pytest.raises(SystemExit, match="fewer than two log lines"):
+        load("end_to_end").main([str(tmp_path)])
