@@ -201,3 +201,33 @@ def test_a_run_without_a_log_is_refused_by_the_time_table(tmp_path, capsys):
     (tmp_path / "train_log.jsonl").write_text(first + "\n")
     with pytest.raises(SystemExit, match="fewer than two log lines"):
         load("end_to_end").main([str(tmp_path)])
+
+
+def test_the_model_of_scaling_waits_for_what_does_not_fit_into_the_backward_pass():
+    model = load("scaling").model_update
+    alone = model(2.0, 0.5, 1, 360e6, 10.0, 800.0, 0.01)
+    assert (alone.seconds, alone.efficiency) == (4.0, 1.0)
+    # 8 ranks, 0.5 s each; a ring moves 2 * 7 / 8 * 360 MB through 10 GB/s
+    eight = model(2.0, 0.5, 8, 360e6, 10.0, 800.0, 0.01)
+    assert eight.computing == pytest.approx(0.5) and eight.reducing == pytest.approx(0.063)
+    assert eight.exposed == pytest.approx(0.063 * 25 / 360)  # the rest is hidden: the backward pass takes 0.3 s
+    assert eight.seconds == pytest.approx(0.505 + 0.063 * 25 / 360)
+    slow = model(2.0, 0.5, 8, 360e6, 1.0, 800.0, 0.0)
+    assert slow.exposed == pytest.approx(0.63 - 2 / 3 * 800 / 3600 / 0.5)
+    assert slow.efficiency == pytest.approx(0.5 / slow.seconds)
+
+
+def test_batches_that_ranks_take_together_are_nearly_equally_long():
+    measure = load("scaling").measure_imbalance
+    assert 0 <= measure(8, 200.0, 8000) < 0.02
+
+
+def test_the_table_of_scaling_has_a_row_for_each_speed_and_number(capsys):
+    scaling = load("scaling")
+    scaling.main(["--speed", "1", "2", "--devices", "1", "2", "--updates", "43200", "--update_hours", "2"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [(row[0].strip(), row[1].strip()) for row in rows] == [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")]
+    assert rows[0][7].strip() == "1.00" and rows[2][8].strip() == "0.5"
+    with pytest.raises(SystemExit):
+        scaling.main(["--speed", "0"])
+    assert "above 0" in capsys.readouterr().err
