@@ -8,13 +8,21 @@ from speechbrain_bestrq.commands import Command
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of a pre-training run")
+    parser.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="output folder of a pre-training run, or of a reproduction"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from speechbrain_bestrq.report import summary_markdown, write_report
+    from speechbrain_bestrq.reproduction.report import write_reproduction
+    from speechbrain_bestrq.reproduction.tables import PLAN_FILE
 
+    if (arguments.run_folder / PLAN_FILE).is_file():
+        files = {name: str(path) for name, path in write_reproduction(arguments.run_folder).items()}
+        print(json.dumps(files, indent=2) if arguments.json else "\n".join(files.values()))
+        return
     summary = write_report(arguments.run_folder)
     if arguments.json:
         print(json.dumps(summary, indent=2, allow_nan=False))
@@ -29,7 +37,8 @@ COMMAND = Command(
   sb-bestrq report results/bestrq/1000
   sb-bestrq report results/bestrq/1000 --json > summary.json
 
-Writes RUN/report/curves.png and RUN/report/summary.md, also while the run goes on.""",
+Writes RUN/report/curves.png and RUN/report/summary.md, also while the run goes on; of a reproduction
+RUN/report.md, RUN/report.html and the tables as CSV.""",
     _add_report_arguments,
     _report,
 )

@@ -1,0 +1,82 @@
+"""``sb-bestrq reproduce``: the paper in one command."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from speechbrain_bestrq.commands import Command
+
+_CORPORA = ("librispeech", "voxceleb", "iemocap", "slurp")
+
+
+def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", required=True, help="demo, small, paper, or a YAML file of the same form")
+    parser.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(reproduction/<preset>)")
+    for corpus in _CORPORA:
+        parser.add_argument(f"--{corpus}", type=Path, metavar="FOLDER", help="the corpus, as its recipe takes it")
+    parser.add_argument("--language_model", type=Path, metavar="FILE", help="of words, .arpa or .arpa.gz")
+    parser.add_argument("--devices", metavar="0,1,...", help="GPUs: so many stages at once, each on one")
+    parser.add_argument("--pretraining_devices", type=int, default=1, metavar="COUNT", help="under torchrun (1)")
+    parser.add_argument("--num_workers", type=int, metavar="COUNT", help="that load audio, of every run")
+    parser.add_argument("--dry_run", action="store_true", help="print the stages and their commands, and do nothing")
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from speechbrain_bestrq.errors import InputError
+    from speechbrain_bestrq.locking import sole_writer
+    from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
+    from speechbrain_bestrq.reproduction.report import write_reproduction
+    from speechbrain_bestrq.reproduction.stages import StageState, run_stages
+    from speechbrain_bestrq.reproduction.tables import write_plan
+
+    preset = read_preset(arguments.preset)
+    name = Path(arguments.preset).stem
+    folder = (arguments.output_folder or Path("reproduction") / name).resolve()
+    corpora = {corpus: path.resolve() for corpus in _CORPORA if (path := getattr(arguments, corpus)) is not None}
+    for corpus, path in corpora.items():
+        if not path.is_dir():
+            raise InputError(f"--{corpus} {path} is no folder: give that of the corpus.")
+    options = {} if arguments.num_workers is None else {"num_workers": arguments.num_workers}
+    model = None if arguments.language_model is None else arguments.language_model.resolve()
+    if model is not None and not model.is_file():
+        raise InputError(f"--language_model {model} is no file: give an ARPA file.")
+    stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options)
+    if arguments.dry_run:
+        state = StageState(stages, folder)
+        for stage in stages:
+            print(f"{stage.name}{' (done)' if state.is_done(stage.name) else ''}\n    {shlex.join(stage.command)}")
+        print(f"{len(stages)} stages in {folder}")
+        return 0
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with sole_writer(folder, "--output_folder"):
+        write_plan(folder, name, preset, sorted(corpora), shlex.join(["sb-bestrq", *sys.argv[1:]]))
+        devices = arguments.devices.split(",") if arguments.devices else [None]
+        failed = run_stages(stages, folder, tell, devices)
+        files = write_reproduction(folder)
+    print(files["markdown"].read_text(encoding="utf-8"))
+    print(f"Report: {files['html']}")
+    for stage, why in failed.items():
+        tell(f"not done: {stage}: {why}")
+    if failed:
+        tell(f"{len(failed)} of {len(stages)} stages are not done: mend what they say, and give the command again.")
+    return 1 if failed else 0
+
+
+COMMAND = Command(
+    "reproduce",
+    "redo the paper: both pre-trainings, the tasks, its tables beside ours",
+    """\
+  sb-bestrq reproduce --preset demo
+  sb-bestrq reproduce --preset small --librispeech data/LibriSpeech --slurp data/SLURP
+  sb-bestrq reproduce --preset paper --librispeech data/LibriSpeech --voxceleb data/VoxCeleb --iemocap data/IEMOCAP \\
+      --slurp data/SLURP --language_model 4-gram.arpa.gz --devices 0,1,2,3
+
+Tasks whose corpus is not given are left out. Called again, it goes on; what is done is not done again. The report is
+FOLDER/report.html, and sb-bestrq report FOLDER writes it anew.""",
+    _add_reproduce_arguments,
+    _reproduce,
+)

@@ -1,0 +1,254 @@
+"""From a preset, which is data, to the stages of its plan: the recipes' own commands."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.stages import Stage
+from speechbrain_bestrq.results import RESULTS_FILE
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+PRESETS = Path(__file__).resolve().parent / "presets"
+PRETRAINING = "LibriSpeech/pretrain"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A downstream task: its recipe, the corpus it needs, where its results lie."""
+
+    recipe: str
+    corpus: str
+    results: str = RESULTS_FILE
+
+
+TASKS = {
+    "asr": Task("LibriSpeech/ASR", "librispeech"),
+    "verification": Task("VoxCeleb/verification", "voxceleb"),
+    "emotion": Task("IEMOCAP/emotion", "iemocap", f"all/{RESULTS_FILE}"),
+    "intent": Task("SLURP/intent", "slurp"),
+}
+CORPORA = tuple(task.corpus for task in TASKS.values())
+#: What a preset has to say, and may.
+KEYS = {"seeds", "updates", "pretraining", "baselines", "tasks"}, {"synthetic", "masking"}
+FROZEN, FINE_TUNED = "frozen", "fine-tuned"
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Read a preset.
+
+    Arguments
+    ---------
+    name : str
+        One of those in the package, or a YAML file of the same form.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    InputError
+        If there is none, or it lacks a key or has one too many.
+
+    Example
+    -------
+    >>> read_preset("paper")["updates"]
+    [100000, 200000]
+    """
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(one.stem for one in PRESETS.glob("*.yaml")))
+        raise InputError(f"there is no preset {name!r}: give one of {known}, or a file of the same form.")
+    try:
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is no YAML ({' '.join(str(error).split())}): mend it.") from error
+    needed, allowed = KEYS
+    if not isinstance(preset, dict) or not needed <= preset.keys() <= needed | allowed:
+        raise InputError(f"{path} has to have {', '.join(sorted(needed))} and may have {', '.join(sorted(allowed))}.")
+    if unknown := preset["tasks"].keys() - TASKS.keys():
+        raise InputError(f"{path}: tasks are {', '.join(TASKS)}, not {', '.join(sorted(unknown))}.")
+    return preset
+
+
+def make_plan(
+    preset: Mapping[str, Any],
+    corpora: Mapping[str, str | Path],
+    folder: Path,
+    language_model: str | Path | None = None,
+    pretraining_devices: int = 1,
+    options: Mapping[str, Any] | None = None,
+) -> list[Stage]:
+    """Make the stages of a preset.
+
+    Arguments
+    ---------
+    preset : mapping
+        As :func:`read_preset` gives it.
+    corpora : mapping
+        Folders of "librispeech", "voxceleb", "iemocap", "slurp". Tasks whose corpus is
+        missing are left out; LibriSpeech must be there, for the pre-training. With
+        ``synthetic`` in the preset, they are made.
+    folder : Path
+        Of the plan, absolute.
+    language_model : str or Path, optional
+        For recognition, as train.py takes it.
+    pretraining_devices : int
+        More than 1: the pre-trainings run under torchrun on so many.
+    options : mapping, optional
+        Options that every train.py gets, such as "num_workers".
+
+    Returns
+    -------
+    list of Stage
+        Each after those that it needs.
+
+    Raises
+    ------
+    InputError
+        If there is no corpus to pre-train on, or the recipes are not there.
+    """
+    if not (RECIPES / PRETRAINING / "train.py").is_file():
+        raise InputError(f"{RECIPES} does not exist: run this in a checkout of the repository.")
+    plan = _Plan(preset, dict(corpora), Path(folder), language_model, pretraining_devices, dict(options or {}))
+    if preset.get("synthetic"):
+        plan.add_synthetic()
+    if "librispeech" not in plan.corpora:
+        raise InputError("there is nothing to pre-train on: give --librispeech.")
+    plan.add_pretraining()
+    for task in preset["tasks"]:
+        if TASKS[task].corpus in plan.corpora:
+            plan.add_task(task)
+    if preset.get("masking"):
+        plan.add_masking()
+    return plan.stages
+
+
+def encoder_names(preset: Mapping[str, Any]) -> list[str]:
+    """Names of what the tasks listen with, in the order of the tables: "fbank", "random", "bestrq-1000"...
+
+    Example
+    -------
+    >>> encoder_names(read_preset("small"))
+    ['fbank', 'random', 'wav2vec2-1000', 'wav2vec2-2000', 'bestrq-1000', 'bestrq-2000']
+    """
+    methods = sorted(preset["pretraining"], reverse=True)
+    trained = [f"{method}-{updates}" for method in methods for updates in preset["updates"]]
+    return [*sorted(preset["baselines"]), *trained]
+
+
+class _Plan:
+    def __init__(
+        self,
+        preset: Mapping[str, Any],
+        corpora: dict[str, Any],
+        folder: Path,
+        language_model: str | Path | None,
+        pretraining_devices: int,
+        options: dict[str, Any],
+    ):
+        self.preset, self.corpora, self.folder = preset, corpora, folder
+        self.language_model, self.pretraining_devices, self.options = language_model, pretraining_devices, options
+        self.stages: list[Stage] = []
+        self.speech: dict[str, str] = {}
+        """Of a corpus that is made, the stage that makes it."""
+
+    def add_synthetic(self) -> None:
+        for corpus, hours in self.preset["synthetic"].items():
+            name = f"speech/{corpus}"
+            self.corpora[corpus] = self.folder / name / corpus
+            self.speech[corpus] = name
+            speakers = max(round(320 * hours), 2)  # many, for each has rooms of its own (docs/LOG.md)
+            words = ["--layout", corpus, "--output_folder", str(self.corpora[corpus]), "--hours", str(hours)]
+            words += [] if corpus == "iemocap" else ["--speakers", str(speakers)]
+            command = (sys.executable, "-m", "speechbrain_bestrq.cli", "synthesize", *words)
+            self.stages.append(Stage(name, command, corpus))
+
+    def add_pretraining(self) -> None:
+        for method, settings in self.preset["pretraining"].items():
+            self._add_pretraining(f"pretraining/{method}", settings, self.preset["updates"])
+
+    def _add_pretraining(self, name: str, settings: Mapping[str, Any], updates: Sequence[int]) -> None:
+        given = {**settings["options"], "encoder_at_steps": f"[{', '.join(map(str, updates))}]"}
+        self._add(name, PRETRAINING, settings["yaml"], "librispeech", given, f"encoder@{max(updates)}", ())
+
+    def add_task(self, task: str) -> None:
+        for seed in self.preset["seeds"]:
+            for encoder in encoder_names(self.preset):
+                for kind in (FROZEN, FINE_TUNED):
+                    settings = self.preset["tasks"][task].get(kind)
+                    trained = encoder not in self.preset["baselines"]
+                    if settings is None or kind == FINE_TUNED and not trained:
+                        continue
+                    name = f"{task}-{kind}/{encoder}/{seed}"
+                    source, needs = self._source(encoder)
+                    self._add_probe(name, task, settings, source, seed, needs, cached=kind == FROZEN and encoder)
+
+    def _source(self, encoder: str) -> tuple[str, tuple[str, ...]]:
+        """The source of an encoder, and the stage that makes it."""
+        if encoder == "fbank":
+            return encoder, ()
+        name = "pretraining/bestrq" if encoder == "random" else f"pretraining/{encoder.rsplit('-', 1)[0]}"
+        updates = max(self.preset["updates"]) if encoder == "random" else encoder.rsplit("-", 1)[1]
+        path = f"{self.folder / name / f'encoder@{updates}'}"
+        return (f"random:{path}" if encoder == "random" else path), (name,)
+
+    def _add_probe(
+        self,
+        name: str,
+        task: str,
+        settings: Mapping[str, Any],
+        source: str,
+        seed: int,
+        needs: tuple[str, ...],
+        cached: str | bool = False,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        given = {**settings["options"], "encoder": source, "seed": seed, **(more or {})}
+        if cached and settings["yaml"] == "probe_small":
+            which = f"{cached}-{seed}" if cached == "random" else str(cached)
+            given["cache_folder"] = str(self.folder / "cache" / task / which)
+        if task == "asr" and self.language_model is not None:
+            given["language_model"] = str(self.language_model)
+        recipe = TASKS[task]
+        self._add(name, recipe.recipe, settings["yaml"], recipe.corpus, given, recipe.results, needs)
+
+    def add_masking(self) -> None:
+        """Table 3: the same pre-training with other masks, each probed on the validation set."""
+        sweep, method = self.preset["masking"], self.preset["pretraining"]["bestrq"]
+        if "asr" not in self.preset["tasks"]:
+            return
+        for share, probability in sweep["mask_prob"].items():
+            name = f"masking/{share}"
+            options = {**method["options"], "optimizer_step_limit": sweep["updates"], "mask_prob": probability}
+            self._add_pretraining(name, {"yaml": method["yaml"], "options": options}, [sweep["updates"]])
+            source = str(self.folder / name / f"encoder@{sweep['updates']}")
+            settings, seed = self.preset["tasks"]["asr"][FROZEN], self.preset["seeds"][0]
+            self._add_probe(f"masking-asr/{share}/{seed}", "asr", settings, source, seed, (name,))
+
+    def _add(
+        self,
+        name: str,
+        recipe: str,
+        hparams: str,
+        corpus: str,
+        given: Mapping[str, Any],
+        product: str,
+        needs: tuple[str, ...],
+    ) -> None:
+        path = RECIPES / recipe
+        words = {"data_folder": self.corpora[corpus], "output_folder": self.folder / name, **self.options, **given}
+        program = [sys.executable]
+        if recipe == PRETRAINING and self.pretraining_devices > 1:
+            program += ["-m", "torch.distributed.run", f"--nproc_per_node={self.pretraining_devices}"]
+        command = [*program, str(path / "train.py"), str(path / "hparams" / f"{hparams}.yaml"), "--noprogressbar"]
+        command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        speech = (self.speech[corpus],) if corpus in self.speech else ()
+        self.stages.append(Stage(name, tuple(command), product, (*speech, *needs)))

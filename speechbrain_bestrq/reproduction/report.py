@@ -1,0 +1,316 @@
+"""The report of a reproduction: report.md, report.html and the tables as CSV, out of what its runs left."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.report import summarise
+from speechbrain_bestrq.reproduction.document import (
+    Block,
+    Code,
+    Grid,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Text,
+    to_html,
+    to_markdown,
+)
+from speechbrain_bestrq.reproduction.plan import CORPORA, TASKS
+from speechbrain_bestrq.reproduction.tables import (
+    METHOD_NAMES,
+    Cell,
+    Table,
+    fine_tuned_table,
+    frozen_table,
+    judge,
+    masking_table,
+    read_plan,
+    row_name,
+)
+from speechbrain_bestrq.results import read_results
+from speechbrain_bestrq.run_log import RunLog, curve, read_run
+
+TITLE = "BEST-RQ and wav2vec 2.0: the tables of arXiv 2405.04296, and ours"
+#: Seconds for 500 updates of wav2vec 2.0 over those of BEST-RQ, in the logs of the paper.
+PAPER_RATIO = 2.4
+#: Updates and accuracy on LibriSpeech's dev-clean, from the logs of the paper: 42 epochs were 200,000 updates.
+PAPER_CURVE = tuple(
+    (round(200000 * epoch / 42), accuracy)
+    for epoch, accuracy in ((1, 0.125), (5, 0.155), (10, 0.172), (20, 0.183), (42, 0.186))
+)
+
+
+def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
+    """Write the report of a reproduction, finished or not.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Of the reproduction.
+
+    Returns
+    -------
+    dict
+        The files: "markdown", "html", and a CSV for each table.
+
+    Raises
+    ------
+    InputError
+        If the folder is none of a reproduction.
+    """
+    folder = Path(folder)
+    plan = read_plan(folder)
+    preset = plan["preset"]
+    tables = {
+        "table1": frozen_table(folder, preset),
+        "table2": fine_tuned_table(folder, preset),
+        "table3": masking_table(folder, preset),
+    }
+    runs = _pretrainings(folder, preset)
+    files = {"markdown": folder / "report.md", "html": folder / "report.html"}
+    blocks = _blocks(folder, plan, tables, runs)
+    _write(files["markdown"], to_markdown(TITLE, blocks, folder))
+    _write(files["html"], to_html(TITLE, blocks))
+    for name, table in tables.items():
+        files[name] = folder / f"{name}.csv"
+        _write(files[name], _csv(table))
+    return files
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _pretrainings(folder: Path, preset: Mapping[str, Any]) -> dict[str, RunLog]:
+    """The logs of the pre-trainings that have begun."""
+    runs = {}
+    for method in preset["pretraining"]:
+        try:
+            runs[method] = read_run(folder / "pretraining" / method)
+        except InputError:
+            continue
+    return runs
+
+
+def _blocks(folder: Path, plan: Mapping[str, Any], tables: dict[str, Table], runs: dict[str, RunLog]) -> list[Block]:
+    preset = plan["preset"]
+    blocks: list[Block] = [
+        Paragraph(
+            f"Preset {plan['name']}: pre-trained for {_counts(preset['updates'])} updates, seeds of the tasks: "
+            f"{', '.join(map(str, preset['seeds']))}. Figures are per cent. Ours stand first, with the deviation over "
+            "the seeds or the 95 % interval of one; then the paper's; then the difference, where both are of one "
+            "corpus. What was not run says so."
+        ),
+        *_corpora(plan, tables["table1"]),
+        Heading("Does pre-training pay?"),
+        *_judgement(tables["table1"]),
+    ]
+    for table in tables.values():
+        blocks += [Heading(table.title), _grid(table)]
+    blocks += [Heading("What it cost"), *_cost(runs), Heading("Curves"), *_curves(folder, runs)]
+    blocks += [Heading("Weights of the layers"), *_layers(folder, preset)]
+    return [*blocks, Heading("Where it comes from"), *_provenance(folder, plan, runs)]
+
+
+def _counts(updates: list[int]) -> str:
+    return " and ".join(f"{number:,}" for number in updates)
+
+
+def _corpora(plan: Mapping[str, Any], table: Table) -> list[Block]:
+    named = {"librispeech": "test-clean WER", "voxceleb": "speaker EER", "iemocap": "emotion accuracy"}
+    named["slurp"] = "intent accuracy"
+    official = dict(zip(CORPORA, ("LibriSpeech", "VoxCeleb", "IEMOCAP", "SLURP"), strict=True))
+    items = []
+    for corpus, title in named.items():
+        ours = table.corpora[table.columns.index(title)]
+        if not ours:
+            why = "not run" if corpus in plan["corpora"] else "not run: no corpus was given"
+            items.append(f"in the place of {official[corpus]}: {why}")
+        elif ours != official[corpus]:
+            items.append(f"in the place of {official[corpus]}: {ours}. Its figures do not compare with the paper's.")
+        else:
+            items.append(official[corpus])
+    return [Heading("Speech"), Items(tuple(items))]
+
+
+def _judgement(table: Table) -> list[Block]:
+    sentences = judge(table)
+    if not sentences:
+        return [Paragraph("Not known yet: it takes the untrained encoder and a pre-trained one on the same task.")]
+    return [Items(tuple(sentences))]
+
+
+def _grid(table: Table) -> Grid:
+    heads = [
+        f"{title} ({corpora})" if corpora else title
+        for title, corpora in zip(table.columns, table.corpora, strict=True)
+    ]
+    rows = tuple(
+        ((Text(row_name(name)),), *(tuple(_texts(cell)) for cell in cells)) for name, cells in table.rows.items()
+    )
+    return Grid(("", *heads), rows)
+
+
+def _texts(cell: Cell) -> list[Text]:
+    if cell.value is None:
+        texts = [Text("not run")]
+    else:
+        links = {run.rsplit("/", 1)[1]: _results_link(run) for run in cell.runs}
+        texts = [Text(f"{cell.value:.2f} {cell.spread}".strip(), next(iter(links.values())))]
+        if len(links) > 1:
+            texts += [Text(f"seed {seed}: {cell.values[int(seed)]:.2f}", link) for seed, link in links.items()]
+    if cell.paper is not None:
+        texts.append(Text(f"paper {cell.paper:.2f}"))
+    if cell.difference is not None:
+        texts.append(Text(f"difference {cell.difference:+.2f}"))
+    return texts
+
+
+def _results_link(run: str) -> str:
+    task = run.split("/")[0].removeprefix("masking-").split("-")[0]
+    return f"{run}/{TASKS[task].results}"
+
+
+def _cost(runs: dict[str, RunLog]) -> list[Block]:
+    if not runs:
+        return [Paragraph("No pre-training has begun.")]
+    summaries = {method: summarise(run) for method, run in runs.items()}
+    rows = []
+    for method, one in summaries.items():
+        last = next((row for row in reversed(runs[method].train) if row.get("utilisation") is not None), {})
+        cells = [
+            METHOD_NAMES.get(method, method),
+            _told(one["parameters"], lambda value: f"{value / 1e6:.1f} M"),
+            f"{one['updates']:,}",
+            _told(one["audio_hours"], lambda value: f"{value:,.1f}"),
+            _told(one["device_hours"], lambda value: f"{value:,.2f}"),
+            _told(one["audio_hours_per_device_hour"], lambda value: f"{value:,.1f}"),
+            _told(last.get("utilisation"), lambda value: f"{value:.0%}"),
+            _told(one["peak_memory_gb"], lambda value: f"{value:.2f}"),
+            one["device"] or "",
+        ]
+        rows.append(tuple((Text(cell),) for cell in cells))
+    heads = ("", "parameters", "updates", "audio-hours", "device-hours", "audio-hours in a device-hour")
+    blocks: list[Block] = [Grid((*heads, "of the datasheet's FLOP/s", "peak GB", "device"), tuple(rows))]
+    speeds = {method: one["audio_hours_per_device_hour"] for method, one in summaries.items()}
+    if speeds.get("bestrq") and speeds.get("wav2vec2"):
+        ratio = speeds["bestrq"] / speeds["wav2vec2"]
+        blocks.append(
+            Paragraph(
+                f"BEST-RQ hears {ratio:.2f} times the audio of wav2vec 2.0 in a device-hour, validations and "
+                f"checkpoints included; in the paper an update took {PAPER_RATIO} times less."
+            )
+        )
+    return blocks
+
+
+def _told(value: float | None, form: Any) -> str:
+    return "not known" if value is None else form(value)
+
+
+def _curves(folder: Path, runs: dict[str, RunLog]) -> list[Block]:
+    points = {method: curve(run.folder) for method, run in runs.items()}
+    if not any(points.values()):
+        return [Paragraph("Nothing has been validated yet.")]
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for method, found in points.items():
+        for axis, places in zip(axes, ([one.step for one in found], [one.audio_hours for one in found]), strict=True):
+            values = [100 * one.accuracy for one in found]
+            axis.plot(places, values, marker=".", label=METHOD_NAMES.get(method, method))
+    corpora = {run.run.get("corpus") for run in runs.values()}
+    if corpora == {"LibriSpeech"}:
+        steps, accuracies = zip(*PAPER_CURVE, strict=True)
+        axes[0].plot(steps, [100 * one for one in accuracies], "k--", marker="x", label="BEST-RQ in the paper")
+    axes[0].set(xlabel="updates", ylabel="accuracy on the validation set, %")
+    axes[1].set(xlabel="audio-hours heard")
+    axes[0].legend()
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    path = folder / "curves.png"
+    figure.savefig(path, format="png", metadata={"Software": None})
+    words = (
+        "Accuracy of the pre-training's own task: BEST-RQ tells one of its codes, wav2vec 2.0 the true frame of 101."
+    )
+    return [Picture(path, words)]
+
+
+def _layers(folder: Path, preset: Mapping[str, Any]) -> list[Block]:
+    rows, most = [], 0
+    for run, results in _probes(folder, preset):
+        shares = results.get("layer_weights")
+        if shares and len(shares) > 1:
+            most = max(most, len(shares))
+            rows.append([(Text(run, _results_link(run)),), *((Text(f"{share:.2f}"),) for share in shares)])
+    if not rows:
+        return [Paragraph("No probe has mixed layers yet.")]
+    padded = tuple(tuple([*row, *[(Text(""),)] * (most + 1 - len(row))]) for row in rows)
+    return [
+        Paragraph("State 0 is the input of the first layer; all begin alike."),
+        Grid(("probe", *map(str, range(most))), padded),
+    ]
+
+
+def _probes(folder: Path, preset: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The finished probes with their results, by name."""
+    found = []
+    for task, settings in TASKS.items():
+        for path in sorted(folder.glob(f"{task}-*/*/*/{settings.results}")):
+            run = "/".join(path.relative_to(folder).parts[:3])
+            found.append((run, read_results(path.parent)))
+    return [one for one in found if int(one[0].rsplit("/", 1)[1]) in preset["seeds"]]
+
+
+def _provenance(folder: Path, plan: Mapping[str, Any], runs: dict[str, RunLog]) -> list[Block]:
+    probes = _probes(folder, plan["preset"])
+    records = [*(run.run for run in runs.values()), *(results for _, results in probes)]
+    versions = sorted({f"{name} {value}" for one in records for name, value in (one.get("versions") or {}).items()})
+    devices = sorted({str(one["device"]) for one in records if one.get("device")})
+    hours = sum(results.get("device_hours") or 0.0 for _, results in probes)
+    items = (
+        f"versions: {', '.join(versions) or 'not known'}",
+        f"devices: {'; '.join(devices) or 'not known'}",
+        f"commit: {plan.get('commit') or 'not known'}",
+        f"probes: {len(probes)}, {hours:.2f} device-hours",
+    )
+    commands = [str(run.run["command"]) for run in runs.values() if run.run.get("command")]
+    commands += [results["command"] for _, results in probes if results.get("command")]
+    blocks: list[Block] = [Items(items), Paragraph("The whole: "), Code(plan["command"])]
+    return [*blocks, Paragraph("Each run: "), Code("\n".join(commands) or "none yet")]
+
+
+def _csv(table: Table) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["row", "score", "corpus", "ours", "deviation_or_interval", "paper", "difference", "seeds", "runs"])
+    for name, cells in table.rows.items():
+        for title, cell in zip(table.columns, cells, strict=True):
+            writer.writerow(
+                [
+                    row_name(name),
+                    title,
+                    cell.corpus or "",
+                    _number(cell.value),
+                    cell.spread,
+                    _number(cell.paper),
+                    _number(cell.difference),
+                    " ".join(map(str, cell.values)),
+                    " ".join(cell.runs),
+                ]
+            )
+    return file.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,279 @@
+"""Stages of a plan: commands that depend on one another, run each once, whatever happens between."""
+
+import ctypes
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.locking import sole_writer
+
+#: What a finished stage leaves in its folder.
+STAGE_FILE = "stage.json"
+#: What a stage says goes here, in its folder.
+LOG_FILE = "stage.log"
+#: Of a log, shown when its stage has failed.
+LAST_LINES = 12
+#: Seconds to wait for a process that still writes to a stage's folder.
+PATIENCE = 60
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command with a folder of its own.
+
+    Arguments
+    ---------
+    name : str
+        "pretraining/bestrq": also its folder, within that of the plan.
+    command : tuple of str
+        Program and arguments.
+    product : str
+        A file or folder within its folder, which is there when the stage is done.
+    needs : tuple of str
+        Names of stages that have to be done before.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    product: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The first part of the name: stages of a kind take about equally long."""
+        return self.name.split("/")[0]
+
+
+class StageState:
+    """What is known of the stages of a plan: which are done, how long they took.
+
+    A stage is done if its product is there, and its command and those of all stages
+    before it are the ones that made it.
+
+    Arguments
+    ---------
+    stages : sequence of Stage
+        Each after those that it needs.
+    folder : Path
+        Of the plan.
+
+    Raises
+    ------
+    ValueError
+        If a stage needs one that does not come before it, or two have one name.
+    """
+
+    def __init__(self, stages: Sequence[Stage], folder: Path):
+        self.stages = {stage.name: stage for stage in stages}
+        self.folder = Path(folder)
+        self.marks: dict[str, str] = {}
+        if len(self.stages) < len(stages):
+            raise ValueError("two stages have the same name.")
+        for stage in stages:
+            if missing := [name for name in stage.needs if name not in self.marks]:
+                raise ValueError(f"{stage.name} needs {', '.join(missing)}, which comes later or not at all.")
+            known = [stage.command, stage.product, *(self.marks[name] for name in stage.needs)]
+            self.marks[stage.name] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def folder_of(self, name: str) -> Path:
+        """Where a stage works."""
+        return self.folder / name
+
+    def is_done(self, name: str) -> bool:
+        """Whether a stage has nothing left to do."""
+        record, stage = self._record(name), self.stages[name]
+        return record.get("mark") == self.marks[name] and (self.folder_of(name) / stage.product).exists()
+
+    def seconds(self, name: str) -> float | None:
+        """How long a finished stage took, None for one that is not done."""
+        return self._record(name)["seconds"] if self.is_done(name) else None
+
+    def set_done(self, name: str, seconds: float) -> None:
+        """Remember that a stage is done."""
+        record = {"mark": self.marks[name], "seconds": seconds, "command": list(self.stages[name].command)}
+        path = self.folder_of(name) / STAGE_FILE
+        beside = path.with_name(f"{path.name}.writing")
+        beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+
+    def _record(self, name: str) -> dict:
+        try:
+            return json.loads((self.folder_of(name) / STAGE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def expected_seconds(self, names: Sequence[str]) -> float | None:
+        """How long some stages will take, by the mean of the finished ones of their kind; None if a kind has none."""
+        total = 0.0
+        for name in names:
+            kind = self.stages[name].kind
+            known = [
+                seconds
+                for other in self.stages
+                if self.stages[other].kind == kind and (seconds := self.seconds(other)) is not None
+            ]
+            if not known:
+                return None
+            total += sum(known) / len(known)
+        return total
+
+
+@dataclass
+class _Running:
+    stage: Stage
+    process: subprocess.Popen
+    started: float
+    device: str | None
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    folder: Path,
+    report: Callable[[str], None],
+    devices: Sequence[str | None] = (None,),
+) -> dict[str, str]:
+    """Run what is not done yet; a stage that fails keeps those that need it from running, and no others.
+
+    Interrupted (Ctrl-C, SIGTERM), it lets the running stages end by themselves, as the
+    recipes do with a checkpoint, and raises. Called again, it goes on.
+
+    Arguments
+    ---------
+    stages : sequence of Stage
+        Each after those that it needs.
+    folder : Path
+        Each stage has its name in it.
+    report : callable
+        Takes lines on how it goes.
+    devices : sequence of str, optional
+        Values of ``CUDA_VISIBLE_DEVICES``: so many stages run at once, each on one.
+        None leaves the variable as it is.
+
+    Returns
+    -------
+    dict
+        Of each stage that failed or could not run, why: one line.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If interrupted.
+    """
+    state = StageState(stages, folder)
+    done = {stage.name for stage in stages if state.is_done(stage.name)}
+    if done:
+        report(f"{len(done)} of {len(stages)} stages are done already")
+    waiting, running = deque(stage for stage in stages if stage.name not in done), []
+    failed: dict[str, str] = {}
+    idle = list(devices)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        while waiting or running:
+            for stage in list(waiting):
+                if broken := [name for name in stage.needs if name in failed]:
+                    failed[stage.name] = f"left out: {broken[0]} failed"
+                    waiting.remove(stage)
+                elif idle and done.issuperset(stage.needs):
+                    waiting.remove(stage)
+                    number = len(stages) - len(waiting)
+                    left = _left(state, [one.name for one in (stage, *waiting)], len(devices))
+                    report(f"[{number}/{len(stages)}] {stage.name}{left}")
+                    running.append(_start(stage, state, idle.pop(0)))
+            time.sleep(0.05)
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                idle.append(one.device)
+                why = _finish(one, state)
+                if why is None:
+                    done.add(one.stage.name)
+                else:
+                    failed[one.stage.name] = why.splitlines()[0]
+                    report(why)
+    except KeyboardInterrupt:
+        for one in running:
+            one.process.send_signal(signal.SIGTERM)
+        for one in running:
+            one.process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _left(state: StageState, names: list[str], at_once: int) -> str:
+    seconds = state.expected_seconds(names)
+    return "" if seconds is None else f", about {seconds / at_once / 60:.0f} minutes left"
+
+
+def _start(stage: Stage, state: StageState, device: str | None) -> _Running:
+    folder = state.folder_of(stage.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    _wait_until_free(folder)
+    environment = dict(os.environ)
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
+    with open(folder / LOG_FILE, "a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(stage.command)}\n")
+        log.flush()
+        # a session of its own: Ctrl-C reaches it once, from here
+        process = subprocess.Popen(
+            stage.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+    return _Running(stage, process, time.monotonic(), device)
+
+
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM when the parent dies, also by SIGKILL: a stage that nobody waits for is in the way."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_until_free(folder: Path) -> None:
+    """Wait for the stage that a killed process has left behind to save and end."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with sole_writer(folder):
+                return
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _finish(one: _Running, state: StageState) -> str | None:
+    """Note that a stage is done, or say in lines why it is not."""
+    stage, status = one.stage, one.process.returncode
+    folder = state.folder_of(stage.name)
+    if status == 0 and (folder / stage.product).exists():
+        state.set_done(stage.name, time.monotonic() - one.started)
+        return None
+    why = f"ended with status {status}" if status else f"left no {stage.product}"
+    log = folder / LOG_FILE
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    return "\n".join(
+        [
+            f"{stage.name} {why}: see {log}",
+            f"  $ {shlex.join(stage.command)}",
+            *(f"  {line}" for line in lines),
+        ]
+    )

@@ -1,0 +1,320 @@
+"""The paper's tables, beside what the runs of a reproduction came to: every figure is read from a results.json."""
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.plan import FINE_TUNED, FROZEN, TASKS, encoder_names
+from speechbrain_bestrq.results import read_results
+
+#: What a reproduction leaves in its folder, for the report: its preset and what was given.
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A score in a table.
+
+    Arguments
+    ---------
+    title : str
+        As the paper calls it.
+    task : str
+    test_set : str or None
+        None for the only one.
+    score : str
+        In the test set's results; a share of 1.
+    corpus : str
+        The paper's. The figures compare if the run's is the same.
+    lower_is_better : bool
+    """
+
+    title: str
+    task: str
+    test_set: str | None
+    score: str
+    corpus: str
+    lower_is_better: bool = True
+
+
+_ASR = ("test-clean", "test-other")
+RECOGNITION = tuple(
+    Column(f"{name} {title}", "asr", name, score, "LibriSpeech")
+    for name in _ASR
+    for score, title in (("wer", "WER"), ("wer_lm", "WER + LM"), ("cer", "CER"))
+)
+#: Of Table 1.
+FROZEN_COLUMNS = (
+    *RECOGNITION,
+    Column("speaker EER", "verification", None, "eer", "VoxCeleb"),
+    Column("intent accuracy", "intent", "test", "accuracy", "SLURP", False),
+    Column("emotion accuracy", "emotion", "test", "accuracy", "IEMOCAP", False),
+)
+
+_W2V2, _BESTRQ = "wav2vec2", "bestrq"
+_FIGURES = ("test-clean WER", "test-clean WER + LM", "test-other WER", "test-other WER + LM")
+_ALL = (*_FIGURES, "speaker EER", "intent accuracy", "emotion accuracy")
+#: Table 1 of arXiv 2405.04296, per cent.
+PAPER_FROZEN = {
+    f"{_W2V2}-100000": dict(zip(_ALL, (16.26, 10.63, 40.17, 30.83, 4.56, 72.8, 60.9), strict=True)),
+    f"{_W2V2}-200000": dict(zip(_ALL, (13.89, 9.45, 33.55, 25.49, 3.83, 74.5, 63.0), strict=True)),
+    f"{_BESTRQ}-100000": dict(zip(_ALL, (16.79, 10.79, 38.09, 28.31, 3.84, 74.3, 61.3), strict=True)),
+    f"{_BESTRQ}-200000": dict(zip(_ALL, (15.11, 9.76, 34.06, 24.74, 3.53, 74.8, 63.8), strict=True)),
+}
+#: Table 2, per cent.
+PAPER_FINE_TUNED = {
+    f"{_W2V2}-100000": dict(zip(_FIGURES, (16.42, 10.29, 36.62, 27.25), strict=True)),
+    f"{_W2V2}-200000": dict(zip(_FIGURES, (13.47, 8.73, 29.64, 21.92), strict=True)),
+    f"{_BESTRQ}-100000": dict(zip(_FIGURES, (14.59, 9.00, 31.49, 23.04), strict=True)),
+    f"{_BESTRQ}-200000": dict(zip(_FIGURES, (12.21, 7.78, 26.81, 19.67), strict=True)),
+}
+#: Table 3: WER of dev-clean by the share of frames that begin a span (8192 codes; of 0.05 and 0.12 the only figure).
+PAPER_MASKING = {"0.01": 36.45, "0.05": 25.24, "0.1": 20.68, "0.12": 20.11}
+MASKING_COLUMN = Column("dev-clean WER", "asr", None, "wer", "LibriSpeech")
+
+METHOD_NAMES = {_BESTRQ: "BEST-RQ", _W2V2: "wav2vec 2.0", "random": "untrained", "fbank": "filter banks"}
+
+
+@dataclass
+class Cell:
+    """A figure of ours and the paper's, per cent."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    """By seed."""
+    low: float | None = None
+    high: float | None = None
+    """The 95 % interval, of a single seed."""
+    paper: float | None = None
+    corpus: str | None = None
+    comparable: bool = False
+    """Whether both are of one corpus."""
+    runs: tuple[str, ...] = ()
+    """Folders of the runs, within the reproduction's."""
+
+    @property
+    def value(self) -> float | None:
+        """The mean over the seeds."""
+        return statistics.fmean(self.values.values()) if self.values else None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the paper's, where they compare."""
+        return self.value - self.paper if self.comparable and self.paper is not None and self.values else None
+
+    @property
+    def spread(self) -> str:
+        """The interval of one seed, the deviation of several."""
+        if len(self.values) > 1:
+            return f"± {statistics.stdev(self.values.values()):.2f}"
+        return "" if self.low is None else f"({self.low:.2f} to {self.high:.2f})"
+
+
+@dataclass
+class Table:
+    """One of the paper's tables."""
+
+    title: str
+    columns: list[str]
+    corpora: list[str]
+    """Of each column, the corpora of our figures by their true names."""
+    rows: dict[str, list[Cell]]
+    """By encoder."""
+
+
+def write_plan(folder: Path, name: str, preset: Mapping[str, Any], corpora: Sequence[str], command: str) -> None:
+    """Keep what was planned, for the report.
+
+    Arguments
+    ---------
+    folder : Path
+        Of the reproduction.
+    name : str
+        Of the preset.
+    preset : mapping
+        What it says.
+    corpora : sequence of str
+        Which were given.
+    command : str
+        The command line.
+    """
+    plan = {"name": name, "preset": preset, "corpora": list(corpora), "command": command, "commit": commit()}
+    path = Path(folder) / PLAN_FILE
+    beside = path.with_name(f"{path.name}.writing")
+    beside.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def commit() -> str | None:
+    """The commit of this checkout, None where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """Read what was planned.
+
+    Raises
+    ------
+    InputError
+        If the folder is none of a reproduction.
+    """
+    path = Path(folder) / PLAN_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: give the folder of a reproduction (sb-bestrq reproduce).") from error
+
+
+def frozen_table(folder: Path, preset: Mapping[str, Any]) -> Table:
+    """Table 1: frozen encoders on four tasks."""
+    return _table("Table 1: frozen encoders", folder, preset, FROZEN, FROZEN_COLUMNS, PAPER_FROZEN)
+
+
+def fine_tuned_table(folder: Path, preset: Mapping[str, Any]) -> Table:
+    """Table 2: recognition by fine-tuned encoders."""
+    return _table("Table 2: fine-tuned encoders", folder, preset, FINE_TUNED, RECOGNITION, PAPER_FINE_TUNED)
+
+
+def masking_table(folder: Path, preset: Mapping[str, Any]) -> Table:
+    """Table 3: how much is masked in pre-training."""
+    shares = [str(share) for share in preset.get("masking", {}).get("mask_prob", PAPER_MASKING)]
+    rows = {}
+    for share in shares:
+        cell = Cell(paper=PAPER_MASKING.get(share))
+        for seed in preset["seeds"][:1]:
+            run = f"masking-asr/{share}/{seed}"
+            if (results := _results(folder, run, "asr")) is not None:
+                cell.values[seed] = 100 * results["validation"]["wer"]
+                _describe(cell, results["corpus"], MASKING_COLUMN, run)
+        rows[share] = [cell]
+    title = "Table 3: share of frames that begin a masked span"
+    return Table(title, [MASKING_COLUMN.title], [_corpora(row[0] for row in rows.values())], rows)
+
+
+def _table(
+    title: str,
+    folder: Path,
+    preset: Mapping[str, Any],
+    kind: str,
+    columns: Sequence[Column],
+    paper: Mapping[str, Mapping[str, float]],
+) -> Table:
+    names = [name for name in encoder_names(preset) if kind == FROZEN or name not in preset["baselines"]]
+    # the paper's rows are shown also when they were not run
+    rows = {
+        name: [_cell(folder, preset, kind, name, column, paper) for column in columns]
+        for name in (*names, *(name for name in paper if name not in names))
+    }
+    corpora = [_corpora(cells[number] for cells in rows.values()) for number in range(len(columns))]
+    return Table(title, [column.title for column in columns], corpora, rows)
+
+
+def _cell(
+    folder: Path,
+    preset: Mapping[str, Any],
+    kind: str,
+    encoder: str,
+    column: Column,
+    paper: Mapping[str, Mapping[str, float]],
+) -> Cell:
+    cell = Cell(paper=paper.get(encoder, {}).get(column.title))
+    for seed in preset["seeds"]:
+        run = f"{column.task}-{kind}/{encoder}/{seed}"
+        results = _results(folder, run, column.task)
+        if results is None:
+            continue
+        sets = results["sets"]
+        found = next(iter(sets.values())) if column.test_set is None else sets.get(column.test_set, {})
+        if column.score not in found:
+            continue
+        score = found[column.score]
+        cell.values[seed] = 100 * score["value"]
+        cell.low, cell.high = 100 * score["low"], 100 * score["high"]
+        _describe(cell, results["corpus"], column, run)
+    return cell
+
+
+def _describe(cell: Cell, corpus: str, column: Column, run: str) -> None:
+    cell.corpus, cell.comparable = corpus, corpus == column.corpus
+    cell.runs = (*cell.runs, run)
+
+
+def _results(folder: Path, run: str, task: str) -> dict[str, Any] | None:
+    path = Path(folder) / run / TASKS[task].results
+    return read_results(path.parent) if path.is_file() else None
+
+
+def _corpora(cells: Any) -> str:
+    return "; ".join(sorted({cell.corpus for cell in cells if cell.corpus is not None}))
+
+
+def row_name(encoder: str) -> str:
+    """Name an encoder as tables do.
+
+    Example
+    -------
+    >>> row_name("bestrq-1000"), row_name("random"), row_name("0.05")
+    ('BEST-RQ, 1,000 updates', 'untrained', '5 %')
+    """
+    if encoder.replace(".", "", 1).isdecimal():
+        return f"{100 * float(encoder):g} %"
+    method, _, updates = encoder.partition("-")
+    name = METHOD_NAMES.get(method, method)
+    return f"{name}, {int(updates):,} updates" if updates else name
+
+
+def judge(table: Table, columns: Sequence[Column] = FROZEN_COLUMNS, against: str = "random") -> list[str]:
+    """Say of each score whether pre-training pays: its best row against the untrained encoder.
+
+    Arguments
+    ---------
+    table : Table
+        :func:`frozen_table`'s.
+    columns : sequence of Column
+        Its columns.
+    against : str
+        The row to compare with.
+
+    Returns
+    -------
+    list of str
+        Sentences; none of scores that were not run for both.
+    """
+    sentences = []
+    for number, column in enumerate(columns):
+        if against not in table.rows or (base := table.rows[against][number]).value is None:
+            continue
+        for encoder, cells in table.rows.items():
+            cell = cells[number]
+            if cell.value is None or "-" not in encoder:
+                continue
+            gain = (base.value - cell.value) * (1 if column.lower_is_better else -1)
+            if gain <= 0:
+                verdict = f"does not beat the untrained encoder ({cell.value:.2f} against {base.value:.2f} %)"
+            elif gain <= _doubt(cell, base):
+                verdict = f"is ahead of the untrained encoder by {gain:.2f} points, which may be chance"
+            else:
+                verdict = f"beats the untrained encoder by {gain:.2f} points"
+            sentences.append(f"{column.title}: {row_name(encoder)} {verdict}.")
+    return sentences
+
+
+def _doubt(*cells: Cell) -> float:
+    """Half the width of an interval of the difference: of the deviations over seeds, or of one seed's intervals."""
+    squares = 0.0
+    for cell in cells:
+        half = (cell.high - cell.low) / 2 if cell.low is not None else 0.0
+        if len(cell.values) > 1:
+            half = max(half, 1.96 * statistics.stdev(cell.values.values()))
+        squares += half**2
+    return squares**0.5

@@ -1,0 +1,281 @@
+"""A preset becomes the recipes' own commands; what they leave becomes the paper's tables, and nothing else does."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from speechbrain_bestrq import cli
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.plan import CORPORA, PRESETS, encoder_names, make_plan, read_preset
+from speechbrain_bestrq.reproduction.report import write_reproduction
+from speechbrain_bestrq.reproduction.stages import StageState
+from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, frozen_table, judge, write_plan
+
+NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def everything(name, folder):
+    """The plan of a preset with all corpora."""
+    preset = read_preset(name)
+    given = {} if preset.get("synthetic") else {corpus: Path("/data") / corpus for corpus in CORPORA}
+    return preset, make_plan(preset, given, folder)
+
+
+# ---------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_of_every_preset_is_a_command_that_its_recipe_takes(name, tmp_path):
+    _, stages = everything(name, tmp_path)
+    StageState(stages, tmp_path)  # in an order that can be
+    for stage in stages:
+        words = list(stage.command)
+        if "synthesize" in words:
+            cli.build_parser().parse_args(words[words.index("synthesize") :])
+            continue
+        place = next(number for number, word in enumerate(words) if word.endswith("train.py"))
+        assert Path(words[place]).is_file()
+        # train.py refuses keys that its YAML does not have
+        keys = set(re.findall(r"^(\w+):", Path(words[place + 1]).read_text(), re.MULTILINE))
+        given = dict(zip(words[place + 3 :: 2], words[place + 4 :: 2], strict=True))
+        assert words[place + 2] == "--noprogressbar" and {f"--{key}" for key in keys} >= given.keys()
+        assert given["--output_folder"] == str(tmp_path / stage.name)
+
+
+def test_the_plan_of_the_paper_has_its_rows_and_seeds(tmp_path):
+    preset, stages = everything("paper", tmp_path)
+    names = [stage.name for stage in stages]
+    assert encoder_names(preset)[2:] == list(PAPER_FROZEN)
+    for encoder in encoder_names(preset):
+        for seed in (1, 2, 3):
+            assert {f"{task}-frozen/{encoder}/{seed}" for task in preset["tasks"]} <= set(names)
+            assert (f"asr-fine-tuned/{encoder}/{seed}" in names) == (encoder in PAPER_FROZEN)
+    probe = next(stage for stage in stages if stage.name == "intent-frozen/random/2")
+    assert probe.needs == ("pretraining/bestrq",)
+    assert f"random:{tmp_path}/pretraining/bestrq/encoder@200000" in probe.command
+    assert [name for name in names if name.startswith("masking/")] == [f"masking/{s}" for s in (0.01, 0.05, 0.1, 0.12)]
+    sweep = next(stage for stage in stages if stage.name == "masking/0.05")
+    assert sweep.command[sweep.command.index("--mask_prob") + 1] == "0.2"
+
+
+def test_tasks_without_a_corpus_are_left_out_and_options_are_handed_on(tmp_path):
+    given = {"librispeech": Path("/data/L"), "slurp": Path("/data/S")}
+    options = {"language_model": "/lm.arpa", "pretraining_devices": 4, "options": {"num_workers": 3}}
+    stages = make_plan(read_preset("small"), given, tmp_path, **options)
+    assert {stage.kind for stage in stages} == {"pretraining", "asr-frozen", "intent-frozen"}
+    for stage in stages:
+        assert ("--nproc_per_node=4" in stage.command) == (stage.kind == "pretraining")
+        assert ("/lm.arpa" in stage.command) == (stage.kind == "asr-frozen")
+        assert stage.command[stage.command.index("--num_workers") + 1] == "3"
+
+
+def test_presets_that_are_none_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no preset 'large': give one of demo, paper, small"):
+        read_preset("large")
+    path = tmp_path / "own.yaml"
+    path.write_text("seeds: [1]\n")
+    with pytest.raises(InputError, match="has to have baselines, pretraining"):
+        read_preset(str(path))
+    path.write_text("a: [")
+    with pytest.raises(InputError, match="is no YAML"):
+        read_preset(str(path))
+    small = (PRESETS / "small.yaml").read_text()
+    path.write_text(small.replace("  intent:", "  translation:"))
+    with pytest.raises(InputError, match="not translation"):
+        read_preset(str(path))
+    with pytest.raises(InputError, match="give --librispeech"):
+        make_plan(read_preset("small"), {"slurp": tmp_path}, tmp_path)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def score(value):
+    return {"value": value, "low": value - 0.02, "high": value + 0.02}
+
+
+def write_probe(folder, run, sets, corpus="speechocean762", within="", **more):
+    place = folder / run / within
+    place.mkdir(parents=True)
+    results = {"corpus": corpus, "sets": sets, "command": f"python train.py {run}", "device_hours": 0.5, **more}
+    (place / "results.json").write_text(json.dumps(results))
+
+
+def write_pretraining(folder, method, speed):
+    place = folder / "pretraining" / method
+    place.mkdir(parents=True)
+    run = {
+        "model": method,
+        "corpus": "speechocean762",
+        "parameters": 5e6,
+        "device": "a CPU",
+        "command": f"train {method}",
+    }
+    (place / "run.json").write_text(json.dumps(run))
+    lines = [
+        {"event": "valid", "step": step, "loss": 5.0, "accuracy": step / 1e5, "audio_hours": step / 100}
+        | {"device_hours": step / 100 / speed}
+        for step in (1000, 2000)
+    ]
+    (place / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def reproduction(tmp_path):
+    """A reproduction of which intents, and recognition in part, are done."""
+    preset = read_preset("small")
+    write_plan(tmp_path, "small", preset, ["librispeech", "slurp"], "sb-bestrq reproduce --preset small")
+    accuracies = {"fbank": 0.5, "random": 0.52, "bestrq-1000": 0.51, "bestrq-2000": 0.6, "wav2vec2-2000": 0.53}
+    for encoder, accuracy in accuracies.items():
+        for seed in (1, 2):
+            sets = {"test": {"accuracy": score(accuracy + 0.01 * seed)}}
+            weights = [0.2, 0.8] if encoder == "bestrq-2000" else [1.0]
+            write_probe(tmp_path, f"intent-frozen/{encoder}/{seed}", sets, "Speech Commands", layer_weights=weights)
+    sets = {"test-clean": {"wer": score(0.9), "cer": score(0.3)}, "test-other": {"wer": score(0.95), "cer": score(0.4)}}
+    write_probe(tmp_path, "asr-frozen/bestrq-2000/1", sets)
+    write_pretraining(tmp_path, "bestrq", 30.0)
+    write_pretraining(tmp_path, "wav2vec2", 10.0)
+    return tmp_path
+
+
+def rows_of(path, table="Table 1"):
+    """The rows of a table of the Markdown report, by encoder and column."""
+    part = path.read_text().split(f"## {table}")[1].split("\n## ")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+
+
+def test_each_figure_is_the_mean_over_its_runs_and_links_to_them(reproduction):
+    files = write_reproduction(reproduction)
+    rows = rows_of(files["markdown"])
+    cell = rows["BEST-RQ, 2,000 updates"]["intent accuracy (Speech Commands)"]
+    assert cell == (
+        "[61.50 ± 0.71](intent-frozen/bestrq-2000/1/results.json)<br>"
+        "[seed 1: 61.00](intent-frozen/bestrq-2000/1/results.json)<br>"
+        "[seed 2: 62.00](intent-frozen/bestrq-2000/2/results.json)"
+    )
+    one = rows["BEST-RQ, 2,000 updates"]["test-clean WER (speechocean762)"]
+    assert one == "[90.00 (88.00 to 92.00)](asr-frozen/bestrq-2000/1/results.json)"
+    assert rows["untrained"]["test-clean WER (speechocean762)"] == "not run"
+    assert rows["untrained"]["speaker EER"] == "not run"
+    page = files["html"].read_text()
+    links = set(re.findall(r'href="([^"]+)"', page))
+    assert links and all((reproduction / link).is_file() for link in links)
+    assert "http" not in page.split("</style>")[1].replace("http-equiv", "") and "data:image/png;base64," in page
+
+
+def test_stand_ins_are_named_and_not_compared_with_the_paper(reproduction):
+    rows = rows_of(write_reproduction(reproduction)["markdown"])
+    assert rows["BEST-RQ, 100,000 updates"]["intent accuracy (Speech Commands)"] == "not run<br>paper 74.30"
+    assert not [cell for row in rows.values() for cell in row.values() if "difference" in cell]
+    text = (reproduction / "report.md").read_text()
+    assert "in the place of SLURP: Speech Commands. Its figures do not compare with the paper's." in text
+    assert "in the place of LibriSpeech: speechocean762." in text
+    assert "in the place of IEMOCAP: not run: no corpus was given" in text
+
+
+def test_on_the_papers_corpus_the_difference_is_given(tmp_path):
+    preset = {**read_preset("paper"), "seeds": [1]}
+    write_plan(tmp_path, "paper", preset, list(CORPORA), "sb-bestrq reproduce --preset paper")
+    write_probe(tmp_path, "verification-frozen/bestrq-200000/1", {"vox1": {"eer": score(0.04)}}, "VoxCeleb")
+    write_probe(
+        tmp_path, "emotion-frozen/bestrq-200000/1", {"test": {"accuracy": score(0.63)}}, "IEMOCAP", within="all"
+    )
+    sweep = {"validation": {"wer": 0.25}}
+    write_probe(tmp_path, "masking-asr/0.05/1", {}, "LibriSpeech", **sweep)
+    rows = rows_of(write_reproduction(tmp_path)["markdown"])["BEST-RQ, 200,000 updates"]
+    assert rows["speaker EER (VoxCeleb)"].endswith("<br>paper 3.53<br>difference +0.47")
+    assert rows["emotion accuracy (IEMOCAP)"].endswith("<br>paper 63.80<br>difference -0.80")
+    assert "(emotion-frozen/bestrq-200000/1/all/results.json)" in rows["emotion accuracy (IEMOCAP)"]
+    masking = rows_of(tmp_path / "report.md", "Table 3")
+    assert masking["5 %"]["dev-clean WER (LibriSpeech)"].endswith("<br>paper 25.24<br>difference -0.24")
+    assert masking["1 %"]["dev-clean WER (LibriSpeech)"] == "not run<br>paper 36.45"
+
+
+def test_where_pre_training_does_not_pay_the_report_says_so(reproduction):
+    sentences = judge(frozen_table(reproduction, read_preset("small")))
+    assert sentences == [
+        "intent accuracy: wav2vec 2.0, 2,000 updates is ahead of the untrained encoder by 1.00 points, "
+        "which may be chance.",
+        "intent accuracy: BEST-RQ, 1,000 updates does not beat the untrained encoder (52.50 against 53.50 %).",
+        "intent accuracy: BEST-RQ, 2,000 updates beats the untrained encoder by 8.00 points.",
+    ]
+    assert all(sentence in (write_reproduction(reproduction)["markdown"]).read_text() for sentence in sentences)
+
+
+def test_a_changed_result_changes_its_cell_and_nothing_else(reproduction):
+    before = {name: path.read_text().splitlines() for name, path in write_reproduction(reproduction).items()}
+    path = reproduction / "asr-frozen" / "bestrq-2000" / "1" / "results.json"
+    path.write_text(path.read_text().replace('"value": 0.4,', '"value": 0.41,'))
+    after = {name: path.read_text().splitlines() for name, path in write_reproduction(reproduction).items()}
+    for name in before:
+        pairs = list(zip(before[name], after[name], strict=True))
+        changed = [(old, new) for old, new in pairs if old != new]
+        assert len(changed) == (1 if name in ("markdown", "html", "table1") else 0), name
+        for old, new in changed:
+            assert old.replace("40.0", "41.0") == new
+
+
+def test_the_tables_are_the_same_bytes_elsewhere(reproduction, tmp_path_factory):
+    files = write_reproduction(reproduction)
+    copy = tmp_path_factory.mktemp("copy") / "reproduction"
+    shutil.copytree(reproduction, copy)
+    for path in files.values():
+        (copy / path.name).unlink()
+    again = write_reproduction(copy)
+    for name in ("markdown", "table1", "table2", "table3"):
+        assert again[name].read_bytes() == files[name].read_bytes()
+
+
+def test_the_cost_and_its_ratio_come_from_the_logs(reproduction):
+    text = write_reproduction(reproduction)["markdown"].read_text()
+    assert "BEST-RQ hears 3.00 times the audio of wav2vec 2.0 in a device-hour" in text
+    assert "| BEST-RQ | 5.0 M | 2,000 | 20.0 | 0.67 | 30.0 |" in text
+    assert "sb-bestrq reproduce --preset small" in text and "train bestrq" in text
+
+
+def test_the_csv_has_a_line_for_each_cell(reproduction):
+    files = write_reproduction(reproduction)
+    with open(files["table1"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["row"], row["score"]): row for row in rows}
+    assert len(found) == len(rows) == 10 * 9
+    row = found["BEST-RQ, 2,000 updates", "intent accuracy"]
+    assert (row["ours"], row["seeds"], row["corpus"]) == ("61.500", "1 2", "Speech Commands")
+    assert found["BEST-RQ, 100,000 updates", "speaker EER"]["paper"] == "3.840"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert cli.main(["reproduce", "--preset", "demo", "--output_folder", str(folder), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "pretraining/wav2vec2\n    " in printed and printed.rstrip().endswith(f"stages in {folder}")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--preset", "huge"], "there is no preset 'huge'"),
+        (["--preset", "small"], "give --librispeech"),
+        (["--preset", "small", "--librispeech", "/nowhere"], "--librispeech /nowhere is no folder"),
+        (["--preset", "demo", "--language_model", "/nowhere"], "/nowhere is no file"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["reproduce", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_the_report_command_knows_a_reproduction(reproduction, capsys):
+    assert cli.main(["report", str(reproduction)]) == 0
+    assert str(reproduction / "report.html") in capsys.readouterr().out

@@ -1,0 +1,149 @@
+"""Stages run once each, in their order, whatever fails, whenever it is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from speechbrain_bestrq.reproduction.stages import LOG_FILE, STAGE_FILE, Stage, StageState, run_stages
+
+#: Writes its product and notes that it ran; "fail" in its words makes it fail.
+WORK = """
+import sys, pathlib, time
+folder, seconds, *words = sys.argv[1:]
+folder = pathlib.Path(folder)
+with open(folder.parent.parent / "ran.txt", "a") as file:
+    file.write("/".join(folder.parts[-2:]) + "\\n")
+time.sleep(float(seconds))
+if "fail" in words:
+    print("this is why")
+    sys.exit(3)
+if "nothing" not in words:
+    (folder / "results.json").write_text("{}")
+"""
+
+
+def stage(folder, name, *words, needs=(), seconds=0.0):
+    command = (sys.executable, "-c", WORK, str(folder / name), str(seconds), *words)
+    return Stage(name, command, "results.json", needs)
+
+
+def ran(folder):
+    path = folder / "ran.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_each_stage_runs_once_after_those_that_it_needs(tmp_path):
+    stages = [
+        stage(tmp_path, "train/a"),
+        stage(tmp_path, "train/b"),
+        stage(tmp_path, "probe/a", needs=("train/a",)),
+        stage(tmp_path, "probe/b", needs=("train/b", "probe/a")),
+    ]
+    lines = []
+    assert run_stages(stages, tmp_path, lines.append) == {}
+    assert ran(tmp_path) == ["train/a", "train/b", "probe/a", "probe/b"]
+    assert [line.split(",")[0] for line in lines] == [
+        "[1/4] train/a",
+        "[2/4] train/b",
+        "[3/4] probe/a",
+        "[4/4] probe/b",
+    ]
+    assert "minutes left" in lines[3] and "minutes left" not in lines[2]  # no probe was finished before the third
+    assert run_stages(stages, tmp_path, lines.append) == {}
+    assert len(ran(tmp_path)) == 4 and lines[-1] == "4 of 4 stages are done already"
+
+
+def test_another_command_does_a_stage_and_what_needs_it_again(tmp_path):
+    def plan(*words):
+        return [
+            stage(tmp_path, "train/a", *words),
+            stage(tmp_path, "train/b"),
+            stage(tmp_path, "probe/a", needs=("train/a",)),
+        ]
+
+    run_stages(plan(), tmp_path, print)
+    run_stages(plan("longer"), tmp_path, print)
+    assert ran(tmp_path)[3:] == ["train/a", "probe/a"]
+    (tmp_path / "train" / "b" / "results.json").unlink()
+    run_stages(plan("longer"), tmp_path, print)
+    assert ran(tmp_path)[5:] == ["train/b"]
+
+
+@pytest.mark.parametrize("how, why", [("fail", "ended with status 3"), ("nothing", "left no results.json")])
+def test_a_stage_that_fails_stops_only_those_that_need_it(tmp_path, how, why):
+    stages = [
+        stage(tmp_path, "train/a", how),
+        stage(tmp_path, "train/b"),
+        stage(tmp_path, "probe/a", needs=("train/a",)),
+        stage(tmp_path, "last/a", needs=("probe/a",)),
+        stage(tmp_path, "probe/b", needs=("train/b",)),
+    ]
+    lines = []
+    failed = run_stages(stages, tmp_path, lines.append)
+    assert failed["train/a"] == f"train/a {why}: see {tmp_path / 'train' / 'a' / LOG_FILE}"
+    assert failed["probe/a"] == "left out: train/a failed" and failed["last/a"] == "left out: probe/a failed"
+    assert ran(tmp_path) == ["train/a", "train/b", "probe/b"]
+    told = next(line for line in lines if why in line)
+    assert "$ " in told and (how == "nothing" or told.endswith("this is why"))
+    # again: only what is not done
+    run_stages(stages, tmp_path, lines.append)
+    assert ran(tmp_path)[3:] == ["train/a"]
+
+
+def test_on_several_devices_stages_run_at_once(tmp_path):
+    code = "import os, sys, pathlib, time; time.sleep(0.5); seen = os.environ['CUDA_VISIBLE_DEVICES']; "
+    code += "pathlib.Path(sys.argv[1], 'device').write_text(seen)"
+    names = [f"train/{number}" for number in range(4)]
+    stages = [Stage(name, (sys.executable, "-c", code, str(tmp_path / name)), "device") for name in names]
+    assert run_stages(stages, tmp_path, print, devices=["4", "7"]) == {}
+    assert sorted((tmp_path / name / "device").read_text() for name in names) == ["4", "4", "7", "7"]
+
+
+def test_plans_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs b, which comes later or not at all"):
+        StageState([stage(tmp_path, "a", needs=("b",)), stage(tmp_path, "b")], tmp_path)
+    with pytest.raises(ValueError, match="the same name"):
+        StageState([stage(tmp_path, "a"), stage(tmp_path, "a")], tmp_path)
+
+
+def test_a_damaged_record_means_not_done(tmp_path):
+    stages = [stage(tmp_path, "train/a")]
+    run_stages(stages, tmp_path, print)
+    record = tmp_path / "train" / "a" / STAGE_FILE
+    assert json.loads(record.read_text())["seconds"] > 0
+    record.write_text("{")
+    assert not StageState(stages, tmp_path).is_done("train/a")
+
+
+#: Runs three stages that take a second each, as the command does.
+RUN = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[2])
+import test_reproduction_stages as here
+folder = pathlib.Path(sys.argv[1])
+stages = [here.stage(folder, f"train/{letter}", seconds=1.0) for letter in "abc"]
+here.run_stages(stages, folder, lambda line: print(line, flush=True))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_or_killed_it_takes_its_stages_along_and_goes_on_later(tmp_path, number):
+    command = [sys.executable, "-c", RUN, str(tmp_path), os.path.dirname(__file__)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("[1/3]") and process.stdout.readline().startswith("[2/3]")
+    deadline = time.monotonic() + 30
+    while len(ran(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(30) != 0
+    time.sleep(1.5)  # more than the rest of the stage would take
+    assert not (tmp_path / "train" / "b" / "results.json").exists(), "the stage went on without anybody waiting"
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[0] == "1 of 3 stages are done already"
+    assert ran(tmp_path) == ["train/a", "train/b", "train/b", "train/c"]
