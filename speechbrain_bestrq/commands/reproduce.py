@@ -27,7 +27,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.locking import sole_writer
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
     from speechbrain_bestrq.reproduction.report import write_reproduction
-    from speechbrain_bestrq.reproduction.stages import StageState, run_stages
+    from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, run_stages
     from speechbrain_bestrq.reproduction.tables import write_plan
 
     preset = read_preset(arguments.preset)
@@ -59,10 +59,13 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         files = write_reproduction(folder)
     print(files["markdown"].read_text(encoding="utf-8"))
     print(f"Report: {files['html']}")
-    for stage, why in failed.items():
-        tell(f"not done: {stage}: {why}")
+    broken = {name: why for name, why in failed.items() if not why.startswith(LEFT_OUT)}
+    for why in broken.values():
+        tell(f"not done: {why}")
     if failed:
-        tell(f"{len(failed)} of {len(stages)} stages are not done: mend what they say, and give the command again.")
+        others = len(failed) - len(broken)
+        also = f", and {others} that need {'it' if len(broken) == 1 else 'them'}" if others else ""
+        tell(f"{len(broken)} of {len(stages)} stages failed{also}: mend what they say, and give the command again.")
     return 1 if failed else 0
 
 

@@ -168,7 +168,7 @@ class _Plan:
             speakers = max(round(320 * hours), 2)  # many, for each has rooms of its own (docs/LOG.md)
             words = ["--layout", corpus, "--output_folder", str(self.corpora[corpus]), "--hours", str(hours)]
             words += [] if corpus == "iemocap" else ["--speakers", str(speakers)]
-            command = (sys.executable, "-m", "speechbrain_bestrq.cli", "synthesize", *words)
+            command = (sys.executable, "-m", "speechbrain_bestrq", "synthesize", *words)
             self.stages.append(Stage(name, command, corpus))
 
     def add_pretraining(self) -> None:

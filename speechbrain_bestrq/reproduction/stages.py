@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.errors import USER_ERROR, InputError
 from speechbrain_bestrq.locking import sole_writer
 
 #: What a finished stage leaves in its folder.
@@ -24,6 +24,10 @@ LOG_FILE = "stage.log"
 LAST_LINES = 12
 #: Seconds to wait for a process that still writes to a stage's folder.
 PATIENCE = 60
+#: After so many, the last line of each running stage's log is reported.
+PROGRESS_SECONDS = 30
+#: How the reason begins of a stage that could not run.
+LEFT_OUT = "left out:"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -175,13 +179,13 @@ def run_stages(
         report(f"{len(done)} of {len(stages)} stages are done already")
     waiting, running = deque(stage for stage in stages if stage.name not in done), []
     failed: dict[str, str] = {}
-    idle = list(devices)
+    idle, told = list(devices), time.monotonic()
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or running:
             for stage in list(waiting):
                 if broken := [name for name in stage.needs if name in failed]:
-                    failed[stage.name] = f"left out: {broken[0]} failed"
+                    failed[stage.name] = f"{LEFT_OUT} {broken[0]} failed"
                     waiting.remove(stage)
                 elif idle and done.issuperset(stage.needs):
                     waiting.remove(stage)
@@ -190,6 +194,10 @@ def run_stages(
                     report(f"[{number}/{len(stages)}] {stage.name}{left}")
                     running.append(_start(stage, state, idle.pop(0)))
             time.sleep(0.05)
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                for one in running:
+                    report(f"    {one.stage.name}: {_last_line(state.folder_of(one.stage.name) / LOG_FILE)}")
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 idle.append(one.device)
@@ -260,6 +268,14 @@ def _wait_until_free(folder: Path) -> None:
             time.sleep(0.2)
 
 
+def _last_line(path: Path) -> str:
+    """The end of a log, which may be long."""
+    with open(path, "rb") as log:
+        log.seek(max(log.seek(0, os.SEEK_END) - 2000, 0))
+        lines = log.read().decode(errors="replace").splitlines()
+    return lines[-1][:160] if lines else ""
+
+
 def _finish(one: _Running, state: StageState) -> str | None:
     """Note that a stage is done, or say in lines why it is not."""
     stage, status = one.stage, one.process.returncode
@@ -267,13 +283,10 @@ def _finish(one: _Running, state: StageState) -> str | None:
     if status == 0 and (folder / stage.product).exists():
         state.set_done(stage.name, time.monotonic() - one.started)
         return None
-    why = f"ended with status {status}" if status else f"left no {stage.product}"
     log = folder / LOG_FILE
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-    return "\n".join(
-        [
-            f"{stage.name} {why}: see {log}",
-            f"  $ {shlex.join(stage.command)}",
-            *(f"  {line}" for line in lines),
-        ]
-    )
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if status == USER_ERROR:  # said in one line
+        return f"{stage.name}: {lines[-1]} (log: {log})"
+    why = f"ended with status {status}" if status else f"left no {stage.product}"
+    last = (f"  {line}" for line in lines[-LAST_LINES:])
+    return "\n".join([f"{stage.name} {why}: see {log}", f"  $ {shlex.join(stage.command)}", *last])

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from speechbrain_bestrq.reproduction import stages as stages_module
 from speechbrain_bestrq.reproduction.stages import LOG_FILE, STAGE_FILE, Stage, StageState, run_stages
 
 #: Writes its product and notes that it ran; "fail" in its words makes it fail.
@@ -22,6 +23,10 @@ time.sleep(float(seconds))
 if "fail" in words:
     print("this is why")
     sys.exit(3)
+if "refuse" in words:
+    print("loading")
+    print("error: no data: give some")
+    sys.exit(2)
 if "nothing" not in words:
     (folder / "results.json").write_text("{}")
 """
@@ -93,6 +98,22 @@ def test_a_stage_that_fails_stops_only_those_that_need_it(tmp_path, how, why):
     # again: only what is not done
     run_stages(stages, tmp_path, lines.append)
     assert ran(tmp_path)[3:] == ["train/a"]
+
+
+def test_of_input_that_is_refused_the_one_line_is_told(tmp_path):
+    lines = []
+    failed = run_stages([stage(tmp_path, "train/a", "refuse")], tmp_path, lines.append)
+    log = tmp_path / "train" / "a" / LOG_FILE
+    assert failed == {"train/a": f"train/a: error: no data: give some (log: {log})"} and lines[1:] == [*failed.values()]
+
+
+def test_of_a_long_stage_the_last_line_is_told_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages_module, "PROGRESS_SECONDS", 0.3)
+    code = "import sys, time; print('update 7', flush=True); time.sleep(1.5); open(sys.argv[1] + '/done', 'w')"
+    lines = []
+    command = (sys.executable, "-c", code, str(tmp_path / "train" / "a"))
+    assert run_stages([Stage("train/a", command, "done")], tmp_path, lines.append) == {}
+    assert lines[0] == "[1/1] train/a" and "    train/a: update 7" in lines[1:]
 
 
 def test_on_several_devices_stages_run_at_once(tmp_path):
