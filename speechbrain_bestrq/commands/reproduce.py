@@ -53,7 +53,13 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         print(line, file=sys.stderr, flush=True)
 
     with sole_writer(folder, "--output_folder"):
-        write_plan(folder, name, preset, sorted(corpora), shlex.join(["sb-bestrq", *sys.argv[1:]]))
+        write_plan(
+            folder,
+            name,
+            preset,
+            sorted({*corpora, *preset.get("synthetic", ())}),
+            shlex.join(["sb-bestrq", *sys.argv[1:]]),
+        )
         devices = arguments.devices.split(",") if arguments.devices else [None]
         failed = run_stages(stages, folder, tell, devices)
         files = write_reproduction(folder)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Text:
-    """Words, with a link to a file beside the report if one is given."""
+    """Words, with a link to a file beside the report if one is given; faint ones are no figures of ours."""
 
     words: str
     link: str | None = None
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ th, td { border: 1px solid var(--line); padding: .35rem .6rem; text-align: left;
 th { background: var(--soft); font-weight: 600; }
 td span { white-space: nowrap; display: block; }
 tbody th { position: sticky; left: 0; background: Canvas; min-width: 7rem; }
+.faint { opacity: .6; }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; font-size: .85rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; background: #fff; }
 figcaption { font-size: .9rem; opacity: .8; }
@@ -186,7 +188,7 @@ def _html_table(heads: tuple[str, ...], rows: tuple[tuple[tuple[Text, ...], ...]
 
 
 def _html_texts(texts: tuple[Text, ...]) -> str:
-    return "".join(f"<span>{_html_text(text)}</span>" for text in texts)
+    return "".join(f"<span{' class=faint' if text.faint else ''}>{_html_text(text)}</span>" for text in texts)
 
 
 def _html_text(text: Text) -> str:

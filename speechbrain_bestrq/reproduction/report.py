@@ -151,26 +151,33 @@ def _judgement(table: Table) -> list[Block]:
 
 
 def _grid(table: Table) -> Grid:
+    """The columns that have a figure, of ours or the paper's."""
+    kept = [
+        number
+        for number in range(len(table.columns))
+        if any(cells[number].values or cells[number].paper is not None for cells in table.rows.values())
+    ]
     heads = [
-        f"{title} ({corpora})" if corpora else title
-        for title, corpora in zip(table.columns, table.corpora, strict=True)
+        f"{table.columns[number]} ({table.corpora[number]})" if table.corpora[number] else table.columns[number]
+        for number in kept
     ]
     rows = tuple(
-        ((Text(row_name(name)),), *(tuple(_texts(cell)) for cell in cells)) for name, cells in table.rows.items()
+        ((Text(row_name(name)),), *(tuple(_texts(cells[number])) for number in kept))
+        for name, cells in table.rows.items()
     )
     return Grid(("", *heads), rows)
 
 
 def _texts(cell: Cell) -> list[Text]:
     if cell.value is None:
-        texts = [Text("not run")]
+        texts = [Text("not run", faint=True)]
     else:
         links = {run.rsplit("/", 1)[1]: _results_link(run) for run in cell.runs}
         texts = [Text(f"{cell.value:.2f} {cell.spread}".strip(), next(iter(links.values())))]
         if len(links) > 1:
             texts += [Text(f"seed {seed}: {cell.values[int(seed)]:.2f}", link) for seed, link in links.items()]
     if cell.paper is not None:
-        texts.append(Text(f"paper {cell.paper:.2f}"))
+        texts.append(Text(f"paper {cell.paper:.2f}", faint=True))
     if cell.difference is not None:
         texts.append(Text(f"difference {cell.difference:+.2f}"))
     return texts
