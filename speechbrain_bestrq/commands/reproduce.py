@@ -19,12 +19,17 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", metavar="0,1,...", help="GPUs: so many stages at once, each on one")
     parser.add_argument("--pretraining_devices", type=int, default=1, metavar="COUNT", help="under torchrun (1)")
     parser.add_argument("--num_workers", type=int, metavar="COUNT", help="that load audio, of every run")
-    parser.add_argument("--dry_run", action="store_true", help="print the stages and their commands, and do nothing")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the stages, their commands and what they will cost, and train nothing",
+    )
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.errors import InputError
     from speechbrain_bestrq.locking import sole_writer
+    from speechbrain_bestrq.reproduction.cost import cost_table, estimate
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
     from speechbrain_bestrq.reproduction.report import write_reproduction
     from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, run_stages
@@ -46,7 +51,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         state = StageState(stages, folder)
         for stage in stages:
             print(f"{stage.name}{' (done)' if state.is_done(stage.name) else ''}\n    {shlex.join(stage.command)}")
-        print(f"{len(stages)} stages in {folder}")
+        print(f"\n{cost_table(stages, estimate(stages))}\n{len(stages)} stages in {folder}")
         return 0
 
     def tell(line: str) -> None:

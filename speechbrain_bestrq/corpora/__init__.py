@@ -1,5 +1,6 @@
 """Preparation of corpora: audio on disk in, CSV manifests out. Nothing here knows of models."""
 
+from speechbrain_bestrq.corpora._options import AUDIO_EXTENSIONS
 from speechbrain_bestrq.corpora._trials import read_trials
 from speechbrain_bestrq.corpora.folder import prepare_folder
 from speechbrain_bestrq.corpora.iemocap import fold_manifests, iemocap_folds, prepare_iemocap
@@ -10,6 +11,7 @@ from speechbrain_bestrq.corpora.slurp import prepare_slurp
 from speechbrain_bestrq.corpora.voxceleb import prepare_voxceleb
 
 __all__ = [
+    "AUDIO_EXTENSIONS",
     "corpus_name",
     "fold_manifests",
     "iemocap_folds",

@@ -137,7 +137,7 @@ def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     Example
     -------
     >>> encoder_names(read_preset("small"))
-    ['fbank', 'random', 'wav2vec2-1000', 'wav2vec2-2000', 'bestrq-1000', 'bestrq-2000']
+    ['fbank', 'random', 'wav2vec2-500', 'wav2vec2-1000', 'bestrq-500', 'bestrq-1000']
     """
     methods = sorted(preset["pretraining"], reverse=True)
     trained = [f"{method}-{updates}" for method in methods for updates in preset["updates"]]

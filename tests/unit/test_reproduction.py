@@ -10,10 +10,12 @@ import pytest
 
 from speechbrain_bestrq import cli
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.reproduction.plan import CORPORA, PRESETS, encoder_names, make_plan, read_preset
+from speechbrain_bestrq.reproduction import cost
+from speechbrain_bestrq.reproduction.cost import Speed
+from speechbrain_bestrq.reproduction.plan import CORPORA, PRESETS, RECIPES, encoder_names, make_plan, read_preset
 from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState
-from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, frozen_table, judge, write_plan
+from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, frozen_table, judge, read_plan, write_plan
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
@@ -127,7 +129,7 @@ def write_pretraining(folder, method, speed):
 @pytest.fixture
 def reproduction(tmp_path):
     """A reproduction of which intents, and recognition in part, are done."""
-    preset = read_preset("small")
+    preset = {**read_preset("small"), "updates": [1000, 2000]}
     write_plan(tmp_path, "small", preset, ["librispeech", "slurp"], "sb-bestrq reproduce --preset small")
     accuracies = {"fbank": 0.5, "random": 0.52, "bestrq-1000": 0.51, "bestrq-2000": 0.6, "wav2vec2-2000": 0.53}
     for encoder, accuracy in accuracies.items():
@@ -197,7 +199,7 @@ def test_on_the_papers_corpus_the_difference_is_given(tmp_path):
 
 
 def test_where_pre_training_does_not_pay_the_report_says_so(reproduction):
-    sentences = judge(frozen_table(reproduction, read_preset("small")))
+    sentences = judge(frozen_table(reproduction, read_plan(reproduction)["preset"]))
     assert sentences == [
         "intent accuracy: wav2vec 2.0, 2,000 updates is ahead of the untrained encoder by 1.00 points, "
         "which may be chance.",
@@ -252,12 +254,47 @@ def test_the_csv_has_a_line_for_each_cell(reproduction):
 # ---------------------------------------------------------------- the command
 
 
-def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
+def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
     folder = tmp_path / "out"
     assert cli.main(["reproduce", "--preset", "demo", "--output_folder", str(folder), "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "pretraining/wav2vec2\n    " in printed and printed.rstrip().endswith(f"stages in {folder}")
     assert not folder.exists()
+    # 300 updates of 3 x 20 s at 60 audio-seconds a second
+    assert re.search(r"^ +0\.08 +0\.22  pretraining/bestrq$", printed, re.MULTILINE)
+    assert re.search(r"^ +\? +\?  intent-frozen/fbank/1$", printed, re.MULTILINE)  # its speech is not there yet
+
+
+def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, monkeypatch):
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
+    noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
+    preset = {**read_preset("small"), "updates": [600]}
+    preset["tasks"] = {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}
+    preset["tasks"]["asr"] = {"frozen": {"yaml": "bestrq", "options": {"number_of_epochs": 5}}}
+    preset["tasks"]["asr"]["fine-tuned"] = {"yaml": "bestrq_finetune", "options": {"number_of_epochs": 5}}
+    costs = cost.estimate(make_plan(preset, {"librispeech": noise, "slurp": noise}, tmp_path / "out"))
+    hours = cost.corpus_hours(noise)
+    assert hours == pytest.approx(4 / 3600)
+    cached, again = costs["intent-frozen/bestrq-600/1"], costs["intent-frozen/bestrq-600/2"]
+    assert cached.device_hours == pytest.approx(hours / 240) and cached.gigabytes == pytest.approx(4e5 / 1e9)
+    assert (again.device_hours, again.gigabytes) == (0, 0)  # the hidden states are there
+    assert costs["intent-frozen/random/2"] == costs["intent-frozen/random/1"] == cached  # others for each seed
+    assert costs["intent-frozen/fbank/1"].device_hours == 0
+    assert costs["asr-frozen/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 240)
+    assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 60)
+
+
+def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hparams = RECIPES / "LibriSpeech" / "pretrain" / "hparams"
+    small = {"--d_model": "48", "--num_heads": "4", "--num_layers": "1", "--max_batch_seconds": "2"}
+    bestrq = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "64"})
+    wider = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "128"})
+    assert wider.parameters - bestrq.parameters == 64 * 48 + 64
+    assert bestrq.encoding > bestrq.training > 0
+    assert bestrq.state_bytes == pytest.approx(4 * 2 * 25 * 48, rel=0.1)  # two states, 25 frames of 48 a second
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
