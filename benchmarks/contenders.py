@@ -91,6 +91,8 @@ class Ours:
         folder.mkdir(exist_ok=True)
         hparams = load_hyperpyyaml(text, {"data_folder": "none", "output_folder": str(folder), **(overrides or {})})
         self.model = hparams["model"]
+        # whole layers are dropped or not by chance: a block of some steps would be lucky or not
+        self.model.speech_encoder.encoder.layer_drop = 0.0
         self.model.measure([(0.1 * torch.randn(1, 10 * RATE, generator=torch.Generator().manual_seed(0)), None)])
         every_batch_an_update = {"grad_accumulation_factor": 1, "log_interval": 10**9, "valid_interval": None}
         options = {"device": device, "precision": precision, "compile": compiled, "noprogressbar": True}
@@ -203,7 +205,10 @@ class TransformersStep:
             num_hidden_layers=sizes["num_layers"],
             num_attention_heads=sizes["num_heads"],
             intermediate_size=sizes["d_ffn"],
-            layerdrop=0.05,
+            layerdrop=0.0,
+            activation_dropout=0.0,
+            feat_proj_dropout=0.1,
+            feat_quantizer_dropout=0.1,
             feat_extract_norm="group",
             attn_implementation="sdpa",
         )

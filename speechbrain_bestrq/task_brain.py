@@ -426,7 +426,8 @@ def _check_progress(
     if progress["encoder"] != encoder:
         raise InputError(f"the checkpoint in {folder} was trained on another encoder than {source}: {advice} encoder.")
     for name in sorted(progress["settings"].keys() | settings.keys()):
-        there, here = (one.get(name) for one in (progress["settings"], settings))
+        # a switch that the run's version did not have yet was off
+        there, here = (one.get(name, False if name in settings else None) for one in (progress["settings"], settings))
         if there != here:
             raise InputError(
                 f"the checkpoint in {folder} was trained with {name} {there!r}, not {here!r}: {advice} setting."

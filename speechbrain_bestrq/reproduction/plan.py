@@ -1,5 +1,6 @@
 """From a preset, which is data, to the stages of its plan: the recipes' own commands."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ def read_preset(name: str) -> dict[str, Any]:
     needed, allowed = KEYS
     if not isinstance(preset, dict) or not needed <= preset.keys() <= needed | allowed:
         raise InputError(f"{path} has to have {', '.join(sorted(needed))} and may have {', '.join(sorted(allowed))}.")
+    for method, settings in preset["pretraining"].items():
+        limit = settings["options"].get("optimizer_step_limit")
+        if limit is not None and max(preset["updates"]) > limit:
+            raise InputError(f"{path}: updates go to {max(preset['updates'])}, and {method} is trained for {limit}.")
     if unknown := preset["tasks"].keys() - TASKS.keys():
         raise InputError(f"{path}: tasks are {', '.join(TASKS)}, not {', '.join(sorted(unknown))}.")
     return preset
@@ -119,6 +124,8 @@ def make_plan(
         raise InputError(f"{RECIPES} does not exist: run this in a checkout of the repository.")
     plan = _Plan(preset, dict(corpora), Path(folder), language_model, pretraining_devices, dict(options or {}))
     if preset.get("synthetic"):
+        if corpora:
+            raise InputError(f"this preset makes its own speech: leave out --{next(iter(corpora))}, or take another.")
         plan.add_synthetic()
     if "librispeech" not in plan.corpora:
         raise InputError("there is nothing to pre-train on: give --librispeech.")
@@ -157,6 +164,8 @@ class _Plan:
         self.preset, self.corpora, self.folder = preset, corpora, folder
         self.language_model, self.pretraining_devices, self.options = language_model, pretraining_devices, options
         self.stages: list[Stage] = []
+        self.caches: dict[str, str] = {}
+        """Of a folder of hidden states, the stage that makes it."""
         self.speech: dict[str, str] = {}
         """Of a corpus that is made, the stage that makes it."""
 
@@ -215,6 +224,9 @@ class _Plan:
         if cached and settings["yaml"] == "probe_small":
             which = f"{cached}-{seed}" if cached == "random" else str(cached)
             given["cache_folder"] = str(self.folder / "cache" / task / which)
+            # the first makes it, alone
+            needs = (*needs, *filter(None, [self.caches.get(given["cache_folder"])]))
+            self.caches.setdefault(given["cache_folder"], name)
         if task == "asr" and self.language_model is not None:
             given["language_model"] = str(self.language_model)
         recipe = TASKS[task]
@@ -233,6 +245,19 @@ class _Plan:
             settings, seed = self.preset["tasks"]["asr"][FROZEN], self.preset["seeds"][0]
             self._add_probe(f"masking-asr/{share}/{seed}", "asr", settings, source, seed, (name,))
 
+    def _accumulation(self, hparams: str, given: Mapping[str, Any]) -> int:
+        """Micro-batches of an update on one device; they are shared by the devices, so that the update stays."""
+        factor = given.get("grad_accumulation_factor")
+        if factor is None:
+            text = (RECIPES / PRETRAINING / "hparams" / f"{hparams}.yaml").read_text(encoding="utf-8")
+            factor = int(re.search(r"^grad_accumulation_factor: (\d+)", text, re.MULTILINE)[1])
+        if factor % self.pretraining_devices:
+            raise InputError(
+                f"--pretraining_devices {self.pretraining_devices} does not divide the {factor} micro-batches of an "
+                f"update ({hparams}.yaml and the preset): give a number that does."
+            )
+        return factor
+
     def _add(
         self,
         name: str,
@@ -244,11 +269,17 @@ class _Plan:
         needs: tuple[str, ...],
     ) -> None:
         path = RECIPES / recipe
-        words = {"data_folder": self.corpora[corpus], "output_folder": self.folder / name, **self.options, **given}
-        program = [sys.executable]
+        program, devices = [sys.executable], 1
         if recipe == PRETRAINING and self.pretraining_devices > 1:
-            program += ["-m", "torch.distributed.run", f"--nproc_per_node={self.pretraining_devices}"]
+            devices = self.pretraining_devices
+            program += ["-m", "torch.distributed.run", f"--nproc_per_node={devices}"]
+            program += [
+                "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0",
+            ]  # two at once take no port from each other
+            given = {**given, "grad_accumulation_factor": self._accumulation(hparams, given) // devices}
+        words = {"data_folder": self.corpora[corpus], "output_folder": self.folder / name, **self.options, **given}
         command = [*program, str(path / "train.py"), str(path / "hparams" / f"{hparams}.yaml"), "--noprogressbar"]
         command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
         speech = (self.speech[corpus],) if corpus in self.speech else ()
-        self.stages.append(Stage(name, tuple(command), product, (*speech, *needs)))
+        self.stages.append(Stage(name, tuple(command), product, (*speech, *needs), devices))

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ STAGE_FILE = "stage.json"
 LOG_FILE = "stage.log"
 #: Of a log, shown when its stage has failed.
 LAST_LINES = 12
+#: Options that change nothing of what a command makes.
+FREE_OPTIONS = ("--num_workers",)
 #: Seconds to wait for a process that still writes to a stage's folder.
 PATIENCE = 60
 #: After so many, the last line of each running stage's log is reported.
@@ -45,12 +48,15 @@ class Stage:
         A file or folder within its folder, which is there when the stage is done.
     needs : tuple of str
         Names of stages that have to be done before.
+    devices : int
+        GPUs that it takes, where stages are given some.
     """
 
     name: str
     command: tuple[str, ...]
     product: str
     needs: tuple[str, ...] = ()
+    devices: int = 1
 
     @property
     def kind(self) -> str:
@@ -61,8 +67,9 @@ class Stage:
 class StageState:
     """What is known of the stages of a plan: which are done, how long they took.
 
-    A stage is done if its product is there, and its command and those of all stages
-    before it are the ones that made it.
+    A stage is done if its product is there, its command is the one that made it, and so
+    are the very products of the stages that it needs: one of them done anew, it has to be, too.
+    :data:`FREE_OPTIONS` of a command may change.
 
     Arguments
     ---------
@@ -86,7 +93,7 @@ class StageState:
         for stage in stages:
             if missing := [name for name in stage.needs if name not in self.marks]:
                 raise ValueError(f"{stage.name} needs {', '.join(missing)}, which comes later or not at all.")
-            known = [stage.command, stage.product, *(self.marks[name] for name in stage.needs)]
+            known = [_governing(stage.command), stage.product]
             self.marks[stage.name] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def folder_of(self, name: str) -> Path:
@@ -96,7 +103,22 @@ class StageState:
     def is_done(self, name: str) -> bool:
         """Whether a stage has nothing left to do."""
         record, stage = self._record(name), self.stages[name]
-        return record.get("mark") == self.marks[name] and (self.folder_of(name) / stage.product).exists()
+        if record.get("mark") != self.marks[name] or not (self.folder_of(name) / stage.product).exists():
+            return False
+        needed = {need: self._record(need).get("made") for need in stage.needs}
+        return record.get("made") is not None and record.get("needed") == needed and all(map(self.is_done, needed))
+
+    def begin(self, name: str) -> None:
+        """Make a stage's folder its own: what another command left there is moved aside, and nothing is lost."""
+        folder, record = self.folder_of(name), self._record(name)
+        needed = {need: self._record(need).get("made") for need in self.stages[name].needs}
+        if record and (record.get("mark") != self.marks[name] or record.get("needed") != needed):
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.before{number}")).exists():
+                number += 1
+            folder.rename(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write(name, {"mark": self.marks[name], "needed": needed})
 
     def seconds(self, name: str) -> float | None:
         """How long a finished stage took, None for one that is not done."""
@@ -104,7 +126,10 @@ class StageState:
 
     def set_done(self, name: str, seconds: float) -> None:
         """Remember that a stage is done."""
-        record = {"mark": self.marks[name], "seconds": seconds, "command": list(self.stages[name].command)}
+        known = {"made": uuid.uuid4().hex, "seconds": seconds, "command": list(self.stages[name].command)}
+        self._write(name, {**self._record(name), **known})
+
+    def _write(self, name: str, record: dict) -> None:
         path = self.folder_of(name) / STAGE_FILE
         beside = path.with_name(f"{path.name}.writing")
         beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -132,12 +157,22 @@ class StageState:
         return total
 
 
+def _governing(command: Sequence[str]) -> list[str]:
+    """A command without what may change."""
+    words = list(command)
+    for option in FREE_OPTIONS:
+        if option in words:
+            place = words.index(option)
+            del words[place : place + 2]
+    return words
+
+
 @dataclass
 class _Running:
     stage: Stage
     process: subprocess.Popen
     started: float
-    device: str | None
+    devices: list[str | None]
 
 
 def run_stages(
@@ -160,8 +195,8 @@ def run_stages(
     report : callable
         Takes lines on how it goes.
     devices : sequence of str, optional
-        Values of ``CUDA_VISIBLE_DEVICES``: so many stages run at once, each on one.
-        None leaves the variable as it is.
+        Values of ``CUDA_VISIBLE_DEVICES``: stages run at once, each on as many as it
+        takes. (None,) runs one after another and leaves the variable as it is.
 
     Returns
     -------
@@ -170,9 +205,14 @@ def run_stages(
 
     Raises
     ------
+    InputError
+        If a stage takes more devices than there are.
     KeyboardInterrupt
         If interrupted.
     """
+    own = list(devices) == [None]
+    if not own and (many := [stage for stage in stages if stage.devices > len(devices)]):
+        raise InputError(f"{many[0].name} takes {many[0].devices} GPUs: give so many as --devices, or none.")
     state = StageState(stages, folder)
     done = {stage.name for stage in stages if state.is_done(stage.name)}
     if done:
@@ -187,12 +227,18 @@ def run_stages(
                 if broken := [name for name in stage.needs if name in failed]:
                     failed[stage.name] = f"{LEFT_OUT} {broken[0]} failed"
                     waiting.remove(stage)
-                elif idle and done.issuperset(stage.needs):
+                elif len(idle) >= (1 if own else stage.devices) and done.issuperset(stage.needs):
                     waiting.remove(stage)
                     number = len(stages) - len(waiting)
                     left = _left(state, [one.name for one in (stage, *waiting)], len(devices))
                     report(f"[{number}/{len(stages)}] {stage.name}{left}")
-                    running.append(_start(stage, state, idle.pop(0)))
+                    taken = [idle.pop(0) for _ in range(1 if own else stage.devices)]
+                    try:
+                        running.append(_start(stage, state, taken))
+                    except (InputError, OSError) as error:
+                        failed[stage.name] = f"{stage.name}: {error}"
+                        report(failed[stage.name])
+                        idle += taken
             time.sleep(0.05)
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
@@ -200,7 +246,7 @@ def run_stages(
                     report(f"    {one.stage.name}: {_last_line(state.folder_of(one.stage.name) / LOG_FILE)}")
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
-                idle.append(one.device)
+                idle += one.devices
                 why = _finish(one, state)
                 if why is None:
                     done.add(one.stage.name)
@@ -227,13 +273,13 @@ def _left(state: StageState, names: list[str], at_once: int) -> str:
     return "" if seconds is None else f", about {seconds / at_once / 60:.0f} minutes left"
 
 
-def _start(stage: Stage, state: StageState, device: str | None) -> _Running:
+def _start(stage: Stage, state: StageState, devices: list[str | None]) -> _Running:
     folder = state.folder_of(stage.name)
-    folder.mkdir(parents=True, exist_ok=True)
     _wait_until_free(folder)
+    state.begin(stage.name)
     environment = dict(os.environ)
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
+    if devices != [None]:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     with open(folder / LOG_FILE, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(stage.command)}\n")
         log.flush()
@@ -247,7 +293,7 @@ def _start(stage: Stage, state: StageState, device: str | None) -> _Running:
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
-    return _Running(stage, process, time.monotonic(), device)
+    return _Running(stage, process, time.monotonic(), devices)
 
 
 def _end_with_parent() -> None:

@@ -66,13 +66,33 @@ def test_the_plan_of_the_paper_has_its_rows_and_seeds(tmp_path):
 
 def test_tasks_without_a_corpus_are_left_out_and_options_are_handed_on(tmp_path):
     given = {"librispeech": Path("/data/L"), "slurp": Path("/data/S")}
-    options = {"language_model": "/lm.arpa", "pretraining_devices": 4, "options": {"num_workers": 3}}
+    options = {"language_model": "/lm.arpa", "pretraining_devices": 2, "options": {"num_workers": 3}}
     stages = make_plan(read_preset("small"), given, tmp_path, **options)
     assert {stage.kind for stage in stages} == {"pretraining", "asr-frozen", "intent-frozen"}
     for stage in stages:
-        assert ("--nproc_per_node=4" in stage.command) == (stage.kind == "pretraining")
+        assert ("--nproc_per_node=2" in stage.command) == (stage.kind == "pretraining")
+        assert stage.devices == (2 if stage.kind == "pretraining" else 1)
         assert ("/lm.arpa" in stage.command) == (stage.kind == "asr-frozen")
         assert stage.command[stage.command.index("--num_workers") + 1] == "3"
+
+
+def test_an_update_is_as_long_on_any_number_of_devices(tmp_path):
+    for devices, factor in ((1, "8"), (4, "2"), (8, "1")):
+        stages = make_plan(read_preset("paper"), {"librispeech": "/data"}, tmp_path, pretraining_devices=devices)
+        trained = [stage for stage in stages if stage.kind in ("pretraining", "masking")]
+        assert len(trained) == 6
+        for stage in trained:
+            assert stage.command[stage.command.index("--grad_accumulation_factor") + 1] == factor
+    with pytest.raises(InputError, match="--pretraining_devices 3 does not divide the 8 micro-batches"):
+        make_plan(read_preset("paper"), {"librispeech": "/data"}, tmp_path, pretraining_devices=3)
+
+
+def test_hidden_states_are_made_by_one_stage_for_the_others(tmp_path):
+    _, stages = everything("small", tmp_path)
+    by_name = {stage.name: stage for stage in stages}
+    assert by_name["intent-frozen/fbank/2"].needs == ("intent-frozen/fbank/1",)
+    assert by_name["intent-frozen/bestrq-500/2"].needs == ("pretraining/bestrq", "intent-frozen/bestrq-500/1")
+    assert by_name["intent-frozen/random/2"].needs == ("pretraining/bestrq",)  # others for each seed
 
 
 def test_presets_that_are_none_are_refused(tmp_path):
@@ -91,6 +111,11 @@ def test_presets_that_are_none_are_refused(tmp_path):
         read_preset(str(path))
     with pytest.raises(InputError, match="give --librispeech"):
         make_plan(read_preset("small"), {"slurp": tmp_path}, tmp_path)
+    with pytest.raises(InputError, match="makes its own speech: leave out --slurp"):
+        make_plan(read_preset("demo"), {"slurp": tmp_path}, tmp_path)
+    path.write_text(small.replace("updates: [500, 1000]", "updates: [500, 2000]"))
+    with pytest.raises(InputError, match="updates go to 2000, and bestrq is trained for 1000"):
+        read_preset(str(path))
 
 
 # ---------------------------------------------------------------- tables

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction import stages as stages_module
 from speechbrain_bestrq.reproduction.stages import LOG_FILE, STAGE_FILE, Stage, StageState, run_stages
 
@@ -77,6 +79,35 @@ def test_another_command_does_a_stage_and_what_needs_it_again(tmp_path):
     (tmp_path / "train" / "b" / "results.json").unlink()
     run_stages(plan("longer"), tmp_path, print)
     assert ran(tmp_path)[5:] == ["train/b"]
+    # what the first commands left is kept
+    assert (tmp_path / "train" / "a.before1" / "results.json").is_file()
+    assert (tmp_path / "probe" / "a.before1" / "results.json").is_file()
+    run_stages(plan("longest"), tmp_path, print)
+    assert (tmp_path / "train" / "a.before2").is_dir() and not (tmp_path / "train" / "b.before1").exists()
+
+
+def test_what_was_done_with_a_product_is_done_again_with_the_next_one(tmp_path):
+    stages = [stage(tmp_path, "train/a"), stage(tmp_path, "probe/a", needs=("train/a",))]
+    run_stages(stages, tmp_path, print)
+    shutil.rmtree(tmp_path / "train" / "a")
+    assert not StageState(stages, tmp_path).is_done("probe/a")
+    run_stages(stages, tmp_path, print)
+    assert ran(tmp_path)[2:] == ["train/a", "probe/a"]
+
+
+def test_the_number_of_workers_changes_no_stage(tmp_path):
+    def plan(workers):
+        one = stage(tmp_path, "train/a")
+        return [Stage(one.name, (*one.command, "--num_workers", workers), one.product)]
+
+    run_stages(plan("1"), tmp_path, print)
+    assert StageState(plan("8"), tmp_path).is_done("train/a")
+
+
+def test_a_stage_that_cannot_be_started_fails_alone(tmp_path):
+    stages = [Stage("train/a", ("/nowhere/python",), "results.json"), stage(tmp_path, "train/b")]
+    failed = run_stages(stages, tmp_path, print)
+    assert list(failed) == ["train/a"] and "/nowhere/python" in failed["train/a"] and ran(tmp_path) == ["train/b"]
 
 
 @pytest.mark.parametrize("how, why", [("fail", "ended with status 3"), ("nothing", "left no results.json")])
@@ -123,6 +154,11 @@ def test_on_several_devices_stages_run_at_once(tmp_path):
     stages = [Stage(name, (sys.executable, "-c", code, str(tmp_path / name)), "device") for name in names]
     assert run_stages(stages, tmp_path, print, devices=["4", "7"]) == {}
     assert sorted((tmp_path / name / "device").read_text() for name in names) == ["4", "4", "7", "7"]
+    both = Stage("train/4", (sys.executable, "-c", code, str(tmp_path / "train" / "4")), "device", devices=2)
+    assert run_stages([*stages, both], tmp_path, print, devices=["4", "7"]) == {}
+    assert sorted((tmp_path / "train" / "4" / "device").read_text().split(",")) == ["4", "7"]
+    with pytest.raises(InputError, match="train/4 takes 2 GPUs: give so many"):
+        run_stages([both], tmp_path, print, devices=["4"])
 
 
 def test_plans_that_cannot_be_are_refused(tmp_path):
