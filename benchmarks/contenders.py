@@ -146,7 +146,7 @@ class SpeechBrainStep:
     def __init__(self, size: str, device: str, precision: str, folder: Path, compiled: bool = False):
         sizes = {**BESTRQ[size], "num_heads": HEADS[size]["relative"]}
         # eager whatever is wanted: the FLOPs are those of the equal model of ours
-        self.equal = Ours("bestrq", device, precision, folder, False, {**sizes, "whiten": None}, "relative")
+        self.equal = Ours("bestrq", "cpu", "fp32", folder, False, {**sizes, "whiten": None}, "relative")
         options = {"device": device, "precision": precision, "max_grad_norm": 10.0}
         if compiled:
             options |= {"compile": True, "compile_module_keys": ["model"]}
@@ -198,7 +198,7 @@ class TransformersStep:
         from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
         sizes = WAV2VEC2[size]
-        self.equal = Ours("wav2vec2", device, precision, folder, overrides=sizes)
+        self.equal = Ours("wav2vec2", "cpu", "fp32", folder, overrides=sizes)  # takes no memory of a GPU
         config = Wav2Vec2Config(
             conv_dim=(sizes["num_features"],) * 7,
             hidden_size=sizes["d_model"],
@@ -224,13 +224,13 @@ class TransformersStep:
         """Draw masks and negatives."""
         from transformers.models.wav2vec2.modeling_wav2vec2 import _sample_negative_indices
 
-        self.equal.start(waveforms)
+        self.equal.start([wavs.cpu() for wavs in waveforms])
         self.seconds, self.batches = self.equal.seconds, []
-        for batch in self.equal.batches:
+        for wavs, batch in zip(waveforms, self.equal.batches, strict=True):
             mask = batch.masked.mask
-            negatives = _sample_negative_indices(tuple(mask.shape), 100, mask_time_indices=mask.cpu().numpy())
-            negatives = torch.from_numpy(negatives.astype(np.int64)).to(mask.device)
-            self.batches.append((batch.wavs.float(), mask, negatives, batch.masked.count))
+            negatives = _sample_negative_indices(tuple(mask.shape), 100, mask_time_indices=mask.numpy())
+            negatives = torch.from_numpy(negatives.astype(np.int64)).to(wavs.device)
+            self.batches.append((wavs, mask.to(wavs.device), negatives, batch.masked.count))
 
     def step(self, number: int) -> None:
         """Take an update on a batch."""

@@ -195,11 +195,14 @@ def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str],
         running: list[tuple[Contender, Measurement]] = []
         for name, build in make_contenders(arguments, folder).items():
             report(f"{name}: utterances of {duration} s, {step_seconds:.0f} s of audio in a step, first block")
+            held = 0
+            if cuda:  # by the contenders before
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+            contender = None
             try:
                 contender = build()
                 contender.start(waveforms)
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
                 first = run_block(contender, arguments.device)
             except torch.OutOfMemoryError:
                 report(f"{name}: out of memory at {step_seconds:.0f} s")
@@ -209,7 +212,7 @@ def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str],
                 name, duration, step_seconds, contender.seconds, flops, share, first_seconds=first
             )
             if cuda:
-                measurement.peak_memory_gb = torch.cuda.max_memory_allocated() / 1e9
+                measurement.peak_memory_gb = (torch.cuda.max_memory_allocated() - held) / 1e9
             running.append((contender, measurement))
         for _ in range(arguments.repeats):
             for contender, measurement in running:
@@ -222,7 +225,7 @@ def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str],
                 measurement.operators_per_step = traffic.kernels / len(waveforms)
                 measurement.megabytes_per_audio_second = traffic.bytes / 1e6 / contender.seconds
         measurements += [measurement for _, measurement in running]
-        del contender
+        contender = None
         running.clear()
         gc.collect()
         if cuda:

@@ -38,13 +38,25 @@ class _Counter(TorchDispatchMode):
         if not tensors:
             return result
         # an operator in place gives what it took: the same tensor read and written
-        read_and_written = sum(_bytes(one) for one in tensors)
+        read_and_written = sum(_bytes(one) for one in tensors + _written_silently(function._schema, arguments))
         self.traffic.kernels += 1
         self.traffic.bytes += read_and_written
         counts = self.traffic.by_operator.setdefault(name, [0, 0])
         counts[0] += 1
         counts[1] += read_and_written
         return result
+
+
+def _written_silently(schema: Any, arguments: tuple) -> list[torch.Tensor]:
+    """What an operator writes to and does not give, as the fused optimizers do."""
+    if schema.returns:
+        return []
+    written = [value for one, value in zip(schema.arguments, arguments, strict=False) if _is_written(one)]
+    return [one for one in tree_flatten(written)[0] if isinstance(one, torch.Tensor)]
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _is_view(schema: Any) -> bool:

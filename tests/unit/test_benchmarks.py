@@ -119,6 +119,17 @@ def test_traffic_counts_what_is_read_and_written_also_backward():
     assert not {"aten::view", "aten::t", "aten::detach", "aten::expand"} & counted.by_operator.keys()
 
 
+def test_traffic_counts_what_a_fused_optimizer_writes():
+    weight = torch.ones(1000, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(1000)
+    optimizer.step()
+    counted = load("traffic").count_traffic(optimizer.step)
+    # reads weight, gradient and two moments, writes all but the gradient (which fused kernels may scale, and name)
+    kernels, moved = counted.by_operator["aten::_fused_adamw_"]
+    assert kernels == 1 and 4 * 7000 <= moved <= 4 * 8000 + 100
+
+
 def test_the_mixed_lengths_are_spread_like_librispeechs_and_have_no_padding(step_benchmark):
     arguments = step_benchmark.parse(["--seconds", "mix", "--steps", "40"])
     waveforms = step_benchmark.make_waveforms(arguments, "mix", 100.0)
