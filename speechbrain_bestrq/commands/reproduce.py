@@ -64,6 +64,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
             preset,
             sorted({*corpora, *preset.get("synthetic", ())}),
             shlex.join(["sb-bestrq", *sys.argv[1:]]),
+            StageState(stages, folder).marks,
         )
         devices = arguments.devices.split(",") if arguments.devices else [None]
         failed = run_stages(stages, folder, tell, devices)

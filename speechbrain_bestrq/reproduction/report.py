@@ -27,6 +27,7 @@ from speechbrain_bestrq.reproduction.plan import CORPORA, TASKS
 from speechbrain_bestrq.reproduction.tables import (
     METHOD_NAMES,
     Cell,
+    Runs,
     Table,
     fine_tuned_table,
     frozen_table,
@@ -35,7 +36,6 @@ from speechbrain_bestrq.reproduction.tables import (
     read_plan,
     row_name,
 )
-from speechbrain_bestrq.results import read_results
 from speechbrain_bestrq.run_log import RunLog, curve, read_run
 
 TITLE = "BEST-RQ and wav2vec 2.0: the tables of arXiv 2405.04296, and ours"
@@ -68,15 +68,11 @@ def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
     """
     folder = Path(folder)
     plan = read_plan(folder)
-    preset = plan["preset"]
-    tables = {
-        "table1": frozen_table(folder, preset),
-        "table2": fine_tuned_table(folder, preset),
-        "table3": masking_table(folder, preset),
-    }
-    runs = _pretrainings(folder, preset)
+    found = Runs(folder, plan)
+    tables = {"table1": frozen_table(found), "table2": fine_tuned_table(found), "table3": masking_table(found)}
+    runs = _pretrainings(folder, plan["preset"])
     files = {"markdown": folder / "report.md", "html": folder / "report.html"}
-    blocks = _blocks(folder, plan, tables, runs)
+    blocks = _blocks(found, tables, runs)
     _write(files["markdown"], to_markdown(TITLE, blocks, folder))
     _write(files["html"], to_html(TITLE, blocks))
     for name, table in tables.items():
@@ -102,8 +98,8 @@ def _pretrainings(folder: Path, preset: Mapping[str, Any]) -> dict[str, RunLog]:
     return runs
 
 
-def _blocks(folder: Path, plan: Mapping[str, Any], tables: dict[str, Table], runs: dict[str, RunLog]) -> list[Block]:
-    preset = plan["preset"]
+def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> list[Block]:
+    folder, plan, preset = found.folder, found.plan, found.preset
     blocks: list[Block] = [
         Paragraph(
             f"Preset {plan['name']}: pre-trained for {_counts(preset['updates'])} updates, seeds of the tasks: "
@@ -118,8 +114,8 @@ def _blocks(folder: Path, plan: Mapping[str, Any], tables: dict[str, Table], run
     for table in tables.values():
         blocks += [Heading(table.title), _grid(table)]
     blocks += [Heading("What it cost"), *_cost(runs), Heading("Curves"), *_curves(folder, runs)]
-    blocks += [Heading("Weights of the layers"), *_layers(folder, preset)]
-    return [*blocks, Heading("Where it comes from"), *_provenance(folder, plan, runs)]
+    blocks += [Heading("Weights of the layers"), *_layers(found)]
+    return [*blocks, Heading("Where it comes from"), *_provenance(found, runs)]
 
 
 def _counts(updates: list[int]) -> str:
@@ -253,9 +249,9 @@ def _curves(folder: Path, runs: dict[str, RunLog]) -> list[Block]:
     return [Picture(path, words)]
 
 
-def _layers(folder: Path, preset: Mapping[str, Any]) -> list[Block]:
+def _layers(found: Runs) -> list[Block]:
     rows, most = [], 0
-    for run, results in _probes(folder, preset):
+    for run, results in _probes(found):
         shares = results.get("layer_weights")
         if shares and len(shares) > 1:
             most = max(most, len(shares))
@@ -269,18 +265,18 @@ def _layers(folder: Path, preset: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _probes(folder: Path, preset: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _probes(found: Runs) -> list[tuple[str, dict[str, Any]]]:
     """The finished probes with their results, by name."""
-    found = []
-    for task, settings in TASKS.items():
-        for path in sorted(folder.glob(f"{task}-*/*/*/{settings.results}")):
-            run = "/".join(path.relative_to(folder).parts[:3])
-            found.append((run, read_results(path.parent)))
-    return [one for one in found if int(one[0].rsplit("/", 1)[1]) in preset["seeds"]]
+    probes = []
+    for run in found.plan["marks"]:
+        task = run.split("/")[0].removeprefix("masking-").split("-")[0]
+        if task in TASKS and (results := found.results(run, task)) is not None:
+            probes.append((run, results))
+    return probes
 
 
-def _provenance(folder: Path, plan: Mapping[str, Any], runs: dict[str, RunLog]) -> list[Block]:
-    probes = _probes(folder, plan["preset"])
+def _provenance(found: Runs, runs: dict[str, RunLog]) -> list[Block]:
+    plan, probes = found.plan, _probes(found)
     records = [*(run.run for run in runs.values()), *(results for _, results in probes)]
     versions = sorted({f"{name} {value}" for one in records for name, value in (one.get("versions") or {}).items()})
     devices = sorted({str(one["device"]) for one in records if one.get("device")})

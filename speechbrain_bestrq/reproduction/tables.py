@@ -11,6 +11,7 @@ from typing import Any
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction.plan import FINE_TUNED, FROZEN, TASKS, encoder_names
+from speechbrain_bestrq.reproduction.stages import STAGE_FILE
 from speechbrain_bestrq.results import read_results
 
 #: What a reproduction leaves in its folder, for the report: its preset and what was given.
@@ -127,7 +128,9 @@ class Table:
     """By encoder."""
 
 
-def write_plan(folder: Path, name: str, preset: Mapping[str, Any], corpora: Sequence[str], command: str) -> None:
+def write_plan(
+    folder: Path, name: str, preset: Mapping[str, Any], corpora: Sequence[str], command: str, marks: Mapping[str, str]
+) -> None:
     """Keep what was planned, for the report.
 
     Arguments
@@ -142,8 +145,11 @@ def write_plan(folder: Path, name: str, preset: Mapping[str, Any], corpora: Sequ
         Which were given.
     command : str
         The command line.
+    marks : mapping
+        Of each stage, what it is recognised by (:attr:`StageState.marks`).
     """
     plan = {"name": name, "preset": preset, "corpora": list(corpora), "command": command, "commit": commit()}
+    plan["marks"] = dict(marks)
     path = Path(folder) / PLAN_FILE
     beside = path.with_name(f"{path.name}.writing")
     beside.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
@@ -175,25 +181,53 @@ def read_plan(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: give the folder of a reproduction (sb-bestrq reproduce).") from error
 
 
-def frozen_table(folder: Path, preset: Mapping[str, Any]) -> Table:
+class Runs:
+    """The finished runs of a reproduction; what another plan left in its folder is none of them.
+
+    Arguments
+    ---------
+    folder : Path
+        Of the reproduction.
+    plan : mapping
+        As :func:`read_plan` gives it.
+    """
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any]):
+        self.folder, self.plan, self.preset = Path(folder), plan, plan["preset"]
+
+    def is_done(self, run: str) -> bool:
+        """Whether a stage was done as planned."""
+        try:
+            record = json.loads((self.folder / run / STAGE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return record.get("made") is not None and record.get("mark") == self.plan["marks"].get(run)
+
+    def results(self, run: str, task: str) -> dict[str, Any] | None:
+        """What a run came to, None if it is not done."""
+        path = self.folder / run / TASKS[task].results
+        return read_results(path.parent) if self.is_done(run) and path.is_file() else None
+
+
+def frozen_table(runs: Runs) -> Table:
     """Table 1: frozen encoders on four tasks."""
-    return _table("Table 1: frozen encoders", folder, preset, FROZEN, FROZEN_COLUMNS, PAPER_FROZEN)
+    return _table("Table 1: frozen encoders", runs, FROZEN, FROZEN_COLUMNS, PAPER_FROZEN)
 
 
-def fine_tuned_table(folder: Path, preset: Mapping[str, Any]) -> Table:
+def fine_tuned_table(runs: Runs) -> Table:
     """Table 2: recognition by fine-tuned encoders."""
-    return _table("Table 2: fine-tuned encoders", folder, preset, FINE_TUNED, RECOGNITION, PAPER_FINE_TUNED)
+    return _table("Table 2: fine-tuned encoders", runs, FINE_TUNED, RECOGNITION, PAPER_FINE_TUNED)
 
 
-def masking_table(folder: Path, preset: Mapping[str, Any]) -> Table:
+def masking_table(runs: Runs) -> Table:
     """Table 3: how much is masked in pre-training."""
-    shares = [str(share) for share in preset.get("masking", {}).get("mask_prob", PAPER_MASKING)]
+    shares = [str(share) for share in runs.preset.get("masking", {}).get("mask_prob", PAPER_MASKING)]
     rows = {}
     for share in shares:
         cell = Cell(paper=PAPER_MASKING.get(share))
-        for seed in preset["seeds"][:1]:
+        for seed in runs.preset["seeds"][:1]:
             run = f"masking-asr/{share}/{seed}"
-            if (results := _results(folder, run, "asr")) is not None:
+            if (results := runs.results(run, "asr")) is not None:
                 cell.values[seed] = 100 * results["validation"]["wer"]
                 _describe(cell, results["corpus"], MASKING_COLUMN, run)
         rows[share] = [cell]
@@ -203,16 +237,16 @@ def masking_table(folder: Path, preset: Mapping[str, Any]) -> Table:
 
 def _table(
     title: str,
-    folder: Path,
-    preset: Mapping[str, Any],
+    runs: Runs,
     kind: str,
     columns: Sequence[Column],
     paper: Mapping[str, Mapping[str, float]],
 ) -> Table:
+    preset = runs.preset
     names = [name for name in encoder_names(preset) if kind == FROZEN or name not in preset["baselines"]]
     # the paper's rows are shown also when they were not run
     rows = {
-        name: [_cell(folder, preset, kind, name, column, paper) for column in columns]
+        name: [_cell(runs, kind, name, column, paper) for column in columns]
         for name in (*names, *(name for name in paper if name not in names))
     }
     corpora = [_corpora(cells[number] for cells in rows.values()) for number in range(len(columns))]
@@ -220,17 +254,16 @@ def _table(
 
 
 def _cell(
-    folder: Path,
-    preset: Mapping[str, Any],
+    runs: Runs,
     kind: str,
     encoder: str,
     column: Column,
     paper: Mapping[str, Mapping[str, float]],
 ) -> Cell:
     cell = Cell(paper=paper.get(encoder, {}).get(column.title))
-    for seed in preset["seeds"]:
+    for seed in runs.preset["seeds"]:
         run = f"{column.task}-{kind}/{encoder}/{seed}"
-        results = _results(folder, run, column.task)
+        results = runs.results(run, column.task)
         if results is None:
             continue
         sets = results["sets"]
@@ -247,11 +280,6 @@ def _cell(
 def _describe(cell: Cell, corpus: str, column: Column, run: str) -> None:
     cell.corpus, cell.comparable = corpus, corpus == column.corpus
     cell.runs = (*cell.runs, run)
-
-
-def _results(folder: Path, run: str, task: str) -> dict[str, Any] | None:
-    path = Path(folder) / run / TASKS[task].results
-    return read_results(path.parent) if path.is_file() else None
 
 
 def _corpora(cells: Any) -> str:

@@ -15,7 +15,7 @@ from speechbrain_bestrq.reproduction.cost import Speed
 from speechbrain_bestrq.reproduction.plan import CORPORA, PRESETS, RECIPES, encoder_names, make_plan, read_preset
 from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState
-from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, frozen_table, judge, read_plan, write_plan
+from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, Runs, frozen_table, judge, read_plan, write_plan
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
@@ -130,6 +130,13 @@ def write_probe(folder, run, sets, corpus="speechocean762", within="", **more):
     place.mkdir(parents=True)
     results = {"corpus": corpus, "sets": sets, "command": f"python train.py {run}", "device_hours": 0.5, **more}
     (place / "results.json").write_text(json.dumps(results))
+    (folder / run / "stage.json").write_text(json.dumps({"mark": f"mark of {run}", "made": "once"}))
+
+
+def marks_of(preset, folder):
+    """For the runs that :func:`write_probe` writes."""
+    given = {corpus: Path("/data") for corpus in CORPORA}
+    return {stage.name: f"mark of {stage.name}" for stage in make_plan(preset, given, folder)}
 
 
 def write_pretraining(folder, method, speed):
@@ -155,7 +162,8 @@ def write_pretraining(folder, method, speed):
 def reproduction(tmp_path):
     """A reproduction of which intents, and recognition in part, are done."""
     preset = {**read_preset("small"), "updates": [1000, 2000]}
-    write_plan(tmp_path, "small", preset, ["librispeech", "slurp"], "sb-bestrq reproduce --preset small")
+    command = "sb-bestrq reproduce --preset small"
+    write_plan(tmp_path, "small", preset, ["librispeech", "slurp"], command, marks_of(preset, tmp_path))
     accuracies = {"fbank": 0.5, "random": 0.52, "bestrq-1000": 0.51, "bestrq-2000": 0.6, "wav2vec2-2000": 0.53}
     for encoder, accuracy in accuracies.items():
         for seed in (1, 2):
@@ -207,7 +215,8 @@ def test_stand_ins_are_named_and_not_compared_with_the_paper(reproduction):
 
 def test_on_the_papers_corpus_the_difference_is_given(tmp_path):
     preset = {**read_preset("paper"), "seeds": [1]}
-    write_plan(tmp_path, "paper", preset, list(CORPORA), "sb-bestrq reproduce --preset paper")
+    command = "sb-bestrq reproduce --preset paper"
+    write_plan(tmp_path, "paper", preset, list(CORPORA), command, marks_of(preset, tmp_path))
     write_probe(tmp_path, "verification-frozen/bestrq-200000/1", {"vox1": {"eer": score(0.04)}}, "VoxCeleb")
     write_probe(
         tmp_path, "emotion-frozen/bestrq-200000/1", {"test": {"accuracy": score(0.63)}}, "IEMOCAP", within="all"
@@ -224,7 +233,7 @@ def test_on_the_papers_corpus_the_difference_is_given(tmp_path):
 
 
 def test_where_pre_training_does_not_pay_the_report_says_so(reproduction):
-    sentences = judge(frozen_table(reproduction, read_plan(reproduction)["preset"]))
+    sentences = judge(frozen_table(Runs(reproduction, read_plan(reproduction))))
     assert sentences == [
         "intent accuracy: wav2vec 2.0, 2,000 updates is ahead of the untrained encoder by 1.00 points, "
         "which may be chance.",
@@ -245,6 +254,16 @@ def test_a_changed_result_changes_its_cell_and_nothing_else(reproduction):
         assert len(changed) == (1 if name in ("markdown", "html", "table1") else 0), name
         for old, new in changed:
             assert old.replace("40.0", "41.0") == new
+
+
+def test_what_another_plan_left_is_not_shown(reproduction):
+    path = reproduction / "asr-frozen" / "bestrq-2000" / "1" / "stage.json"
+    path.write_text(json.dumps({"mark": "of other data", "made": "once"}))
+    rows = rows_of(write_reproduction(reproduction)["markdown"])
+    assert rows["BEST-RQ, 2,000 updates"]["test-clean WER"] == "not run"
+    path.write_text(json.dumps({"mark": "mark of asr-frozen/bestrq-2000/1"}))  # begun, not done
+    rows = rows_of(write_reproduction(reproduction)["markdown"])
+    assert rows["BEST-RQ, 2,000 updates"]["test-clean WER"] == "not run"
 
 
 def test_the_tables_are_the_same_bytes_elsewhere(reproduction, tmp_path_factory):
