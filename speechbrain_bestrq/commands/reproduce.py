@@ -1,6 +1,7 @@
 """``sb-bestrq reproduce``: the paper in one command."""
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language_model", type=Path, metavar="FILE", help="of words, .arpa or .arpa.gz")
     parser.add_argument("--devices", metavar="0,1,...", help="GPUs: so many stages at once, each on one")
     parser.add_argument("--pretraining_devices", type=int, default=1, metavar="COUNT", help="under torchrun (1)")
+    parser.add_argument("--json", action="store_true", help="print files and failures as one JSON object")
     parser.add_argument("--num_workers", type=int, metavar="COUNT", help="that load audio, of every run")
     parser.add_argument(
         "--dry_run",
@@ -69,8 +71,11 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         devices = arguments.devices.split(",") if arguments.devices else [None]
         failed = run_stages(stages, folder, tell, devices)
         files = write_reproduction(folder)
-    print(files["markdown"].read_text(encoding="utf-8"))
-    print(f"Report: {files['html']}")
+    if arguments.json:
+        print(json.dumps({"files": {name: str(path) for name, path in files.items()}, "failed": failed}, indent=2))
+    else:
+        print(files["markdown"].read_text(encoding="utf-8"))
+        print(f"Report: {files['html']}")
     broken = {name: why for name, why in failed.items() if not why.startswith(LEFT_OUT)}
     for why in broken.values():
         tell(f"not done: {why}")
@@ -83,7 +88,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "reproduce",
-    "redo the paper: both pre-trainings, the tasks, its tables beside ours",
+    "redo the paper and its tables",
     """\
   sb-bestrq reproduce --preset demo
   sb-bestrq reproduce --preset small --librispeech data/LibriSpeech --slurp data/SLURP
