@@ -135,7 +135,7 @@ def make_contenders(arguments: argparse.Namespace, folder: Path) -> dict[str, Ca
     contenders = {name: partial(build, False) for name, build in builders.items()}
     if arguments.compile:
         contenders |= {f"{name} + compile": partial(build, True) for name, build in builders.items()}
-    return contenders
+    return {name: build for name, build in contenders.items() if arguments.only is None or name in arguments.only}
 
 
 # ---------------------------------------------------------------- measuring
@@ -302,6 +302,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro_batches", type=float, nargs="+", help="seconds of audio in a step, to find the best")
     parser.add_argument("--steps", type=int, default=4, help="in a block")
     parser.add_argument("--repeats", type=int, default=5, help="blocks of each contender")
+    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="these, as the table names them")
     parser.add_argument("--compile", action="store_true", help="the compiled contenders too")
     parser.add_argument("--output", type=Path, help="Markdown file to write; the raw figures go beside it as JSON")
     arguments = parser.parse_args(words)
