@@ -1,5 +1,5 @@
 # make setup     the environment .venv with everything (again only after a change of setup.cfg or pyproject.toml)
-# make demo      makes a corpus of synthetic speech, pre-trains a small model on it, reports: ten minutes on two cores
+# make demo      redoes the paper in small on synthetic speech, and its tables: twenty minutes on two cores
 # make test      all tests but the slow ones, with the examples in the docstrings
 # make test-all  these, then the slow ones
 # make lint      style and format
@@ -24,7 +24,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@touch $@
 
 demo: setup
-	$(BIN)/sb-bestrq demo --folder demo
+	$(BIN)/sb-bestrq reproduce --preset demo --output_folder demo
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from common import RATE
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain_step import SpeechBrainBestRQ, SpeechBrainBestRQBrain, make_batch
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch import Tensor
 from speechbrain_bestrq.pretraining import PretrainingBrain
 from speechbrain_bestrq.pretraining_data import PretrainingBatch
 
-RATE = 16000
 HPARAMS = Path(__file__).resolve().parents[1] / "recipes" / "LibriSpeech" / "pretrain" / "hparams"
 
 #: Sizes of BEST-RQ: the YAML's, and smaller ones for a test.

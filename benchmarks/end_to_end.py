@@ -1,11 +1,11 @@
-"""Where the time of a pre-training run went: updates, waiting for audio, validations, the rest.
+"""Where the time of a pre-training run went: updates, waiting for audio, validations, saving, the rest.
 
     python train.py hparams/bestrq.yaml --data_folder ... --output_folder RUN      # in recipes/LibriSpeech/pretrain
     python benchmarks/end_to_end.py RUN
 
 The run is an ordinary one; its log has all that is needed. The first line of the log and what came before it is
-left out (the first batches, compilation), and so is what came after the last. "the rest" is checkpoints, the
-encoder that is saved when it is the best so far, the beginnings of epochs, and log lines.
+left out (the first batches, compilation), and so is what came after the last. "saving" is checkpoints and the
+encoders that are saved beside them; "the rest" is the beginnings of epochs and log lines.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def split(lines: list[dict], ranks: int) -> dict[str, float]:
     Returns
     -------
     dict
-        "all", "updates" (waiting in them included), "waiting", "validations" and "rest",
-        seconds; "audio", seconds; "median", audio-seconds a second in the updates.
+        "all", "updates" (waiting in them included), "waiting", "validations", "saving" and
+        "rest", seconds; "audio", seconds; "median", audio-seconds a second in the updates.
     """
     numbers = [number for number, line in enumerate(lines) if line["event"] == "train"]
     if len(numbers) < 2:
@@ -47,7 +47,8 @@ def split(lines: list[dict], ranks: int) -> dict[str, float]:
     parts["updates"] = sum(windows)
     parts["waiting"] = sum(line["data_wait_share"] * window for line, window in zip(train[1:], windows, strict=True))
     parts["validations"] = sum(line["seconds"] for line in between if line["event"] == "valid")
-    parts["rest"] = parts["all"] - parts["updates"] - parts["validations"]
+    parts["saving"] = sum(line["saving_seconds"] for line in train[1:])
+    parts["rest"] = parts["all"] - parts["updates"] - parts["validations"] - parts["saving"]
     parts["median"] = statistics.median(line["audio_seconds_per_second"] for line in train[1:])
     return parts
 
@@ -68,6 +69,7 @@ def table(run: Path) -> str:
                 ("updates", "updates"),
                 ("- of them waiting for audio", "waiting"),
                 ("validations", "validations"),
+                ("saving", "saving"),
                 ("the rest", "rest"),
             )
         ),

@@ -14,6 +14,8 @@ Contenders:
     transformers, wav2vec 2.0    Wav2Vec2ForPreTraining of the same size, if transformers is installed
     "+ compile"                  the same, compiled as --compile does; the time to compile is given apart
 
+First our step of the same model is held against SpeechBrain's (equivalence.py): same labels, loss and gradients, or
+nothing is measured.
 All get the same resident waveforms (noise: speed does not depend on what is said), of each of the lengths given by
 --seconds, where mix is a histogram like LibriSpeech's. A step is forward, backward, clipping and
 optimizer, through each one's own fit_batch. Blocks of steps alternate between the contenders, so that whatever else
@@ -40,10 +42,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import RATE, librispeech_lengths, matrix_product_flops, wait
 from contenders import (
     BESTRQ,
     HEADS,
-    RATE,
     WAV2VEC2,
     Contender,
     Ours,
@@ -51,17 +53,18 @@ from contenders import (
     TransformersStep,
     transformers_is_installed,
 )
+from equivalence import compare, make_pair
 from torch import Tensor
 from traffic import count_traffic
 
 from speechbrain_bestrq.accounting import datasheet_flops
 from speechbrain_bestrq.batching import LadderBatchSampler
-from speechbrain_bestrq.machine import describe_machine, device_name
+from speechbrain_bestrq.machine import commit, describe_machine, device_name, package_versions
+from speechbrain_bestrq.pretraining import allow_many_shapes
 
-#: Durations of LibriSpeech's training utterances at every tenth of them, seconds.
-LIBRISPEECH_DECILES = (1.3, 4.9, 8.7, 11.6, 13.2, 14.0, 14.6, 15.1, 15.6, 16.0, 24.5)
 #: What the others are compared with.
 SPEECHBRAIN = "SpeechBrain"
+ROTARY = "ours, rotary"
 
 
 @dataclass
@@ -100,10 +103,8 @@ def make_waveforms(arguments: argparse.Namespace, duration: str, micro_batch_sec
     """Resident batches of unpadded noise, shape (B, N) each."""
     generator = torch.Generator().manual_seed(0)
     if duration == "mix":
-        draw = np.random.default_rng(0)
-        seconds = np.interp(draw.random(4000), np.linspace(0, 1, len(LIBRISPEECH_DECILES)), LIBRISPEECH_DECILES)
-        sampler = LadderBatchSampler(np.rint(seconds * RATE).astype(int), round((micro_batch_seconds or 100) * RATE))
-        shapes = [(len(plan.indices), plan.samples) for plan, _ in zip(sampler, range(arguments.steps), strict=False)]
+        sampler = LadderBatchSampler(librispeech_lengths(20000), round((micro_batch_seconds or 100) * RATE))
+        shapes = spread([(len(plan.indices), plan.samples) for plan in sampler], arguments.steps)
     else:
         samples = round(float(duration) * RATE)
         utterances = arguments.utterances
@@ -111,6 +112,14 @@ def make_waveforms(arguments: argparse.Namespace, duration: str, micro_batch_sec
             utterances = max(round(micro_batch_seconds * RATE / samples), 1)
         shapes = [(utterances, samples)] * arguments.steps
     return [(0.1 * torch.randn(shape, generator=generator)).to(arguments.device) for shape in shapes]
+
+
+def spread(shapes: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Some of an epoch's batches whose lengths are spread as its audio is, whatever the size of the batches."""
+    shapes = sorted(shapes, key=lambda shape: shape[1])
+    audio = np.cumsum([utterances * samples for utterances, samples in shapes])
+    middles = (np.arange(count) + 0.5) / count
+    return [shapes[place] for place in np.searchsorted(audio, middles * audio[-1])]
 
 
 # ---------------------------------------------------------------- contenders
@@ -127,7 +136,7 @@ def make_contenders(arguments: argparse.Namespace, folder: Path) -> dict[str, Ca
     builders: dict[str, Callable[[bool], Contender]] = {
         SPEECHBRAIN: lambda compiled: SpeechBrainStep(size, *where, compiled),
         "ours, relative": lambda compiled: bestrq("relative", compiled),
-        "ours, rotary": lambda compiled: bestrq("rotary", compiled),
+        ROTARY: lambda compiled: bestrq("rotary", compiled),
         "ours, wav2vec 2.0": lambda compiled: Ours("wav2vec2", *where, compiled, WAV2VEC2[size]),
     }
     if transformers_is_installed():
@@ -139,12 +148,6 @@ def make_contenders(arguments: argparse.Namespace, folder: Path) -> dict[str, Ca
 
 
 # ---------------------------------------------------------------- measuring
-
-
-def wait(device: str) -> None:
-    """Wait for the device."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def run_block(contender: Contender, device: str) -> float:
@@ -170,36 +173,24 @@ def trace(contender: Contender, device: str) -> tuple[float, float]:
     return len(events) / len(contender.batches), 1 - busy / 1e6 / seconds
 
 
-def matrix_product_flops(device: str, precision: str) -> float:
-    """FLOP/s of a large matrix product on this device, the best of five."""
-    size = 8192 if device.startswith("cuda") else 1536
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(6):
-        wait(device)
-        started = time.perf_counter()
-        a @ b
-        wait(device)
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / min(times[1:])
-
-
 def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str], None]) -> list[Measurement]:
     """Measure every contender at every length and micro-batch."""
     measurements = []
     cuda = arguments.device.startswith("cuda")
     for duration, micro_batch in product(arguments.seconds, arguments.micro_batches or [None]):
+        torch._dynamo.reset()
+        allow_many_shapes()
         waveforms = make_waveforms(arguments, duration, micro_batch)
         step_seconds = sum(wavs.numel() for wavs in waveforms) / RATE / len(waveforms)
         running: list[tuple[Contender, Measurement]] = []
         for name, build in make_contenders(arguments, folder).items():
             report(f"{name}: utterances of {duration} s, {step_seconds:.0f} s of audio in a step, first block")
-            held = 0
-            if cuda:  # by the contenders before
+            contender, held = None, 0
+            if cuda:
+                gc.collect()  # what ran out of memory before is gone; the others are held
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated()
-            contender = None
             try:
                 contender = build()
                 contender.start(waveforms)
@@ -282,7 +273,7 @@ def table(measurements: list[Measurement], product_flops: float, arguments: argp
     lines += [
         "",
         "GFLOP/s: analytic, of the model with its head on masked frames only. operators, MB: what an eager step "
-        "computes, and what that reads and writes.",
+        f"computes, and what that reads and writes. {ROTARY}, and wav2vec 2.0: other models than {SPEECHBRAIN}'s.",
     ]
     return "\n".join(lines)
 
@@ -322,16 +313,22 @@ def main(words: list[str] | None = None) -> None:
     """Measure, print, write."""
     arguments = parse(words)
     device = device_name(arguments.device)
+    equal = compare(*make_pair())
+    if not equal.holds:
+        raise SystemExit(f"our step of the same model does not compute what SpeechBrain's does: {equal}")
     product_flops = matrix_product_flops(arguments.device, arguments.precision)
     with tempfile.TemporaryDirectory() as folder:
         measurements = measure(arguments, Path(folder), lambda text: print(text, file=sys.stderr, flush=True))
-    text = table(measurements, product_flops, arguments, device)
+    text = f"{table(measurements, product_flops, arguments, device)} Equal to {SPEECHBRAIN} before that: {equal}."
     print(text)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(text + "\n", encoding="utf-8")
         raw = {
             "device": device,
+            "arguments": {name: str(value) for name, value in vars(arguments).items()},
+            "versions": package_versions(),
+            "commit": commit(),
             "matrix_product_flops": product_flops,
             "measurements": [asdict(m) for m in measurements],
         }

@@ -18,11 +18,11 @@ import argparse
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from contenders import RATE, Ours
+from common import RATE, matrix_product_flops
+from contenders import Ours
 from torch import Tensor
 
 from speechbrain_bestrq.accounting import datasheet_flops
@@ -87,23 +87,6 @@ def peak_gigabytes(device: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else status_gigabytes("VmHWM")
 
 
-def product_rate(device: str, precision: str) -> float:
-    """FLOP/s of one large matrix product."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device).unbind()
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    context = torch.autocast(device, dtype=dtypes[precision]) if precision in dtypes else nullcontext()
-    times = []
-    with context:
-        for _ in range(10):
-            start = time.perf_counter()
-            a @ b
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
-
-
 def compare(size: str, waveforms: list[Tensor], arguments: argparse.Namespace) -> list[str]:
     """Measure the two of a size: the rows of a table, and a line on their ratio."""
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +94,7 @@ def compare(size: str, waveforms: list[Tensor], arguments: argparse.Namespace) -
         for _ in range(arguments.blocks):
             for contender in contenders:
                 contender.block()
-    product = product_rate(arguments.device, arguments.precision)
+    product = matrix_product_flops(arguments.device, arguments.precision)
     peak = None
     if arguments.device == "cuda":
         peak = datasheet_flops(torch.cuda.get_device_name(), arguments.precision)

@@ -15,12 +15,10 @@ import argparse
 from dataclasses import dataclass
 
 import numpy as np
+from common import RATE, librispeech_lengths
 
 from speechbrain_bestrq.batching import LadderBatchSampler
 
-RATE = 16000
-#: Durations of LibriSpeech's training utterances at every tenth of them, seconds.
-LIBRISPEECH_DECILES = (1.3, 4.9, 8.7, 11.6, 13.2, 14.0, 14.6, 15.1, 15.6, 16.0, 24.5)
 #: Of DistributedDataParallel, bytes.
 BUCKET = 25e6
 BACKWARD_SHARE = 2 / 3
@@ -90,9 +88,7 @@ def model_update(
 
 def measure_imbalance(devices: int, micro_batch_seconds: float, utterances: int = 60000) -> float:
     """By how much the longest batch that ranks take together exceeds their mean, over an epoch."""
-    draw = np.random.default_rng(0)
-    seconds = np.interp(draw.random(utterances), np.linspace(0, 1, len(LIBRISPEECH_DECILES)), LIBRISPEECH_DECILES)
-    lengths = np.rint(seconds * RATE).astype(int)
+    lengths = librispeech_lengths(utterances)
     samplers = [
         LadderBatchSampler(lengths, round(micro_batch_seconds * RATE), rank=rank, world_size=devices)
         for rank in range(devices)

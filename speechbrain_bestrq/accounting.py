@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speechbrain_bestrq.writing import write_text
+
 #: Dense bf16/fp16 rates of the vendors' datasheets, FLOP/s, by a part of the device's name.
 DATASHEET_FLOPS = {
     "B200": 2250e12,
@@ -192,9 +194,7 @@ class JsonLines:
         if not self.path.exists():
             return
         kept = [entry for entry in self.read() if entry["step"] <= after_step]
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def format_line(entry: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.metrics import RESAMPLES, Classification, Interval, classify
 from speechbrain_bestrq.results import ERRORS_FILE, interval, write_errors
+from speechbrain_bestrq.writing import replacing
 
 #: Fewer speakers do not show how speakers differ: the utterances are resampled then.
 LEAST_SPEAKERS = 5
@@ -243,10 +244,8 @@ def _mean_share(parts: NDArray, wholes: NDArray) -> NDArray:
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    beside = path.with_name(f"{path.name}.writing")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
-    os.replace(beside, path)
 
 
 def draw_confusion(scores: Classification, classes: Sequence[str], path: str | os.PathLike, title: str) -> Path:
@@ -289,11 +288,9 @@ def draw_confusion(scores: Classification, classes: Sequence[str], path: str | o
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize="small")
     figure.colorbar(image, ax=axes, label="share of the class")
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.writing")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
-    return path
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
+    return Path(path)
 
 
 def over_folds(folds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

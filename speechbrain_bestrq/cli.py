@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from speechbrain_bestrq import __version__
-from speechbrain_bestrq.commands import check_codebook, demo, encode, export, prepare, report, reproduce, synthesize
+from speechbrain_bestrq.commands import check_codebook, encode, export, prepare, report, reproduce, synthesize
 from speechbrain_bestrq.errors import INTERRUPTED, USER_ERROR, InputError
 
 PROGRAM = "sb-bestrq"
@@ -29,7 +29,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 COMMANDS = (
-    demo.COMMAND,
     prepare.COMMAND,
     synthesize.COMMAND,
     check_codebook.COMMAND,

@@ -1,6 +1,5 @@
 """The picture of how codebooks are used."""
 
-import os
 import textwrap
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from speechbrain_bestrq.codebook_check import MOST_OF_ONE_CODE, CodebookUse
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.writing import replacing
 
 #: More codebooks than this share one entry of the legend.
 _MOST_NAMED = 8
@@ -78,11 +78,9 @@ def draw_codebook_use(use: CodebookUse, path: str | Path, title: str) -> Path:
         axes.legend(loc=place, fontsize=8)
     # a folder may be called anything: a dollar sign in it is no formula
     figure.suptitle("\n".join(textwrap.wrap(title, 110, break_on_hyphens=False)), fontsize=11, parse_math=False)
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
+        with replacing(path) as beside:
+            figure.savefig(beside, format="png")
     except OSError as error:
         raise InputError(f"'{path}' cannot be written ({error.strerror}): give another output folder.") from error
     return path

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.pretrained import PretrainedEncoder, normalize_utterances
+from speechbrain_bestrq.writing import replacing, write_text
 
 
 class LayerMix(nn.Module):
@@ -186,7 +187,7 @@ class WeightedEncoder(nn.Module):
     def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Encode waveforms (B, N) of relative lengths (B,) into (B, T, D); zero in the padding."""
         lengths = None
-        if wav_lens is not None:
+        if self.mix.utterance_norm and wav_lens is not None:
             lengths = self.encoder.num_frames(absolute_lengths(wav_lens.to(wav.device), wav.shape[-1]))
         return self.mix(self.encoder(wav, wav_lens), lengths)
 
@@ -226,9 +227,7 @@ def record_layer_weights(mix: LayerMix, epoch: int, folder: str | os.PathLike) -
         history = [*history[: epoch - 1], *unknown, mix.shares()]
         nothing = [float("nan")] * mix.num_layers
         draw_layer_weights([shares or nothing for shares in history], path.with_suffix(".png"))
-        beside = path.with_name(f"{path.name}.writing")
-        beside.write_text(json.dumps(history), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, json.dumps(history))
     return mix.describe()
 
 
@@ -273,9 +272,6 @@ def draw_layer_weights(history: Sequence[Sequence[float]], path: str | os.PathLi
     course.set(title="over the epochs", xlabel="epoch", ylabel="weight")
     course.set_ylim(bottom=0)
     course.legend(title="state", ncols=2, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.writing")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
-    return path
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
+    return Path(path)

@@ -39,6 +39,7 @@ from speechbrain_bestrq.hidden_states import FORMATS, HiddenStatesFile, file_hea
 from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.sources import find_encoder
 from speechbrain_bestrq.windows import WINDOW_SECONDS, Window, plan_batches, plan_windows, samples_per_frame
+from speechbrain_bestrq.writing import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    part = folder / f".{SETTINGS_FILE}.part"
-    part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / SETTINGS_FILE)
+    write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- the whole

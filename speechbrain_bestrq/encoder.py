@@ -176,11 +176,16 @@ def run_layers(layers: nn.ModuleList, x: Tensor, valid: Tensor | None = None, la
     """
     kept = [True] * len(layers)
     if layer_drop and any(layer.training for layer in layers):
-        kept = (torch.rand(len(layers)) >= layer_drop).tolist()
+        kept = draw_kept(len(layers), layer_drop)
     states = [x]
     for layer, keep in zip(layers, kept, strict=True):
         states.append(layer(states[-1], valid) if keep or not layer.training else _skip(states[-1], layer))
     return states
+
+
+def draw_kept(layers: int, layer_drop: float) -> list[bool]:
+    """Draw which of so many layers to run; on the host, whatever device they are on, so that nothing waits for it."""
+    return (torch.rand(layers, device="cpu") >= layer_drop).tolist()
 
 
 class ConformerEncoder(nn.Module):

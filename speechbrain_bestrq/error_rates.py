@@ -9,6 +9,7 @@ from typing import Any
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from speechbrain_bestrq.metrics import Interval, bootstrap_rate
+from speechbrain_bestrq.writing import replacing
 
 
 def edit_distance(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> int:
@@ -163,9 +164,6 @@ class ErrorRates:
         stats = ErrorRateStats()
         words, spoken = zip(*self._texts.values(), strict=True) if self._texts else ((), ())
         stats.append(list(self._texts), words, spoken)
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.writing")
-        with open(beside, "w", encoding="utf-8") as file:
+        with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
             stats.write_stats(file)
-        os.replace(beside, path)
-        return path
+        return Path(path)

@@ -18,6 +18,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
 from speechbrain_bestrq.task_encoders import TaskEncoder
+from speechbrain_bestrq.writing import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def cache_features(
     device, training = torch.device(device), encoder.training
     encoder.eval().to(device)
     position = 0
-    with open(folder / f"{file_name}.writing", "wb") as file, torch.no_grad():
+    with replacing(folder / file_name) as beside, open(beside, "wb") as file, torch.no_grad():
         for batch in make_task_loader(dataset, sampler):
             wavs, wav_lens = batch.sig
             hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
@@ -133,12 +134,9 @@ def cache_features(
                 places[name] = [position, length]
                 position += length
     encoder.train(training)
-    os.replace(folder / f"{file_name}.writing", folder / file_name)
     index = {"identity": identity, "audio": audio, "places": places, "file": file_name, "frames": position}
     index |= {"states": encoder.num_states, "channels": encoder.output_dim}
-    beside = folder / f"{_INDEX}.writing"
-    beside.write_text(json.dumps(index), encoding="utf-8")
-    os.replace(beside, folder / _INDEX)
+    write_text(folder / _INDEX, json.dumps(index))
     for other in folder.glob("states-*.f32"):
         if other.name != file_name:  # whoever reads it goes on reading it
             other.unlink(missing_ok=True)

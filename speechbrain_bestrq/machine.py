@@ -2,6 +2,8 @@
 
 import os
 import platform
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,6 +32,28 @@ def device_name(device: str | torch.device = "cpu") -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return f"{model or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions that a figure depends on, by package; PyTorch's with what it was built for.
+
+    Example
+    -------
+    >>> sorted(package_versions())
+    ['speechbrain', 'speechbrain_bestrq', 'torch']
+    """
+    packages = ("speechbrain", "speechbrain_bestrq")
+    return {"torch": torch.__version__, **{name: version(name) for name in packages}}
+
+
+def commit() -> str | None:
+    """The commit of this checkout, None where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def describe_machine(device: str | torch.device = "cpu") -> str:

@@ -15,6 +15,7 @@ from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 
 from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, read_samples
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.writing import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -130,22 +131,16 @@ def _make(table: AudioTable, folder: Path, threads: int) -> Path:
             "another cache_folder, or leave cache out."
         )
     logger.info("Decoding %.2f hours of audio: %.2f GB in %s.", table.hours, size / 1e9, path)
-    beside = path.with_name(f"{path.name}.writing")
     rounded = clipped = 0
-    try:
-        with open(beside, "wb") as file:
-            for audio in _read_all(table, threads):
-                if audio.dtype != np.int16:
-                    rounded += 1
-                    clipped += bool(np.abs(audio).max(initial=0) > 1)
-                    audio = np.clip(np.rint(audio * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
-                file.write(audio.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with replacing(path) as beside, open(beside, "wb") as file:
+        for audio in _read_all(table, threads):
+            if audio.dtype != np.int16:
+                rounded += 1
+                clipped += bool(np.abs(audio).max(initial=0) > 1)
+                audio = np.clip(np.rint(audio * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+            file.write(audio.data)
+        file.flush()
+        os.fsync(file.fileno())
     if rounded:
         logger.warning(
             "%d of %d utterances are not 16-bit audio of %d samples per second in one channel: they were rounded to 16 "

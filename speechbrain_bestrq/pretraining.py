@@ -4,6 +4,8 @@ import json
 import logging
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.machine import device_name
+from speechbrain_bestrq.machine import device_name, package_versions
 from speechbrain_bestrq.model_card import write_card
 from speechbrain_bestrq.pretraining_data import PretrainingBatch
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
@@ -100,6 +102,7 @@ class PretrainingBrain(sb.Brain):
         self.generator = torch.Generator(device=self.device)
         self.best_valid_loss, self.skipped_in_a_row, self.validation_due = float("inf"), 0, False
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
+        self.saved_update, self.saving_seconds = None, 0.0
         self.requests = Requests()  # heeds signals within fit only
         self.usual_norm = torch.zeros((), device=self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
@@ -126,7 +129,7 @@ class PretrainingBrain(sb.Brain):
             "world_size": self.world_size,
             "updates_planned": self.optimizer_step_limit,
             "seed": self.hparams.seed,
-            "versions": {"torch": torch.__version__, "speechbrain": sb.__version__},
+            "versions": package_versions(),
         }
 
     def _frames_per_second(self) -> float:
@@ -233,9 +236,7 @@ class PretrainingBrain(sb.Brain):
         """Compile each encoder layer by itself, in place: one small graph for each shape of the ladder."""
         if not self.compile:
             return
-        # the default stops compiling after 8 shapes
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
-        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
+        allow_many_shapes()
         dynamic = bool(self.compile_using_dynamic_shape_tracing)
         for layer in self.model.speech_encoder.encoder.layers:
             layer.compile(mode=self.compile_mode, fullgraph=self.compile_using_fullgraph, dynamic=dynamic)
@@ -416,6 +417,20 @@ class PretrainingBrain(sb.Brain):
         self.window_wait, self.window_flops, self.window_updates = 0.0, 0.0, 0
         self.clocked_seconds = self.totals[0].clone()
 
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Count what saving takes by itself: it is neither training nor waiting for audio."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()  # saving would wait for the updates that are still under way
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            self.saving_seconds += seconds
+            self.window_started += seconds
+            self.batch_asked_for += seconds
+
     @property
     def device_hours(self) -> float:
         """Hours that all devices have been held, whether they computed or waited."""
@@ -454,6 +469,7 @@ class PretrainingBrain(sb.Brain):
             "utilisation": None if peak is None else flops / peak,
             "peak_memory_gb": _peak_memory_gb(self.device_type),
             "data_wait_share": self.window_wait / seconds,
+            "saving_seconds": self.saving_seconds,
             "eta_hours": left * seconds / self.window_updates / 3600,
         }
         values = {
@@ -467,7 +483,7 @@ class PretrainingBrain(sb.Brain):
         }
         self.longest_skipped_row = self.skipped_row
         self.reader.submit(known, values)
-        self.window_sums = self._zero_sums()
+        self.window_sums, self.saving_seconds = self._zero_sums(), 0.0
         self._start_clock()
 
     def _write_log_lines(self, wait: bool) -> None:
@@ -561,6 +577,8 @@ class PretrainingBrain(sb.Brain):
         between_updates = self.step % self.grad_accumulation_factor == 0
         if not between_updates or self._validation_is_next:  # which saves anyway, when it is done
             return False
+        if self.saved_update == self.optimizer_step:  # one amid the epoch has just been done
+            return False
         if self.unsaved_since and self.window_updates == 0:  # try again with each log line
             return True
         if self.window_updates and self.ckpt_interval_minutes > 0:
@@ -583,20 +601,21 @@ class PretrainingBrain(sb.Brain):
         self.shared_histogram = self.histogram.clone()
         if self.world_size > 1:
             torch.distributed.all_reduce(self.shared_histogram)
-        try:
-            meta = {"step": self.optimizer_step, "signature": signature, "validation_due": self.validation_due, **meta}
-            self.checkpointer.save_checkpoint(meta=meta, end_of_epoch=end_of_epoch)
-        except SaveError as error:
-            self._train_on_unsaved(error)
-            return
-        self.unsaved_since = None
-        # two of the newest, for one may be damaged, and the best
-        best = self.checkpointer.find_checkpoint(min_key="valid_loss")
-        self.checkpointer.delete_checkpoints(
-            num_to_keep=2,
-            importance_keys=[ckpt_recency],
-            ckpt_predicate=lambda checkpoint: best is None or checkpoint.path != best.path,
-        )
+        meta = {"step": self.optimizer_step, "signature": signature, "validation_due": self.validation_due, **meta}
+        with self._saving():
+            try:
+                self.checkpointer.save_checkpoint(meta=meta, end_of_epoch=end_of_epoch)
+            except SaveError as error:
+                self._train_on_unsaved(error)
+                return
+            self.unsaved_since, self.saved_update = None, self.optimizer_step
+            # two of the newest, for one may be damaged, and the best
+            best = self.checkpointer.find_checkpoint(min_key="valid_loss")
+            self.checkpointer.delete_checkpoints(
+                num_to_keep=2,
+                importance_keys=[ckpt_recency],
+                ckpt_predicate=lambda checkpoint: best is None or checkpoint.path != best.path,
+            )
 
     def _train_on_unsaved(self, error: SaveError) -> None:
         """Say that a checkpoint could not be saved; give up when that has been so for too long."""
@@ -637,7 +656,7 @@ class PretrainingBrain(sb.Brain):
         self.rewinds = max(self.rewinds, state["rewinds"])
         self.log.best_perplexity, self.usual_norm = state["best_perplexity"], state["usual_norm"]
         self.skipped_row = self.longest_skipped_row = state["skipped_row"]
-        self.validation_due = state["validation_due"]
+        self.validation_due, self.saved_update = state["validation_due"], None
 
     def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> bool:
         """Write the artefact of this step; say whether that went well."""
@@ -651,12 +670,19 @@ class PretrainingBrain(sb.Brain):
             "validation": entry,
         }
         try:
-            card = write_card(facts, [line for line in self.log.lines.read() if line["event"] == "valid"])
-            save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
+            with self._saving():
+                card = write_card(facts, [line for line in self.log.lines.read() if line["event"] == "valid"])
+                save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
         except OSError as error:
             logger.error("%s cannot be written (%s): make room.", self.folder / name, error)
             return False
         return True
+
+
+def allow_many_shapes() -> None:
+    """Have PyTorch compile every shape of the ladder: by default it stops after eight."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
 
 
 class _RewindError(Exception):

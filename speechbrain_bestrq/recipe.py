@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError
+from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
 from speechbrain_bestrq.stopping import StoppedError
 
@@ -94,6 +96,27 @@ def _top_level(text: str) -> list[tuple[str, str]]:
     except yaml.YAMLError as error:
         raise InputError(f"the YAML, or an option after it, cannot be read: {' '.join(str(error).split())}") from error
     return [] if node is None else [(key.value, value.tag) for key, value in node.value]
+
+
+def own_folder(folder: str | os.PathLike) -> AbstractContextManager[None]:
+    """Keep a run's folder for this job while the ``with`` block runs: the main process locks it.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Is made if it is not there.
+
+    Returns
+    -------
+    context manager
+        Raises :class:`InputError` on entry if another job is writing there.
+
+    Example
+    -------
+    >>> with own_folder(getfixture("tmp_path") / "run"):
+    ...     pass
+    """
+    return sole_writer(Path(folder)) if sb.utils.distributed.if_main_process() else nullcontext()
 
 
 def run_recipe(main: Callable[[list[str]], None]) -> None:

@@ -4,7 +4,6 @@ Only what was logged is shown: another model's log may lack some fields and have
 """
 
 import math
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from .errors import InputError
-from .run_log import (
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.run_log import (
     LOG_FILE,
     RUN_NUMBERS,
     RUN_TEXTS,
@@ -28,6 +27,7 @@ from .run_log import (
     number,
     read_run,
 )
+from speechbrain_bestrq.writing import replacing, write_text
 
 __all__ = [
     "CurvePoint",
@@ -397,9 +397,8 @@ def draw_curves(log: RunLog, path: str | Path) -> Path:
     # a corpus may be called anything: a dollar sign in it is no formula
     text = ", ".join(part for part in title if part)
     figure.suptitle("\n".join(textwrap.wrap(text, 55 * columns, break_on_hyphens=False)), fontsize=12, parse_math=False)
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
     return path
 
 
@@ -437,9 +436,7 @@ def write_report(run_folder: str | Path) -> dict[str, Any]:
     try:
         folder.mkdir(exist_ok=True)
         summary = {**summarise(log), "curves": str(draw_curves(log, folder / "curves.png"))}
-        temporary = folder / ".summary.md.part"
-        temporary.write_text(summary_markdown(summary) + "\n![curves](curves.png)\n", encoding="utf-8")
-        os.replace(temporary, folder / "summary.md")
+        write_text(folder / "summary.md", summary_markdown(summary) + "\n![curves](curves.png)\n")
     except OSError as error:
         raise InputError(
             f"the report cannot be written to '{folder}' ({error}): make it writable, or free space."

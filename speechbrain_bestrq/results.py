@@ -4,15 +4,15 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.machine import device_name
+from speechbrain_bestrq.machine import device_name, package_versions
 from speechbrain_bestrq.metrics import Interval, paired_bootstrap
+from speechbrain_bestrq.writing import replacing, write_text
 
 RESULTS_FILE = "results.json"
 #: Of the errors of each utterance of a test set.
@@ -32,11 +32,10 @@ def interval(value: Interval) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Say on what a run ran: the device, threads and versions."""
-    packages = ("torch", "speechbrain", "speechbrain_bestrq")
     return {
         "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in packages},
+        "versions": package_versions(),
     }
 
 
@@ -63,9 +62,7 @@ def write_results(folder: str | os.PathLike, results: Mapping[str, Any]) -> Path
     0.2
     """
     path = Path(folder) / RESULTS_FILE
-    beside = path.with_name(f"{path.name}.writing")
-    beside.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
@@ -120,12 +117,10 @@ def write_errors(
         The file.
     """
     path = Path(folder) / ERRORS_FILE.format(name)
-    beside = path.with_name(f"{path.name}.writing")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(beside, path)
     return path
 
 

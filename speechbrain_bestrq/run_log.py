@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import InputError
+from speechbrain_bestrq.errors import InputError
 
 RUN_FILE = "run.json"
 LOG_FILE = "train_log.jsonl"
@@ -37,6 +37,7 @@ TRAINING_FIELDS = (
     "skipped_updates",
     "audio_seconds_per_second",
     "data_wait_share",
+    "saving_seconds",
     "utilisation",
     "peak_memory_gb",
 )

@@ -15,6 +15,7 @@ from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, registe
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.writing import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,8 @@ class Tokenizer(ABC):
 
 def _write_bytes(path: Path, content: bytes) -> None:
     """Write a file, all or nothing."""
-    beside = path.with_name(f"{path.name}.writing")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_bytes(content)
 
 
 @register_checkpoint_hooks

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from speechbrain_bestrq.corpora._trials import Trial, speaker_of
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.writing import replacing
 
 #: Of the scores of each trial of a list.
 SCORES_FILE = "scores_{}.csv"
@@ -204,13 +205,14 @@ def write_scores(folder: str | os.PathLike, name: str, trials: Sequence[Trial], 
         ``scores_<name>.csv``, with the columns label, first, second, and one for each kind.
     """
     path = Path(folder) / SCORES_FILE.format(name)
-    beside = path.with_name(f"{path.name}.writing")
-    with open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        replacing(path) as beside,
+        open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow([*TRIAL_FIELDS, *scores])
         for trial, *values in zip(trials, *(column.tolist() for column in scores.values()), strict=True):
             writer.writerow([*trial, *(f"{value:.9g}" for value in values)])
-    os.replace(beside, path)
     return path
 
 

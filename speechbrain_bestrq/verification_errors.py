@@ -14,6 +14,7 @@ from speechbrain_bestrq.corpora._trials import Trial, speaker_of
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.metrics import RESAMPLES, Interval, equal_error_rate, minimum_detection_cost
 from speechbrain_bestrq.verification import read_scores
+from speechbrain_bestrq.writing import replacing
 
 #: Probability of a target trial in minDCF.
 PRIOR = 0.01
@@ -275,9 +276,6 @@ def draw_scores(scores: NDArray, trials: Sequence[Trial], path: str | os.PathLik
     # a folder may be called anything: a dollar sign in it is no formula
     axes.set_title(f"{title}: EER {100 * eer:.2f} %, minDCF({PRIOR:g}) {mindcf:.3f}", parse_math=False)
     axes.legend()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.writing")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
-    return path
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
+    return Path(path)

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ from speechbrain_bestrq.corpora._rooms import SAMPLE_RATE, record
 from speechbrain_bestrq.corpora._voices import make_request
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.writing import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _make(folder: Path, kind: Layout, count: int, asked: dict[str, Any], workers
         utterances = list(kind.plan(hours, count, seed))
         seconds = _make_audio(folder, utterances, seed, workers)
         for path, content in kind.texts(utterances, seconds):
-            _write_text(folder / path, content)
+            write_text(folder / path, content)
         made = {
             "data_folder": str(folder),
             "layout": layout,
@@ -229,24 +230,10 @@ def _make_recording(path: Path, utterance: Utterance, seed: int, voice: Espeak) 
     speech = voice.speak(request)
     samples = record(speech, utterance.speaker, utterance.delivery, utterance.room, generator)
     form = path.suffix[1:].upper()
-    _replace(path, lambda file: soundfile.write(file, samples, SAMPLE_RATE, "PCM_16", format=form))
+    with replacing(path) as beside:
+        soundfile.write(beside, samples, SAMPLE_RATE, "PCM_16", format=form)
     return len(samples) / SAMPLE_RATE
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that has its name only once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, content: str) -> None:
-    _replace(path, lambda file: file.write_text(content, encoding="utf-8"))
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """What the stages of a plan will cost, from a short warm-up of each pre-training on noise."""
 
+import json
 import random
 import statistics
 import tempfile
@@ -16,6 +17,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_bestrq.corpora import AUDIO_EXTENSIONS
 from speechbrain_bestrq.pretraining_model import PretrainingModel
+from speechbrain_bestrq.reproduction.plan import yaml_value
 from speechbrain_bestrq.reproduction.stages import Stage
 
 #: Seconds of the warm-up's batch, at most those of a run's own.
@@ -24,6 +26,10 @@ WARM_UP_SECONDS = 20.0
 WARM_UP_STEPS = 3
 #: Audio files whose headers are read to tell the hours of a corpus.
 SAMPLE = 200
+#: Options of a pre-training that do not change how fast a step is.
+NO_MATTER = {"--output_folder", "--data_folder", "--optimizer_step_limit", "--encoder_at_steps", "--mask_prob"}
+#: Folds of the recipe of emotions, each a run.
+FOLDS = {"speaker": 10, "session": 5}
 #: Bytes of a parameter: alone, and with a step of AdamW and its two moments in a checkpoint.
 ENCODER_BYTES, CHECKPOINT_BYTES = 4, 12
 #: Checkpoints that a run keeps at most.
@@ -68,7 +74,7 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
     """
     speeds: dict[str, Speed] = {}
     measured: dict[str, Speed] = {}
-    hours: dict[str, float] = {}
+    hours: dict[tuple[Path, ...], float] = {}
     caches: set[str | None] = set()
     costs = {}
     for stage in stages:
@@ -78,25 +84,23 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
         place = next(number for number, word in enumerate(words) if word.endswith("train.py"))
         path, options = Path(words[place + 1]), dict(zip(words[place + 3 :: 2], words[place + 4 :: 2], strict=True))
         if stage.kind in ("pretraining", "masking"):
-            key = (
-                f"{path} {options.get('--num_layers')} {options.get('--d_model')} {options.get('--max_batch_seconds')}"
-            )
+            key = json.dumps([str(path), {name: value for name, value in options.items() if name not in NO_MATTER}])
             if key not in measured:
                 measured[key] = warm_up(path, options)
             speeds[stage.name] = measured[key]
             costs[stage.name] = _pretraining(path, options, measured[key])
             continue
-        folder = options["--data_folder"]
-        if not Path(folder).is_dir():
+        if not Path(options["--data_folder"]).is_dir():
             continue
-        if folder not in hours:
-            hours[folder] = corpus_hours(Path(folder))
+        folders = _folders(path, options)
+        if folders not in hours:
+            hours[folders] = sum(corpus_hours(one) for one in folders)
         speed = next((speeds[name] for name in stage.needs if name in speeds), None)
         cache = options.get("--cache_folder")
         if cache is not None and cache in caches:  # of another seed: computed already
             speed = None
         caches.add(cache)
-        costs[stage.name] = _probe(path, options, speed, hours[folder])
+        costs[stage.name] = _probe(path, options, speed, hours[folders])
     return costs
 
 
@@ -104,10 +108,14 @@ def _value(path: Path, options: dict[str, str], key: str) -> Any:
     """A plain value of a YAML, or what the command gives instead."""
     if f"--{key}" in options:
         return yaml.safe_load(options[f"--{key}"])
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{key}:"):
-            return yaml.safe_load(line.split(":", 1)[1].split("#")[0])
-    return None
+    return yaml_value(path, key)
+
+
+def _folders(path: Path, options: dict[str, str]) -> tuple[Path, ...]:
+    """Where the audio of a task lies: in its splits, if the recipe names some."""
+    folder = Path(options["--data_folder"])
+    splits = [_value(path, options, f"{name}_splits") or [] for name in ("train", "valid", "test")]
+    return tuple(folder / split for split in sorted(set(sum(splits, [])))) or (folder,)
 
 
 def _pretraining(path: Path, options: dict[str, str], speed: Speed) -> Cost:
@@ -122,7 +130,8 @@ def _probe(path: Path, options: dict[str, str], speed: Speed | None, hours: floa
     if speed is None:  # filter banks, or hidden states that are there
         return Cost(0.0, 0.0, whole=False)
     cached = bool(_value(path, options, "cache_features"))
-    epochs = 1 if cached else _value(path, options, "number_of_epochs")
+    folds = FOLDS.get(_value(path, options, "folds"), 1)
+    epochs = 1 if cached else folds * _value(path, options, "number_of_epochs")
     trained = _value(path, options, "encoder_start_update") is not None
     seconds = hours * 3600 * epochs / (speed.training if trained else speed.encoding)
     size = hours * 3600 * speed.state_bytes if cached else 0.0

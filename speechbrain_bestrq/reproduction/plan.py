@@ -1,6 +1,5 @@
 """From a preset, which is data, to the stages of its plan: the recipes' own commands."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +80,31 @@ def read_preset(name: str) -> dict[str, Any]:
     if unknown := preset["tasks"].keys() - TASKS.keys():
         raise InputError(f"{path}: tasks are {', '.join(TASKS)}, not {', '.join(sorted(unknown))}.")
     return preset
+
+
+def yaml_value(path: Path, key: str) -> Any:
+    """A plain value at the top of a recipe's YAML, without building what else it says.
+
+    Arguments
+    ---------
+    path : Path
+        The YAML.
+    key : str
+
+    Returns
+    -------
+    object
+        None if the key is not there.
+
+    Example
+    -------
+    >>> yaml_value(RECIPES / PRETRAINING / "hparams" / "bestrq.yaml", "sample_rate")
+    16000
+    """
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
+            return yaml.safe_load(line.split(":", 1)[1].split("#")[0])
+    return None
 
 
 def make_plan(
@@ -178,7 +202,7 @@ class _Plan:
             words = ["--layout", corpus, "--output_folder", str(self.corpora[corpus]), "--hours", str(hours)]
             words += [] if corpus == "iemocap" else ["--speakers", str(speakers)]
             command = (sys.executable, "-m", "speechbrain_bestrq", "synthesize", *words)
-            self.stages.append(Stage(name, command, corpus))
+            self.stages.append(Stage(name, command, (corpus,)))
 
     def add_pretraining(self) -> None:
         for method, settings in self.preset["pretraining"].items():
@@ -186,7 +210,8 @@ class _Plan:
 
     def _add_pretraining(self, name: str, settings: Mapping[str, Any], updates: Sequence[int]) -> None:
         given = {**settings["options"], "encoder_at_steps": f"[{', '.join(map(str, updates))}]"}
-        self._add(name, PRETRAINING, settings["yaml"], "librispeech", given, f"encoder@{max(updates)}", ())
+        products = tuple(f"encoder@{number}" for number in updates)
+        self._add(name, PRETRAINING, settings["yaml"], "librispeech", given, products, ())
 
     def add_task(self, task: str) -> None:
         for seed in self.preset["seeds"]:
@@ -198,7 +223,10 @@ class _Plan:
                         continue
                     name = f"{task}-{kind}/{encoder}/{seed}"
                     source, needs = self._source(encoder)
-                    self._add_probe(name, task, settings, source, seed, needs, cached=kind == FROZEN and encoder)
+                    cache = None
+                    if kind == FROZEN:  # another seed is another untrained encoder
+                        cache = f"{encoder}-{seed}" if encoder == "random" else encoder
+                    self._add_probe(name, task, settings, source, seed, needs, cache)
 
     def _source(self, encoder: str) -> tuple[str, tuple[str, ...]]:
         """The source of an encoder, and the stage that makes it."""
@@ -217,20 +245,18 @@ class _Plan:
         source: str,
         seed: int,
         needs: tuple[str, ...],
-        cached: str | bool = False,
-        more: Mapping[str, Any] | None = None,
+        cache: str | None = None,
     ) -> None:
-        given = {**settings["options"], "encoder": source, "seed": seed, **(more or {})}
-        if cached and settings["yaml"] == "probe_small":
-            which = f"{cached}-{seed}" if cached == "random" else str(cached)
-            given["cache_folder"] = str(self.folder / "cache" / task / which)
+        given = {**settings["options"], "encoder": source, "seed": seed}
+        if cache is not None and settings["yaml"] == "probe_small":
+            given["cache_folder"] = str(self.folder / "cache" / task / cache)
             # the first makes it, alone
             needs = (*needs, *filter(None, [self.caches.get(given["cache_folder"])]))
             self.caches.setdefault(given["cache_folder"], name)
         if task == "asr" and self.language_model is not None:
             given["language_model"] = str(self.language_model)
         recipe = TASKS[task]
-        self._add(name, recipe.recipe, settings["yaml"], recipe.corpus, given, recipe.results, needs)
+        self._add(name, recipe.recipe, settings["yaml"], recipe.corpus, given, (recipe.results,), needs)
 
     def add_masking(self) -> None:
         """Table 3: the same pre-training with other masks, each probed on the validation set."""
@@ -247,10 +273,8 @@ class _Plan:
 
     def _accumulation(self, hparams: str, given: Mapping[str, Any]) -> int:
         """Micro-batches of an update on one device; they are shared by the devices, so that the update stays."""
-        factor = given.get("grad_accumulation_factor")
-        if factor is None:
-            text = (RECIPES / PRETRAINING / "hparams" / f"{hparams}.yaml").read_text(encoding="utf-8")
-            factor = int(re.search(r"^grad_accumulation_factor: (\d+)", text, re.MULTILINE)[1])
+        path = RECIPES / PRETRAINING / "hparams" / f"{hparams}.yaml"
+        factor = int(given.get("grad_accumulation_factor", yaml_value(path, "grad_accumulation_factor")))
         if factor % self.pretraining_devices:
             raise InputError(
                 f"--pretraining_devices {self.pretraining_devices} does not divide the {factor} micro-batches of an "
@@ -265,7 +289,7 @@ class _Plan:
         hparams: str,
         corpus: str,
         given: Mapping[str, Any],
-        product: str,
+        products: tuple[str, ...],
         needs: tuple[str, ...],
     ) -> None:
         path = RECIPES / recipe
@@ -273,13 +297,11 @@ class _Plan:
         if recipe == PRETRAINING and self.pretraining_devices > 1:
             devices = self.pretraining_devices
             program += ["-m", "torch.distributed.run", f"--nproc_per_node={devices}"]
-            program += [
-                "--rdzv_backend=c10d",
-                "--rdzv_endpoint=localhost:0",
-            ]  # two at once take no port from each other
+            # a free port, for two at once
+            program += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
             given = {**given, "grad_accumulation_factor": self._accumulation(hparams, given) // devices}
         words = {"data_folder": self.corpora[corpus], "output_folder": self.folder / name, **self.options, **given}
         command = [*program, str(path / "train.py"), str(path / "hparams" / f"{hparams}.yaml"), "--noprogressbar"]
         command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
         speech = (self.speech[corpus],) if corpus in self.speech else ()
-        self.stages.append(Stage(name, tuple(command), product, (*speech, *needs), devices))
+        self.stages.append(Stage(name, tuple(command), products, (*speech, *needs), devices))

@@ -37,8 +37,11 @@ from speechbrain_bestrq.reproduction.tables import (
     row_name,
 )
 from speechbrain_bestrq.run_log import RunLog, curve, read_run
+from speechbrain_bestrq.writing import replacing, write_text
 
 TITLE = "BEST-RQ and wav2vec 2.0: the tables of arXiv 2405.04296, and ours"
+#: Heading of the last part, which is long.
+PROVENANCE = "Where it comes from"
 #: Seconds for 500 updates of wav2vec 2.0 over those of BEST-RQ, in the logs of the paper.
 PAPER_RATIO = 2.4
 #: Updates and accuracy on LibriSpeech's dev-clean, from the logs of the paper: 42 epochs were 200,000 updates.
@@ -73,18 +76,12 @@ def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
     runs = _pretrainings(folder, plan["preset"])
     files = {"markdown": folder / "report.md", "html": folder / "report.html"}
     blocks = _blocks(found, tables, runs)
-    _write(files["markdown"], to_markdown(TITLE, blocks, folder))
-    _write(files["html"], to_html(TITLE, blocks))
+    write_text(files["markdown"], to_markdown(TITLE, blocks, folder))
+    write_text(files["html"], to_html(TITLE, blocks))
     for name, table in tables.items():
         files[name] = folder / f"{name}.csv"
-        _write(files[name], _csv(table))
+        write_text(files[name], _csv(table))
     return files
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _pretrainings(folder: Path, preset: Mapping[str, Any]) -> dict[str, RunLog]:
@@ -115,7 +112,8 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
         blocks += [Heading(table.title), _grid(table)]
     blocks += [Heading("What it cost"), *_cost(runs), Heading("Curves"), *_curves(folder, runs)]
     blocks += [Heading("Weights of the layers"), *_layers(found)]
-    return [*blocks, Heading("Where it comes from"), *_provenance(found, runs)]
+    blocks += [Heading("Use an encoder"), *_usage(folder, preset)]
+    return [*blocks, Heading(PROVENANCE), *_provenance(found, runs)]
 
 
 def _counts(updates: list[int]) -> str:
@@ -179,9 +177,13 @@ def _texts(cell: Cell) -> list[Text]:
     return texts
 
 
+def _task_of(run: str) -> str:
+    """The first word of a probe's name, "asr-frozen/fbank/1", "masking-asr/0.05/1"; something else of other stages."""
+    return run.split("/")[0].removeprefix("masking-").split("-")[0]
+
+
 def _results_link(run: str) -> str:
-    task = run.split("/")[0].removeprefix("masking-").split("-")[0]
-    return f"{run}/{TASKS[task].results}"
+    return f"{run}/{TASKS[_task_of(run)].results}"
 
 
 def _cost(runs: dict[str, RunLog]) -> list[Block]:
@@ -242,7 +244,8 @@ def _curves(folder: Path, runs: dict[str, RunLog]) -> list[Block]:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     path = folder / "curves.png"
-    figure.savefig(path, format="png", metadata={"Software": None})
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", metadata={"Software": None})
     words = (
         "Accuracy of the pre-training's own task: BEST-RQ tells one of its codes, wav2vec 2.0 the true frame of 101."
     )
@@ -269,10 +272,26 @@ def _probes(found: Runs) -> list[tuple[str, dict[str, Any]]]:
     """The finished probes with their results, by name."""
     probes = []
     for run in found.plan["marks"]:
-        task = run.split("/")[0].removeprefix("masking-").split("-")[0]
+        task = _task_of(run)
         if task in TASKS and (results := found.results(run, task)) is not None:
             probes.append((run, results))
     return probes
+
+
+def _usage(folder: Path, preset: Mapping[str, Any]) -> list[Block]:
+    """Lines of Python for the longest pre-trained encoder that is there, on speech of this folder if there is some."""
+    encoders = [f"pretraining/{method}/encoder@{max(preset['updates'])}" for method in preset["pretraining"]]
+    encoder = next((one for one in encoders if (folder / one).is_dir()), None)
+    if encoder is None:
+        return [Paragraph("There is none yet.")]
+    made = sorted((folder / "speech" / "librispeech").rglob("dev-clean/**/*.flac"))
+    audio = str(made[0].relative_to(folder)) if made else "speech.flac"
+    lines = (
+        "from speechbrain_bestrq import PretrainedEncoder",
+        f'encoder = PretrainedEncoder("{encoder}", freeze=True)',
+        f'hidden = encoder.encode_file("{audio}")  # (1, frames, d_model), 25 frames a second',
+    )
+    return [Paragraph("In this folder:"), Code("\n".join(lines))]
 
 
 def _provenance(found: Runs, runs: dict[str, RunLog]) -> list[Block]:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import time
 import uuid
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from speechbrain_bestrq.errors import USER_ERROR, InputError
 from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.writing import write_text
 
 #: What a finished stage leaves in its folder.
 STAGE_FILE = "stage.json"
@@ -44,8 +46,8 @@ class Stage:
         "pretraining/bestrq": also its folder, within that of the plan.
     command : tuple of str
         Program and arguments.
-    product : str
-        A file or folder within its folder, which is there when the stage is done.
+    products : tuple of str
+        Files or folders within its folder, which are there when the stage is done.
     needs : tuple of str
         Names of stages that have to be done before.
     devices : int
@@ -54,7 +56,7 @@ class Stage:
 
     name: str
     command: tuple[str, ...]
-    product: str
+    products: tuple[str, ...]
     needs: tuple[str, ...] = ()
     devices: int = 1
 
@@ -67,7 +69,7 @@ class Stage:
 class StageState:
     """What is known of the stages of a plan: which are done, how long they took.
 
-    A stage is done if its product is there, its command is the one that made it, and so
+    A stage is done if its products are there, its command is the one that made it, and so
     are the very products of the stages that it needs: one of them done anew, it has to be, too.
     :data:`FREE_OPTIONS` of a command may change.
 
@@ -93,7 +95,7 @@ class StageState:
         for stage in stages:
             if missing := [name for name in stage.needs if name not in self.marks]:
                 raise ValueError(f"{stage.name} needs {', '.join(missing)}, which comes later or not at all.")
-            known = [_governing(stage.command), stage.product]
+            known = [_governing(stage.command), stage.products]
             self.marks[stage.name] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def folder_of(self, name: str) -> Path:
@@ -103,10 +105,14 @@ class StageState:
     def is_done(self, name: str) -> bool:
         """Whether a stage has nothing left to do."""
         record, stage = self._record(name), self.stages[name]
-        if record.get("mark") != self.marks[name] or not (self.folder_of(name) / stage.product).exists():
+        if record.get("mark") != self.marks[name] or self.missing(name):
             return False
         needed = {need: self._record(need).get("made") for need in stage.needs}
         return record.get("made") is not None and record.get("needed") == needed and all(map(self.is_done, needed))
+
+    def missing(self, name: str) -> list[str]:
+        """Which products of a stage are not there."""
+        return [one for one in self.stages[name].products if not (self.folder_of(name) / one).exists()]
 
     def begin(self, name: str) -> None:
         """Make a stage's folder its own: what another command left there is moved aside, and nothing is lost."""
@@ -120,20 +126,13 @@ class StageState:
         folder.mkdir(parents=True, exist_ok=True)
         self._write(name, {"mark": self.marks[name], "needed": needed})
 
-    def seconds(self, name: str) -> float | None:
-        """How long a finished stage took, None for one that is not done."""
-        return self._record(name)["seconds"] if self.is_done(name) else None
-
     def set_done(self, name: str, seconds: float) -> None:
         """Remember that a stage is done."""
         known = {"made": uuid.uuid4().hex, "seconds": seconds, "command": list(self.stages[name].command)}
         self._write(name, {**self._record(name), **known})
 
     def _write(self, name: str, record: dict) -> None:
-        path = self.folder_of(name) / STAGE_FILE
-        beside = path.with_name(f"{path.name}.writing")
-        beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_text(self.folder_of(name) / STAGE_FILE, json.dumps(record, indent=2) + "\n")
 
     def _record(self, name: str) -> dict:
         try:
@@ -143,18 +142,14 @@ class StageState:
 
     def expected_seconds(self, names: Sequence[str]) -> float | None:
         """How long some stages will take, by the mean of the finished ones of their kind; None if a kind has none."""
-        total = 0.0
-        for name in names:
-            kind = self.stages[name].kind
-            known = [
-                seconds
-                for other in self.stages
-                if self.stages[other].kind == kind and (seconds := self.seconds(other)) is not None
-            ]
-            if not known:
-                return None
-            total += sum(known) / len(known)
-        return total
+        known: dict[str, list[float]] = {}
+        for name, stage in self.stages.items():
+            if (seconds := self._record(name).get("seconds")) is not None:
+                known.setdefault(stage.kind, []).append(seconds)
+        kinds = [self.stages[name].kind for name in names]
+        if not known.keys() >= set(kinds):
+            return None
+        return sum(statistics.fmean(known[kind]) for kind in kinds)
 
 
 def _governing(command: Sequence[str]) -> list[str]:
@@ -326,13 +321,14 @@ def _finish(one: _Running, state: StageState) -> str | None:
     """Note that a stage is done, or say in lines why it is not."""
     stage, status = one.stage, one.process.returncode
     folder = state.folder_of(stage.name)
-    if status == 0 and (folder / stage.product).exists():
+    missing = state.missing(stage.name)
+    if status == 0 and not missing:
         state.set_done(stage.name, time.monotonic() - one.started)
         return None
     log = folder / LOG_FILE
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if status == USER_ERROR:  # said in one line
         return f"{stage.name}: {lines[-1]} (log: {log})"
-    why = f"ended with status {status}" if status else f"left no {stage.product}"
+    why = f"ended with status {status}" if status else f"left no {missing[0]}"
     last = (f"  {line}" for line in lines[-LAST_LINES:])
     return "\n".join([f"{stage.name} {why}: see {log}", f"  $ {shlex.join(stage.command)}", *last])

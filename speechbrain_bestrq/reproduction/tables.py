@@ -1,18 +1,18 @@
 """The paper's tables, beside what the runs of a reproduction came to: every figure is read from a results.json."""
 
 import json
-import os
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.machine import commit
 from speechbrain_bestrq.reproduction.plan import FINE_TUNED, FROZEN, TASKS, encoder_names
 from speechbrain_bestrq.reproduction.stages import STAGE_FILE
 from speechbrain_bestrq.results import read_results
+from speechbrain_bestrq.writing import write_text
 
 #: What a reproduction leaves in its folder, for the report: its preset and what was given.
 PLAN_FILE = "plan.json"
@@ -150,20 +150,7 @@ def write_plan(
     """
     plan = {"name": name, "preset": preset, "corpora": list(corpora), "command": command, "commit": commit()}
     plan["marks"] = dict(marks)
-    path = Path(folder) / PLAN_FILE
-    beside = path.with_name(f"{path.name}.writing")
-    beside.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def commit() -> str | None:
-    """The commit of this checkout, None where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    write_text(Path(folder) / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -302,7 +289,7 @@ def row_name(encoder: str) -> str:
 
 
 def judge(table: Table, columns: Sequence[Column] = FROZEN_COLUMNS, against: str = "random") -> list[str]:
-    """Say of each score whether pre-training pays: its best row against the untrained encoder.
+    """Say of each score and each pre-trained row whether it beats the untrained encoder.
 
     Arguments
     ---------

@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from speechbrain_bestrq import encoder
+
 #: Operations whose result, or the size of it, the host has to wait for.
 WAITING = (
     torch.ops.aten._local_scalar_dense.default,
@@ -34,11 +36,11 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["bestrq", "wav2vec2"])
-def test_a_step_off_the_log_line_reads_nothing_back(method, toy, tmp_path, monkeypatch):
+def test_a_step_off_the_log_line_reads_nothing_back(method, toy, tmp_path, monkeypatch, readings):
     """Trap: the finite check before the backward pass and ``loss.cpu()`` make the host wait twice a micro-batch.
 
     Mutations: in pretraining.py, PretrainingBrain.fit_batch, ``return self.shown_loss`` -> ``return
-    torch.tensor(loss.item())``; in bestrq.py, BestRQ.forward, before ``labels = `` add ``mask =
+    torch.tensor(loss.tolist())``; in bestrq.py, BestRQ.forward, before ``labels = `` add ``mask =
     MaskedFrames.from_mask(mask.mask)``; in contrastive.py, contrastive_loss, ``place = masked.indices.clamp(min=0)`` ->
     ``place = masked.mask.flatten().nonzero()[:, 0]``.
     """
@@ -51,25 +53,41 @@ def test_a_step_off_the_log_line_reads_nothing_back(method, toy, tmp_path, monke
     fit_batch = toy.PretrainingBrain.fit_batch
 
     def watched(brain, batch):
+        readings.clear()
         with Waits() as waits:
             loss = fit_batch(brain, batch)
+        waits.found += readings
         steps.append((brain.step, waits))
         return loss
 
     monkeypatch.setattr(toy.ToyBrain, "fit_batch", watched)
-    # the layers to drop are drawn on the host
-    monkeypatch.setattr(torch.Tensor, "tolist", host_list(torch.Tensor.tolist))
+    # the layers to drop are drawn on the host, and read there: no wait
+    monkeypatch.setattr(encoder, "draw_kept", lambda layers, layer_drop: [number % 2 == 0 for number in range(layers)])
     toy.fit_batches(tmp_path, model, batches, accumulation=2, log_interval=5, max_grad_norm=1.0)
     assert len(steps) == 6
     assert all(waits.operations > 100 for _, waits in steps)
     assert {number: waits.found for number, waits in steps if waits.found} == {}
 
 
-def host_list(tolist):
-    """``tolist`` whose own reading of host memory is not taken for a wait."""
+@pytest.mark.parametrize("read", [lambda x: x.tolist(), torch.Tensor.item, lambda x: x[x > 1], lambda x: bool(x.sum())])
+def test_what_reads_back_is_noted(read, readings):
+    with Waits() as waits:
+        read(torch.ones(1))
+    assert waits.found or readings
 
-    def outside(tensor):
-        with torch.utils._python_dispatch._disable_current_modes():
-            return tolist(tensor)
 
-    return outside
+@pytest.fixture
+def readings(monkeypatch):
+    """Calls that bring values to the host and that PyTorch does not dispatch on a CPU, as they come."""
+    found = []
+
+    def noting(name, method):
+        def noted(*arguments, **named):
+            found.append(name)
+            return method(*arguments, **named)
+
+        return noted
+
+    for name in ("tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
+    return found

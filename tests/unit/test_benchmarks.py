@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+
+from speechbrain_bestrq.accounting import JsonLines
+from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -98,7 +102,7 @@ def test_each_length_has_its_table(step_benchmark, capsys, monkeypatch):
     few = ["--only", "SpeechBrain", "ours, wav2vec 2.0"]
     step_benchmark.main([*TINY, "--seconds", "1.5", "2", "--repeats", "1", "--steps", "1", *few])
     text = capsys.readouterr().out
-    assert text.count("| SpeechBrain |") == 2 and "ours, rotary" not in text
+    assert text.count("| SpeechBrain |") == 2 and "| ours, rotary" not in text
     assert [line for line in text.splitlines() if line.startswith("Utterances")] == [
         "Utterances of 1.5 s:",
         "Utterances of 2 s:",
@@ -176,6 +180,20 @@ def test_a_folder_without_audio_is_refused_by_the_loaders_benchmark(tmp_path, ca
     assert "holds no audio" in capsys.readouterr().err
 
 
+def test_every_micro_batch_gets_the_same_mix_of_lengths():
+    """Otherwise each contender would be shown at its best audio, not at its best micro-batch."""
+    module = load("pretrain_step")
+    means = []
+    for seconds in (100, 400, 1600):
+        arguments = module.parse(["--seconds", "mix", "--steps", "4"])
+        shapes = [wavs.shape for wavs in module.make_waveforms(arguments, "mix", seconds)]
+        audio = [utterances * samples for utterances, samples in shapes]
+        lengths = [samples / module.RATE for _, samples in shapes]
+        assert sum(audio) / module.RATE == pytest.approx(4 * seconds, rel=0.15)
+        means.append(sum(size * length for size, length in zip(audio, lengths, strict=True)) / sum(audio))
+    assert means == pytest.approx([14.2] * 3, rel=0.05)  # of LibriSpeech's audio
+
+
 def write_run(folder, ranks=2):
     """A run of two ranks: 100 s of audio an update, 10 s each; a validation of 5 s, a checkpoint of 3 s."""
     known = {"model": "BestRQ", "parameters": 1_000_000, "precision": "fp32", "device": "CPU", "world_size": ranks}
@@ -185,7 +203,7 @@ def write_run(folder, ranks=2):
         clock += 10.0
         hours = {"audio_hours": step * 100 / 3600, "device_hours": ranks * clock / 3600}
         train = {"event": "train", "step": step, "audio_seconds_per_second": 10.0, "data_wait_share": 0.2}
-        lines.append({**train, **hours})
+        lines.append({**train, **hours, "saving_seconds": 2.5 if step == 4 else 0.0})
         if step == 3:
             clock += 5.0
             valid = {"event": "valid", "step": step, "seconds": 5.0}
@@ -199,10 +217,32 @@ def test_the_time_of_a_run_is_split_into_its_parts(tmp_path, capsys):
     load("end_to_end").main([str(tmp_path)])
     text = capsys.readouterr().out
     rows = {cells[1].strip(): cells[2:4] for line in text.splitlines() if len(cells := line.split("|")) == 5}
-    expected = {"updates": 40.0, "- of them waiting for audio": 8.0, "validations": 5.0, "the rest": 3.0}
+    expected = {"updates": 40.0, "- of them waiting for audio": 8.0, "validations": 5.0, "saving": 2.5, "the rest": 0.5}
     assert {name: float(rows[name][0]) for name in expected} == expected
     assert rows["updates"][1].strip() == "83.3%"
     assert "End to end 8.3 audio-seconds a second; in the updates alone 10.0, in their median log line 10.0." in text
+
+
+def test_what_saving_takes_is_neither_training_nor_waiting(toy, tmp_path, monkeypatch):
+    """Of a real run, which validates and saves at the same updates, and saves each once."""
+    saved, pause = [], 0.3
+    save = AtomicCheckpointer.save_checkpoint
+
+    def slow(checkpointer, *arguments, meta, **named):
+        saved.append(meta["step"])
+        time.sleep(pause)
+        return save(checkpointer, *arguments, meta=meta, **named)
+
+    monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", slow)
+    speech = toy.write_noise(tmp_path / "train", [4.0] * 12)
+    intervals = {"valid_interval": 2, "checkpoint_every": 1, "log_interval": 2}
+    toy.train(tmp_path / "run", speech, speech, updates=7, epochs=1, **intervals)
+    assert saved == [1, 2, 3, 4, 5, 6, 7]
+    parts = load("end_to_end").split(JsonLines(tmp_path / "run" / "train_log.jsonl").read(), ranks=1)
+    between = 4  # of them, after the first log line and before the last, which comes before its own is saved
+    assert between * pause <= parts["saving"] < between * pause + 1.0
+    assert parts["waiting"] <= parts["updates"] and parts["waiting"] < pause
+    assert abs(parts["rest"]) < pause
 
 
 def test_a_run_without_a_log_is_refused_by_the_time_table(tmp_path, capsys):

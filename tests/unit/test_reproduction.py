@@ -305,8 +305,8 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monke
     printed = capsys.readouterr().out
     assert "pretraining/wav2vec2\n    " in printed and printed.rstrip().endswith(f"stages in {folder}")
     assert not folder.exists()
-    # 300 updates of 3 x 20 s at 60 audio-seconds a second
-    assert re.search(r"^ +0\.08 +0\.22  pretraining/bestrq$", printed, re.MULTILINE)
+    # 200 updates of 2 x 20 s at 60 audio-seconds a second
+    assert re.search(r"^ +0\.04 +0\.22  pretraining/bestrq$", printed, re.MULTILINE)
     assert re.search(r"^ +\? +\?  intent-frozen/fbank/1$", printed, re.MULTILINE)  # its speech is not there yet
 
 
@@ -317,7 +317,16 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     preset["tasks"] = {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}
     preset["tasks"]["asr"] = {"frozen": {"yaml": "bestrq", "options": {"number_of_epochs": 5}}}
     preset["tasks"]["asr"]["fine-tuned"] = {"yaml": "bestrq_finetune", "options": {"number_of_epochs": 5}}
-    costs = cost.estimate(make_plan(preset, {"librispeech": noise, "slurp": noise}, tmp_path / "out"))
+    preset["tasks"]["emotion"] = {"frozen": {"yaml": "bestrq_linear", "options": {"number_of_epochs": 5}}}
+    for split, seconds in {
+        "train-clean-100": 2.0,
+        "dev-clean": 1.0,
+        "test-other": 1.0,
+        "train-other-500": 50.0,
+    }.items():
+        toy.write_noise(tmp_path / "LibriSpeech" / split, [seconds])
+    corpora = {"librispeech": tmp_path / "LibriSpeech", "slurp": noise, "iemocap": noise}
+    costs = cost.estimate(make_plan(preset, corpora, tmp_path / "out"))
     hours = cost.corpus_hours(noise)
     assert hours == pytest.approx(4 / 3600)
     cached, again = costs["intent-frozen/bestrq-600/1"], costs["intent-frozen/bestrq-600/2"]
@@ -327,6 +336,7 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     assert costs["intent-frozen/fbank/1"].device_hours == 0
     assert costs["asr-frozen/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 240)
     assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 60)
+    assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours / 240)  # ten folds
 
 
 def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):

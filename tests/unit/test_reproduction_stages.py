@@ -36,7 +36,7 @@ if "nothing" not in words:
 
 def stage(folder, name, *words, needs=(), seconds=0.0):
     command = (sys.executable, "-c", WORK, str(folder / name), str(seconds), *words)
-    return Stage(name, command, "results.json", needs)
+    return Stage(name, command, ("results.json",), needs)
 
 
 def ran(folder):
@@ -98,14 +98,14 @@ def test_what_was_done_with_a_product_is_done_again_with_the_next_one(tmp_path):
 def test_the_number_of_workers_changes_no_stage(tmp_path):
     def plan(workers):
         one = stage(tmp_path, "train/a")
-        return [Stage(one.name, (*one.command, "--num_workers", workers), one.product)]
+        return [Stage(one.name, (*one.command, "--num_workers", workers), one.products)]
 
     run_stages(plan("1"), tmp_path, print)
     assert StageState(plan("8"), tmp_path).is_done("train/a")
 
 
 def test_a_stage_that_cannot_be_started_fails_alone(tmp_path):
-    stages = [Stage("train/a", ("/nowhere/python",), "results.json"), stage(tmp_path, "train/b")]
+    stages = [Stage("train/a", ("/nowhere/python",), ("results.json",)), stage(tmp_path, "train/b")]
     failed = run_stages(stages, tmp_path, print)
     assert list(failed) == ["train/a"] and "/nowhere/python" in failed["train/a"] and ran(tmp_path) == ["train/b"]
 
@@ -143,7 +143,7 @@ def test_of_a_long_stage_the_last_line_is_told_now_and_then(tmp_path, monkeypatc
     code = "import sys, time; print('update 7', flush=True); time.sleep(1.5); open(sys.argv[1] + '/done', 'w')"
     lines = []
     command = (sys.executable, "-c", code, str(tmp_path / "train" / "a"))
-    assert run_stages([Stage("train/a", command, "done")], tmp_path, lines.append) == {}
+    assert run_stages([Stage("train/a", command, ("done",))], tmp_path, lines.append) == {}
     assert lines[0] == "[1/1] train/a" and "    train/a: update 7" in lines[1:]
 
 
@@ -151,10 +151,10 @@ def test_on_several_devices_stages_run_at_once(tmp_path):
     code = "import os, sys, pathlib, time; time.sleep(0.5); seen = os.environ['CUDA_VISIBLE_DEVICES']; "
     code += "pathlib.Path(sys.argv[1], 'device').write_text(seen)"
     names = [f"train/{number}" for number in range(4)]
-    stages = [Stage(name, (sys.executable, "-c", code, str(tmp_path / name)), "device") for name in names]
+    stages = [Stage(name, (sys.executable, "-c", code, str(tmp_path / name)), ("device",)) for name in names]
     assert run_stages(stages, tmp_path, print, devices=["4", "7"]) == {}
     assert sorted((tmp_path / name / "device").read_text() for name in names) == ["4", "4", "7", "7"]
-    both = Stage("train/4", (sys.executable, "-c", code, str(tmp_path / "train" / "4")), "device", devices=2)
+    both = Stage("train/4", (sys.executable, "-c", code, str(tmp_path / "train" / "4")), ("device",), devices=2)
     assert run_stages([*stages, both], tmp_path, print, devices=["4", "7"]) == {}
     assert sorted((tmp_path / "train" / "4" / "device").read_text().split(",")) == ["4", "7"]
     with pytest.raises(InputError, match="train/4 takes 2 GPUs: give so many"):

@@ -303,10 +303,8 @@ def test_nor_is_a_fine_tuning_begun_with_one_encoder_and_gone_on_with_on_another
 
 def test_a_run_does_not_go_on_with_other_settings_or_utterances(rows, folder, tmp_path):
     fit(make_brain(tmp_path / "run", folder, learning_rate=0.1, num_workers=2), rows)
-    fit(
-        make_brain(tmp_path / "run", folder, epochs=3, learning_rate=0.1, num_workers=0, output_folder="elsewhere"),
-        rows,
-    )
+    elsewhere = str(tmp_path / "elsewhere")
+    fit(make_brain(tmp_path / "run", folder, epochs=3, learning_rate=0.1, num_workers=0, output_folder=elsewhere), rows)
     other = make_brain(tmp_path / "run", folder, epochs=4, learning_rate=0.2)
     with pytest.raises(InputError, match=r"was trained with learning_rate 0.1, not 0.2: give another") as error:
         fit(other, rows)

@@ -46,7 +46,7 @@ from speechbrain_bestrq.corpora.iemocap import FOLDS
 from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, read_manifest, summary_path
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
-from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
+from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.results import read_results, write_results
 from speechbrain_bestrq.resuming import digest
 
@@ -160,6 +160,13 @@ def agreed(records: list[dict]) -> dict:
 def main(arguments: list[str]) -> None:
     """Prepare; train and test on each fold; put them together."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
+    # single folds may run side by side
+    with own_folder(hparams["output_folder" if hparams["fold"] == ALL else "fold_folder"]):
+        run(hparams_file, run_opts, overrides, hparams)
+
+
+def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
+    """Prepare; train and test on each fold; put them together, with the output folder to ourselves."""
     check_options(hparams)
     folds = choose_folds(hparams)
     output_folder = Path(hparams["output_folder"])

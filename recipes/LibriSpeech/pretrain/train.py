@@ -22,24 +22,22 @@ A run that was stopped goes on when the same command is given again. What govern
 """
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_bestrq.audio import AudioTable
 from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.corpora import prepare_corpus
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.pcm_cache import PcmCache, cache_audio
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
-from speechbrain_bestrq.recipe import command_line, load_recipe, run_recipe
+from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +99,7 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
 def main(arguments: list[str]) -> None:
     """Prepare, train."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
-    with sole_writer(Path(hparams["output_folder"])) if if_main_process() else nullcontext():
+    with own_folder(hparams["output_folder"]):
         run(hparams_file, run_opts, overrides, hparams)
 
 

@@ -18,6 +18,7 @@ A run that was stopped goes on from its last epoch when the same command is give
 """
 
 from pathlib import Path
+from typing import Any
 
 import speechbrain as sb
 from speechbrain.utils.distributed import run_on_main
@@ -34,7 +35,7 @@ from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.corpora.slurp import TARGETS
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import open_cache
-from speechbrain_bestrq.recipe import load_recipe, run_recipe
+from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
 
 #: What the preparation is told.
 PREPARATION = ("data_folder", "microphones", "synthetic", "sample_rate", "resample", "max_unreadable")
@@ -53,6 +54,12 @@ def read_rows(hparams: dict, manifests: dict[str, Path]) -> tuple[dict[str, dict
 def main(arguments: list[str]) -> None:
     """Prepare, train, test."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
+    with own_folder(hparams["output_folder"]):
+        run(hparams_file, run_opts, overrides, hparams)
+
+
+def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
+    """Prepare, train, test, with the output folder to ourselves."""
     check_options(hparams)
     ClassificationBrain.check_run(hparams["checkpointer"], hparams)
     if hparams["target"] not in TARGETS:

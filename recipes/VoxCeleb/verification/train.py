@@ -32,7 +32,7 @@ from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.metrics import equal_error_rate, minimum_detection_cost
-from speechbrain_bestrq.recipe import load_recipe, run_recipe
+from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.results import interval, write_errors, write_results
 from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import make_task_loaders, repeat_for_chunks, take_examples
@@ -218,6 +218,12 @@ def evaluate(
 def main(arguments: list[str]) -> None:
     """Prepare, train, test."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
+    with own_folder(hparams["output_folder"]):
+        run(hparams_file, run_opts, overrides, hparams)
+
+
+def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
+    """Prepare, train, test, with the output folder to ourselves."""
     check_settings(hparams)
     VerificationBrain.check_run(hparams["checkpointer"], hparams)
     output_folder = Path(hparams["output_folder"])

@@ -1,0 +1,37 @@
+"""A run's folder is its own while it lives: the downstream recipes (test_pretrain.py has the pre-training)."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.locking import sole_writer
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "locked"),
+    [
+        ("LibriSpeech/ASR", [], "run"),
+        ("VoxCeleb/verification", [], "run"),
+        ("SLURP/intent", [], "run"),
+        ("IEMOCAP/emotion", [], "run"),
+        ("IEMOCAP/emotion", ["--fold=Ses01F"], "run/Ses01F"),
+    ],
+)
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(recipe, options, locked, tmp_path):
+    spec = importlib.util.spec_from_file_location("recipe_train", RECIPES / recipe / "train.py")
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    yaml = str(RECIPES / recipe / "hparams" / "probe_small.yaml")
+    given = [f"--data_folder={tmp_path}", "--encoder=fbank", f"--output_folder={tmp_path / 'run'}", "--device=cpu"]
+    with (
+        sole_writer(tmp_path / locked),
+        pytest.raises(InputError, match="is being written by another process") as error,
+    ):
+        train.main([yaml, *given, *options])
+    assert "\n" not in str(error.value) and not (tmp_path / "run" / "manifests").exists()
+    with pytest.raises(InputError, match="(?!is being written)"):  # the next hindrance: there is no speech
+        train.main([yaml, *given, *options])

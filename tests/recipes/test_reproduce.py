@@ -1,0 +1,124 @@
+"""The whole of a small reproduction, by the command: real stages, stopped and killed, the same tables."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+COMMAND = Path(sys.executable).with_name("sb-bestrq")
+TINY = {
+    "train_splits": "[train-clean-100]",
+    "valid_splits": "[dev-clean]",
+    "d_model": 48,
+    "num_heads": 4,
+    "d_ffn": 64,
+    "num_layers": 1,
+    "max_batch_seconds": 20,
+    "grad_accumulation_factor": 1,
+    "valid_interval": 2,
+    "ckpt_interval_steps": 1,
+}
+PRESET = {
+    "seeds": [1],
+    "synthetic": {"librispeech": 0.02, "voxceleb": 0.05},
+    "updates": [2, 4],
+    "pretraining": {
+        "bestrq": {
+            "yaml": "bestrq_small",
+            "options": {**TINY, "optimizer_step_limit": 4, "codebook_size": 64, "statistics_hours": 0.01},
+        }
+    },
+    "baselines": ["fbank"],
+    "tasks": {"verification": {"frozen": {"yaml": "probe_small", "options": {"number_of_epochs": 1}}}},
+}
+STAGES = 6
+TABLES = ("table1.csv", "table2.csv", "table3.csv")
+
+
+def words(tmp_path):
+    """The command, with a preset of its own."""
+    preset = tmp_path / "tiny.yaml"
+    preset.write_text(yaml.safe_dump(PRESET))
+    return [COMMAND, "reproduce", "--preset", preset, "--output_folder", tmp_path / "out", "--num_workers", "0"]
+
+
+def run(tmp_path):
+    """To its end."""
+    return subprocess.run(words(tmp_path), capture_output=True, text=True, timeout=300)
+
+
+def stop_at(tmp_path, stage, number):
+    """Begin, and send a signal while a stage runs; return the exit status and what was said."""
+    command = words(tmp_path)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if f"] {stage}" in line:
+            break
+    log, deadline = tmp_path / "out" / stage / "stage.log", time.monotonic() + 100
+    begun = log.stat().st_size if log.exists() else 0
+    while (not log.exists() or log.stat().st_size <= begun + 200) and process.poll() is None:
+        assert time.monotonic() < deadline, "the stage says nothing"
+        time.sleep(0.05)
+    assert process.poll() is None, said
+    process.send_signal(number)
+    _, error = process.communicate(timeout=100)
+    return process.returncode, "".join(said) + error
+
+
+def tables(tmp_path):
+    """What the tables say."""
+    return [(tmp_path / "out" / name).read_text() for name in TABLES]
+
+
+def test_interrupted_it_goes_on_and_a_further_call_has_nothing_to_do(tmp_path):
+    status, error = stop_at(tmp_path, "pretraining/bestrq", signal.SIGINT)
+    assert status == 130 and error.splitlines()[-1] == "sb-bestrq: interrupted", error
+    assert "Traceback" not in error
+
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(f"2 of {STAGES} stages are done already\n[3/{STAGES}] pretraining/bestrq")
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in done.stdout
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert done.stdout.startswith(report.split("## Where it comes from")[0]) and "train.py" not in done.stdout
+    rows = {line.split("|")[1].strip(): line for line in report.splitlines() if line.startswith("| ")}
+    assert {"filter banks", "BEST-RQ, 2 updates", "BEST-RQ, 4 updates"} <= rows.keys()
+
+    lines = [
+        line.strip()
+        for line in report.split("## Use an encoder")[1].split("## ")[0].splitlines()
+        if line.startswith("    ")
+    ]
+    check = subprocess.run(
+        [sys.executable, "-c", "\n".join([*lines, "print(hidden.shape[2], bool(hidden.isfinite().all()))"])],
+        cwd=tmp_path / "out",
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert check.stdout == "48 True\n", check.stderr
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("stage.json")}
+    again = run(tmp_path)
+    assert again.returncode == 0 and again.stderr == f"{STAGES} of {STAGES} stages are done already\n"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("stage.json")} == before
+
+
+@pytest.mark.slow
+def test_killed_at_three_stages_it_ends_with_the_tables_of_an_unbroken_run(tmp_path):
+    for name in ("unbroken", "killed"):
+        (tmp_path / name).mkdir()
+    unbroken = run(tmp_path / "unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr
+    for stage in ("speech/voxceleb", "pretraining/bestrq", "verification-frozen/bestrq-4/1"):
+        status, _ = stop_at(tmp_path / "killed", stage, signal.SIGKILL)
+        assert status == -signal.SIGKILL
+    done = run(tmp_path / "killed")
+    assert done.returncode == 0, done.stderr
+    assert tables(tmp_path / "killed") == tables(tmp_path / "unbroken")
