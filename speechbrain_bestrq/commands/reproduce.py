@@ -16,8 +16,20 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(reproduction/<preset>)")
     for corpus in _CORPORA:
         parser.add_argument(f"--{corpus}", type=Path, metavar="FOLDER", help="the corpus, as its recipe takes it")
+    parser.add_argument(
+        "--extra_folders",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="other audio to pre-train on as well",
+    )
     parser.add_argument("--language_model", type=Path, metavar="FILE", help="of words, .arpa or .arpa.gz")
-    parser.add_argument("--devices", metavar="0,1,...", help="GPUs: so many stages at once, each on one")
+    parser.add_argument(
+        "--devices",
+        metavar="0,1,...",
+        help="GPUs: so many stages at once, each on one; cpu,cpu: so many, which share the cores",
+    )
     parser.add_argument("--pretraining_devices", type=int, default=1, metavar="COUNT", help="under torchrun (1)")
     parser.add_argument("--json", action="store_true", help="print files and failures as one JSON object")
     parser.add_argument("--num_workers", type=int, metavar="COUNT", help="that load audio, of every run")
@@ -44,11 +56,15 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     for corpus, path in corpora.items():
         if not path.is_dir():
             raise InputError(f"--{corpus} {path} is no folder: give that of the corpus.")
+    for path in arguments.extra_folders:
+        if not path.is_dir():
+            raise InputError(f"--extra_folders {path} is no folder: give one with audio.")
+    extra_folders = [path.resolve() for path in arguments.extra_folders]
     options = {} if arguments.num_workers is None else {"num_workers": arguments.num_workers}
     model = None if arguments.language_model is None else arguments.language_model.resolve()
     if model is not None and not model.is_file():
         raise InputError(f"--language_model {model} is no file: give an ARPA file.")
-    stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options)
+    stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options, extra_folders)
     if arguments.dry_run:
         state = StageState(stages, folder)
         for stage in stages:

@@ -1,5 +1,6 @@
 """From a preset, which is data, to the stages of its plan: the recipes' own commands."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def make_plan(
     language_model: str | Path | None = None,
     pretraining_devices: int = 1,
     options: Mapping[str, Any] | None = None,
+    extra_folders: Sequence[str | Path] = (),
 ) -> list[Stage]:
     """Make the stages of a preset.
 
@@ -133,6 +135,8 @@ def make_plan(
         More than 1: the pre-trainings run under torchrun on so many.
     options : mapping, optional
         Options that every train.py gets, such as "num_workers".
+    extra_folders : sequence of str or Path, optional
+        Of other audio, which the pre-trainings get as well.
 
     Returns
     -------
@@ -146,7 +150,9 @@ def make_plan(
     """
     if not (RECIPES / PRETRAINING / "train.py").is_file():
         raise InputError(f"{RECIPES} does not exist: run this in a checkout of the repository.")
-    plan = _Plan(preset, dict(corpora), Path(folder), language_model, pretraining_devices, dict(options or {}))
+    plan = _Plan(
+        preset, dict(corpora), Path(folder), language_model, pretraining_devices, dict(options or {}), extra_folders
+    )
     if preset.get("synthetic"):
         if corpora:
             raise InputError(f"this preset makes its own speech: leave out --{next(iter(corpora))}, or take another.")
@@ -168,7 +174,7 @@ def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     Example
     -------
     >>> encoder_names(read_preset("small"))
-    ['fbank', 'random', 'wav2vec2-500', 'wav2vec2-1000', 'bestrq-500', 'bestrq-1000']
+    ['fbank', 'random', 'wav2vec2-720', 'bestrq-720']
     """
     methods = sorted(preset["pretraining"], reverse=True)
     trained = [f"{method}-{updates}" for method in methods for updates in preset["updates"]]
@@ -184,7 +190,9 @@ class _Plan:
         language_model: str | Path | None,
         pretraining_devices: int,
         options: dict[str, Any],
+        extra_folders: Sequence[str | Path],
     ):
+        self.extra_folders = extra_folders
         self.preset, self.corpora, self.folder = preset, corpora, folder
         self.language_model, self.pretraining_devices, self.options = language_model, pretraining_devices, options
         self.stages: list[Stage] = []
@@ -210,6 +218,8 @@ class _Plan:
 
     def _add_pretraining(self, name: str, settings: Mapping[str, Any], updates: Sequence[int]) -> None:
         given = {**settings["options"], "encoder_at_steps": f"[{', '.join(map(str, updates))}]"}
+        if self.extra_folders:
+            given["extra_folders"] = f"[{', '.join(json.dumps(str(path)) for path in self.extra_folders)}]"
         products = tuple(f"encoder@{number}" for number in updates)
         self._add(name, PRETRAINING, settings["yaml"], "librispeech", given, products, ())
 

@@ -27,6 +27,8 @@ LOG_FILE = "stage.log"
 LAST_LINES = 12
 #: Options that change nothing of what a command makes.
 FREE_OPTIONS = ("--num_workers",)
+#: In place of a GPU's number.
+CPU = "cpu"
 #: Seconds to wait for a process that still writes to a stage's folder.
 PATIENCE = 60
 #: After so many, the last line of each running stage's log is reported.
@@ -191,7 +193,8 @@ def run_stages(
         Takes lines on how it goes.
     devices : sequence of str, optional
         Values of ``CUDA_VISIBLE_DEVICES``: stages run at once, each on as many as it
-        takes. (None,) runs one after another and leaves the variable as it is.
+        takes. (None,) runs one after another and leaves the variable as it is; "cpu" hides the
+        GPUs, and stages at once share the cores: two that take all slow each other down.
 
     Returns
     -------
@@ -229,7 +232,7 @@ def run_stages(
                     report(f"[{number}/{len(stages)}] {stage.name}{left}")
                     taken = [idle.pop(0) for _ in range(1 if own else stage.devices)]
                     try:
-                        running.append(_start(stage, state, taken))
+                        running.append(_start(stage, state, taken, len(devices)))
                     except (InputError, OSError) as error:
                         failed[stage.name] = f"{stage.name}: {error}"
                         report(failed[stage.name])
@@ -268,12 +271,15 @@ def _left(state: StageState, names: list[str], at_once: int) -> str:
     return "" if seconds is None else f", about {seconds / at_once / 60:.0f} minutes left"
 
 
-def _start(stage: Stage, state: StageState, devices: list[str | None]) -> _Running:
+def _start(stage: Stage, state: StageState, devices: list[str | None], at_once: int) -> _Running:
     folder = state.folder_of(stage.name)
     _wait_until_free(folder)
     state.begin(stage.name)
     environment = dict(os.environ)
-    if devices != [None]:
+    if CPU in devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // at_once, 1))
+    elif devices != [None]:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     with open(folder / LOG_FILE, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(stage.command)}\n")

@@ -3,7 +3,6 @@
 import ast
 import configparser
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -33,25 +32,14 @@ def run_make(folder, *words, **variables):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
-# slow: some registries do not offer metadata by itself, and pip then fetches whole wheels
-@pytest.mark.slow
-def test_pip_resolves_torch_and_torchaudio_of_one_release(tmp_path):
-    # a copy: building the metadata in place would write into the tree
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / PACKAGE.name).mkdir()
-    shutil.copy(PACKAGE / "__init__.py", tmp_path / PACKAGE.name)
-    report = tmp_path / "report.json"
-    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--no-input"]
-    done = subprocess.run([*pip, "--report", report, tmp_path], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    found = {item["metadata"]["name"].lower(): item["metadata"] for item in json.loads(report.read_text())["install"]}
-    torch, torchaudio = found["torch"]["version"], found["torchaudio"]["version"]
+def test_what_the_makefile_installed_is_a_pair(settings):
+    # this environment is what pip made of setup.cfg on a bare machine; to let pip resolve it a second time would fetch
+    # gigabytes wherever a registry does not offer the wheels' metadata by itself
+    torch, torchaudio = importlib.metadata.version("torch"), importlib.metadata.version("torchaudio")
     # torchaudio is built for one minor release of torch, and for one CUDA: no "+cpu" on one side only
     assert torch.split(".")[:2] == torchaudio.split(".")[:2]
     assert torch.partition("+")[2] == torchaudio.partition("+")[2]
-    assert found["speechbrain"]["version"].startswith("1.1.")
+    assert importlib.metadata.version("speechbrain").startswith("1.1.")
 
 
 def test_torch_and_torchaudio_have_one_bound_of_one_minor_release(settings):

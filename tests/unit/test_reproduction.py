@@ -67,11 +67,13 @@ def test_the_plan_of_the_paper_has_its_rows_and_seeds(tmp_path):
 def test_tasks_without_a_corpus_are_left_out_and_options_are_handed_on(tmp_path):
     given = {"librispeech": Path("/data/L"), "slurp": Path("/data/S")}
     options = {"language_model": "/lm.arpa", "pretraining_devices": 2, "options": {"num_workers": 3}}
+    options["extra_folders"] = ["/data/my radio", "/data/talks"]
     stages = make_plan(read_preset("small"), given, tmp_path, **options)
     assert {stage.kind for stage in stages} == {"pretraining", "asr-frozen", "intent-frozen"}
     for stage in stages:
         assert ("--nproc_per_node=2" in stage.command) == (stage.kind == "pretraining")
         assert stage.devices == (2 if stage.kind == "pretraining" else 1)
+        assert ('["/data/my radio", "/data/talks"]' in stage.command) == (stage.kind == "pretraining")
         assert ("/lm.arpa" in stage.command) == (stage.kind == "asr-frozen")
         assert stage.command[stage.command.index("--num_workers") + 1] == "3"
 
@@ -91,7 +93,7 @@ def test_hidden_states_are_made_by_one_stage_for_the_others(tmp_path):
     _, stages = everything("small", tmp_path)
     by_name = {stage.name: stage for stage in stages}
     assert by_name["intent-frozen/fbank/2"].needs == ("intent-frozen/fbank/1",)
-    assert by_name["intent-frozen/bestrq-500/2"].needs == ("pretraining/bestrq", "intent-frozen/bestrq-500/1")
+    assert by_name["intent-frozen/bestrq-720/2"].needs == ("pretraining/bestrq", "intent-frozen/bestrq-720/1")
     assert by_name["intent-frozen/random/2"].needs == ("pretraining/bestrq",)  # others for each seed
 
 
@@ -113,8 +115,8 @@ def test_presets_that_are_none_are_refused(tmp_path):
         make_plan(read_preset("small"), {"slurp": tmp_path}, tmp_path)
     with pytest.raises(InputError, match="makes its own speech: leave out --slurp"):
         make_plan(read_preset("demo"), {"slurp": tmp_path}, tmp_path)
-    path.write_text(small.replace("updates: [500, 1000]", "updates: [500, 2000]"))
-    with pytest.raises(InputError, match="updates go to 2000, and bestrq is trained for 1000"):
+    path.write_text(small.replace("updates: [720]", "updates: [720, 2000]"))
+    with pytest.raises(InputError, match="updates go to 2000, and bestrq is trained for 720"):
         read_preset(str(path))
 
 

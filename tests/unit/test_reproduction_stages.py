@@ -161,6 +161,16 @@ def test_on_several_devices_stages_run_at_once(tmp_path):
         run_stages([both], tmp_path, print, devices=["4"])
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_stages_at_once_on_a_cpu_share_its_cores_and_see_no_gpu(tmp_path, at_once):
+    code = "import os, sys, pathlib; seen = os.environ['CUDA_VISIBLE_DEVICES'] + os.environ['OMP_NUM_THREADS']; "
+    code += "pathlib.Path(sys.argv[1], 'threads').write_text(seen)"
+    name = "train/a"
+    one = Stage(name, (sys.executable, "-c", code, str(tmp_path / name)), ("threads",))
+    assert run_stages([one], tmp_path, print, devices=["cpu"] * at_once) == {}
+    assert (tmp_path / name / "threads").read_text() == str(max(len(os.sched_getaffinity(0)) // at_once, 1))
+
+
 def test_plans_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(ValueError, match="needs b, which comes later or not at all"):
         StageState([stage(tmp_path, "a", needs=("b",)), stage(tmp_path, "b")], tmp_path)
