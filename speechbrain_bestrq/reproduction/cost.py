@@ -88,7 +88,7 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
             if key not in measured:
                 measured[key] = warm_up(path, options)
             speeds[stage.name] = measured[key]
-            costs[stage.name] = _pretraining(path, options, measured[key])
+            costs[stage.name] = _pretraining(path, options, measured[key], stage.devices)
             continue
         if not Path(options["--data_folder"]).is_dir():
             continue
@@ -118,8 +118,9 @@ def _folders(path: Path, options: dict[str, str]) -> tuple[Path, ...]:
     return tuple(folder / split for split in sorted(set(sum(splits, [])))) or (folder,)
 
 
-def _pretraining(path: Path, options: dict[str, str], speed: Speed) -> Cost:
-    update_seconds = _value(path, options, "max_batch_seconds") * _value(path, options, "grad_accumulation_factor")
+def _pretraining(path: Path, options: dict[str, str], speed: Speed, devices: int) -> Cost:
+    micro_batches = devices * _value(path, options, "grad_accumulation_factor")
+    update_seconds = micro_batches * _value(path, options, "max_batch_seconds")
     updates = _value(path, options, "optimizer_step_limit")
     encoders = len(_value(path, options, "encoder_at_steps")) + 1
     size = speed.parameters * (CHECKPOINTS * CHECKPOINT_BYTES + encoders * ENCODER_BYTES)

@@ -177,13 +177,19 @@ def _texts(cell: Cell) -> list[Text]:
     return texts
 
 
-def _task_of(run: str) -> str:
-    """The first word of a probe's name, "asr-frozen/fbank/1", "masking-asr/0.05/1"; something else of other stages."""
+def task_of(run: str) -> str:
+    """The task of a probe, of its name; something else of other stages.
+
+    Example
+    -------
+    >>> task_of("asr-frozen/fbank/1"), task_of("masking-asr/0.05/1"), task_of("pretraining/bestrq") in TASKS
+    ('asr', 'asr', False)
+    """
     return run.split("/")[0].removeprefix("masking-").split("-")[0]
 
 
 def _results_link(run: str) -> str:
-    return f"{run}/{TASKS[_task_of(run)].results}"
+    return f"{run}/{TASKS[task_of(run)].results}"
 
 
 def _cost(runs: dict[str, RunLog]) -> list[Block]:
@@ -272,7 +278,7 @@ def _probes(found: Runs) -> list[tuple[str, dict[str, Any]]]:
     """The finished probes with their results, by name."""
     probes = []
     for run in found.plan["marks"]:
-        task = _task_of(run)
+        task = task_of(run)
         if task in TASKS and (results := found.results(run, task)) is not None:
             probes.append((run, results))
     return probes
@@ -283,7 +289,7 @@ def _usage(folder: Path, preset: Mapping[str, Any]) -> list[Block]:
     encoders = [f"pretraining/{method}/encoder@{max(preset['updates'])}" for method in preset["pretraining"]]
     encoder = next((one for one in encoders if (folder / one).is_dir()), None)
     if encoder is None:
-        return [Paragraph("There is none yet.")]
+        return [Paragraph("There is none in this folder.")]
     made = sorted((folder / "speech" / "librispeech").rglob("dev-clean/**/*.flac"))
     audio = str(made[0].relative_to(folder)) if made else "speech.flac"
     lines = (

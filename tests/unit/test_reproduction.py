@@ -13,6 +13,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction import cost
 from speechbrain_bestrq.reproduction.cost import Speed
 from speechbrain_bestrq.reproduction.plan import CORPORA, PRESETS, RECIPES, encoder_names, make_plan, read_preset
+from speechbrain_bestrq.reproduction.publishing import publish
 from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState
 from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, Runs, frozen_table, judge, read_plan, write_plan
@@ -127,10 +128,16 @@ def score(value):
     return {"value": value, "low": value - 0.02, "high": value + 0.02}
 
 
-def write_probe(folder, run, sets, corpus="speechocean762", within="", **more):
+def write_probe(folder, run, sets, corpus="speechocean762", within="", command=None, **more):
     place = folder / run / within
     place.mkdir(parents=True)
-    results = {"corpus": corpus, "sets": sets, "command": f"python train.py {run}", "device_hours": 0.5, **more}
+    results = {
+        "corpus": corpus,
+        "sets": sets,
+        "command": command or f"python train.py {run}",
+        "device_hours": 0.5,
+        **more,
+    }
     (place / "results.json").write_text(json.dumps(results))
     (folder / run / "stage.json").write_text(json.dumps({"mark": f"mark of {run}", "made": "once"}))
 
@@ -297,6 +304,44 @@ def test_the_csv_has_a_line_for_each_cell(reproduction):
     assert found["BEST-RQ, 100,000 updates", "speaker EER"]["paper"] == "3.840"
 
 
+# ---------------------------------------------------------------- what can be shown
+
+
+def test_a_published_copy_has_the_figures_and_no_folder_of_the_machine(reproduction, tmp_path_factory):
+    write_probe(
+        reproduction,
+        "verification-frozen/fbank/1",
+        {"vox1": {"eer": score(0.04)}},
+        command=f"/opt/env/bin/python /home/a/train.py --data_folder /data/V --encoder random:{reproduction}/x/encoder",
+    )
+    plan = read_plan(reproduction)
+    plan["command"] = "/usr/bin/sb-bestrq reproduce --librispeech /data/L --voxceleb /data/V"
+    (reproduction / "plan.json").write_text(json.dumps(plan))
+    (reproduction / "pretraining" / "bestrq" / "encoder").mkdir()
+    (reproduction / "pretraining" / "bestrq" / "encoder" / "model.safetensors").write_bytes(b"weights")
+    write_reproduction(reproduction)
+    target = tmp_path_factory.mktemp("shown") / "new"
+    assert cli.main(["report", str(reproduction), "--publish", str(target)]) == 0
+    for name in ("table1.csv", "table2.csv", "table3.csv"):
+        assert (target / name).read_bytes() == (reproduction / name).read_bytes()
+    assert rows_of(target / "report.md") == rows_of(reproduction / "report.md")
+    files = [path for path in target.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix == ".safetensors"]
+    text = "".join(path.read_text() for path in files if path.suffix != ".png")
+    assert "python train.py --data_folder VOXCELEB --encoder random:./x/encoder" in text
+    assert not [one for one in ("/opt/env", "/home/a", "/data", str(reproduction)) if one in text]
+    with pytest.raises(InputError, match="exists already: give a new folder"):
+        publish(reproduction, target)
+    with pytest.raises(InputError, match="lies in the reproduction itself"):
+        publish(reproduction, reproduction / "new")
+
+
+def test_only_a_reproduction_is_published(toy, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert cli.main(["report", str(tmp_path / "run"), "--publish", str(tmp_path / "new")]) == 2
+    assert "is no reproduction: --publish is for" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -339,6 +384,14 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     assert costs["asr-frozen/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 240)
     assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 60)
     assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours / 240)  # ten folds
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_pre_training_costs_the_same_device_hours_on_any_number_of_devices(tmp_path, monkeypatch, devices):
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
+    preset = {**read_preset("small"), "tasks": {}}
+    found = cost.estimate(make_plan(preset, {"librispeech": tmp_path}, tmp_path, pretraining_devices=devices))
+    assert found["pretraining/bestrq"].device_hours == pytest.approx(720 * 100 / 60 / 3600)
 
 
 def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):

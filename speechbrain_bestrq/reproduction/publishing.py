@@ -1,0 +1,127 @@
+"""A copy of a reproduction that can be shown: its figures and its report, without audio, weights or folders' names."""
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.plan import CORPORA, TASKS
+from speechbrain_bestrq.reproduction.report import task_of, write_reproduction
+from speechbrain_bestrq.reproduction.stages import STAGE_FILE
+from speechbrain_bestrq.reproduction.tables import PLAN_FILE, read_plan
+from speechbrain_bestrq.run_log import LOG_FILE, RUN_FILE
+from speechbrain_bestrq.writing import write_text
+
+#: An absolute path within a command: at its beginning, or behind what may stand before one.
+_PATH = re.compile(r"(?<![\w.)\]~-])(?:/[\w.@+~-]+)+/?")
+
+
+def publish(folder: str | os.PathLike, target: str | os.PathLike) -> list[Path]:
+    """Copy what the report of a reproduction is made of, and write the report of the copy.
+
+    Copied are the plan, and of each finished stage its record, its ``results.json`` or its
+    log of the pre-training. In all of them the folders of the corpora become "LIBRISPEECH",
+    "VOXCELEB"..., that of the reproduction ".", and of any other absolute path the last name is left.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Of the reproduction.
+    target : str or Path
+        A new folder, or an empty one.
+
+    Returns
+    -------
+    list of Path
+        The copied files, without those of the report.
+
+    Raises
+    ------
+    InputError
+        If the first is none of a reproduction, or the second holds something or lies in the first.
+    """
+    folder, target = Path(folder).resolve(), Path(target).resolve()
+    plan = read_plan(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already: give a new folder, or empty this one.")
+    if target == folder or folder in target.parents:
+        raise InputError(f"{target} lies in the reproduction itself: give a folder elsewhere.")
+    names = folder_names(shlex.split(plan["command"]), folder)
+    copied = []
+    for path in [folder / PLAN_FILE, *_files(folder, plan["marks"])]:
+        copy = target / path.relative_to(folder)
+        write_text(copy, without_paths(path.read_text(encoding="utf-8"), names))
+        copied.append(copy)
+    write_reproduction(target)
+    return copied
+
+
+def _files(folder: Path, stages: Mapping[str, Any]) -> list[Path]:
+    files = []
+    for stage in stages:
+        files.append(folder / stage / STAGE_FILE)
+        if task_of(stage) in TASKS:
+            files.append(folder / stage / TASKS[task_of(stage)].results)
+        else:
+            files += [folder / stage / RUN_FILE, folder / stage / LOG_FILE]
+    return [path for path in files if path.is_file()]
+
+
+def folder_names(words: Sequence[str], folder: Path) -> dict[str, str]:
+    """Names that stand for the folders in a command of ``sb-bestrq reproduce``.
+
+    Arguments
+    ---------
+    words : sequence of str
+        The command.
+    folder : Path
+        Of the reproduction.
+
+    Returns
+    -------
+    dict
+        Of each folder, as it was given and as an absolute path.
+
+    Example
+    -------
+    >>> folder_names(["--slurp", "/data/a", "--extra_folders", "/b", "/c"], Path("/out"))
+    {'/out': '.', '/data/a': 'SLURP', '/b': 'EXTRA', '/c': 'EXTRA2'}
+    """
+    names = {str(folder): "."}
+    option, count = "", 0
+    for word in words:
+        if word.startswith("--"):
+            option, count = word.removeprefix("--"), 0
+            continue
+        count += 1
+        if option in CORPORA or option == "extra_folders":
+            name = "EXTRA" if option == "extra_folders" else option.upper()
+            name += str(count) if count > 1 else ""
+            names |= {word: name, str(Path(word).resolve()): name}
+    return names
+
+
+def without_paths(text: str, names: Mapping[str, str]) -> str:
+    """Replace absolute paths in a text.
+
+    Arguments
+    ---------
+    text : str
+    names : mapping
+        Of folders, what stands for them; of other paths the last name is left.
+
+    Returns
+    -------
+    str
+
+    Example
+    -------
+    >>> without_paths("/usr/bin/python train.py --data_folder /data/S/wav --encoder random:/o/x", {"/data/S": "SLURP"})
+    'python train.py --data_folder SLURP/wav --encoder random:x'
+    """
+    for path, name in sorted(names.items(), key=lambda pair: -len(pair[0])):
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w.-])", lambda _, name=name: name, text)
+    return _PATH.sub(lambda found: found[0].rstrip("/").rsplit("/", 1)[1], text)
