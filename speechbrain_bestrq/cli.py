@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     Example
     -------
     >>> arguments = build_parser().parse_args(["report", "results/1000", "--json"])
-    >>> arguments.subcommand, str(arguments.run_folder), arguments.json
+    >>> arguments.subcommand, str(arguments.run_folders[0]), arguments.json
     ('report', 'results/1000', True)
     """
     # abbreviations would change their meaning when an option is added

@@ -1,4 +1,4 @@
-"""``sb-bestrq report``: draw a run's curves and sum it up."""
+"""``sb-bestrq report``: draw a run's curves and sum it up; measure what its encoders are good for."""
 
 import argparse
 import json
@@ -6,15 +6,28 @@ from pathlib import Path
 
 from speechbrain_bestrq.commands import Command
 
+_CORPORA = ("librispeech", "voxceleb", "iemocap", "slurp")
+
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_folder", metavar="RUN", type=Path, help="output folder of a pre-training run, or of a reproduction"
+        "run_folders",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="output folder of a pre-training run, or of a reproduction; with --evidence several",
     )
     parser.add_argument(
         "--publish", metavar="FOLDER", type=Path, help="of a reproduction: a copy without audio, weights and paths"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    evidence = parser.add_argument_group("what the hidden states are good for")
+    evidence.add_argument("--evidence", action="store_true", help="probe the encoders along the pre-trainings")
+    for corpus in _CORPORA:
+        evidence.add_argument(f"--{corpus}", type=Path, metavar="FOLDER", help="the corpus, as its recipe takes it")
+    evidence.add_argument("--hours", type=float, default=0.5, help="of a training or test set, at most (0.5)")
+    evidence.add_argument("--untrained", type=int, default=2, metavar="COUNT", help="encoders without training (2)")
+    evidence.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(RUN/evidence, of the first)")
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -24,31 +37,70 @@ def _report(arguments: argparse.Namespace) -> None:
     from speechbrain_bestrq.reproduction.report import write_reproduction
     from speechbrain_bestrq.reproduction.tables import PLAN_FILE
 
-    if (arguments.run_folder / PLAN_FILE).is_file():
+    if arguments.evidence:
+        _evidence(arguments)
+        return
+    if len(arguments.run_folders) > 1:
+        raise InputError("several folders are reported on one by one: give one, or --evidence to compare them.")
+    (run_folder,) = arguments.run_folders
+    if (run_folder / PLAN_FILE).is_file():
         if arguments.publish is not None:
-            print(f"{len(publish(arguments.run_folder, arguments.publish))} files in {arguments.publish}")
+            print(f"{len(publish(run_folder, arguments.publish))} files in {arguments.publish}")
             return
-        files = {name: str(path) for name, path in write_reproduction(arguments.run_folder).items()}
+        files = {name: str(path) for name, path in write_reproduction(run_folder).items()}
         print(json.dumps(files, indent=2) if arguments.json else "\n".join(files.values()))
         return
     if arguments.publish is not None:
-        raise InputError(f"{arguments.run_folder} is no reproduction: --publish is for those of sb-bestrq reproduce.")
-    summary = write_report(arguments.run_folder)
+        raise InputError(f"{run_folder} is no reproduction: --publish is for those of sb-bestrq reproduce.")
+    summary = write_report(run_folder)
     if arguments.json:
         print(json.dumps(summary, indent=2, allow_nan=False))
     else:
         print(summary_markdown(summary) + f"- curves: {summary['curves']}")
 
 
+def _evidence(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from speechbrain_bestrq.errors import InputError
+    from speechbrain_bestrq.evidence.evidence import gather
+    from speechbrain_bestrq.evidence.report import write_evidence
+    from speechbrain_bestrq.evidence.sources import find_sources
+    from speechbrain_bestrq.locking import sole_writer
+
+    corpora = {corpus: path.resolve() for corpus in _CORPORA if (path := getattr(arguments, corpus)) is not None}
+    if not corpora:
+        raise InputError(f"there is nothing to probe on: give {', '.join(f'--{one}' for one in _CORPORA)}, or some.")
+    for corpus, path in corpora.items():
+        if not path.is_dir():
+            raise InputError(f"--{corpus} {path} is no folder: give that of the corpus.")
+    if not arguments.hours > 0 or arguments.untrained < 0:
+        raise InputError(f"--hours is above 0 and --untrained not below, not {arguments.hours}, {arguments.untrained}.")
+    sources = find_sources([path.resolve() for path in arguments.run_folders], arguments.untrained)
+    folder = (arguments.output_folder or arguments.run_folders[0] / "evidence").resolve()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with sole_writer(folder, "--output_folder"):
+        files = write_evidence(gather(sources, corpora, folder, arguments.hours, device), folder)
+    if arguments.json:
+        print(json.dumps({name: str(path) for name, path in files.items()}, indent=2))
+    else:
+        print(files["markdown"].read_text(encoding="utf-8"))
+        print(f"Report: {files['markdown']}")
+
+
 COMMAND = Command(
     "report",
-    "draw a run's curves and sum it up",
+    "draw a run's curves and sum it up; probe its encoders",
     """\
   sb-bestrq report results/bestrq/1000
   sb-bestrq report results/bestrq/1000 --json > summary.json
+  sb-bestrq report --evidence results/bestrq/1000 results/wav2vec2/1000 --librispeech data/LibriSpeech
+  sb-bestrq report reproduction/small --publish docs/results/small
 
 Writes RUN/report/curves.png and RUN/report/summary.md, also while the run goes on; of a reproduction
-RUN/report.md, RUN/report.html and the tables as CSV.""",
+RUN/report.md, RUN/report.html and the tables as CSV. With --evidence, linear probes on each hidden state of each
+encoder@<step> (encoder_at_steps of the YAML), of untrained encoders and of filter banks, in minutes: RUN/evidence has
+tables, curves, CSV and JSON. What was measured is not measured again.""",
     _add_report_arguments,
     _report,
 )

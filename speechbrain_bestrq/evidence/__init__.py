@@ -1,0 +1,1 @@
+"""What the hidden states of an encoder are good for, measured in minutes by probes that are linear."""

@@ -1,0 +1,330 @@
+"""What is measured of an encoder on each corpus, hidden state by hidden state."""
+
+import hashlib
+import json
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speechbrain_bestrq.corpora import (
+    fold_manifests,
+    prepare_iemocap,
+    prepare_librispeech,
+    prepare_slurp,
+    prepare_voxceleb,
+    read_manifest,
+    read_trials,
+)
+from speechbrain_bestrq.corpora.iemocap import FOLDS
+from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.evidence.alignment import cached_alignment
+from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts
+from speechbrain_bestrq.evidence.linear import Examples, Score, effective_rank, linear_probe, within_class_whitening
+from speechbrain_bestrq.metrics import equal_error_rate
+from speechbrain_bestrq.task_data import Rows, take_examples, take_hours
+from speechbrain_bestrq.task_encoders import TaskEncoder
+from speechbrain_bestrq.verification import SpeakerEmbeddings
+
+SAMPLE_RATE = 16000
+#: Draws of few labels, whose mean counts.
+DRAWS = 5
+#: Examples of each class, where labels are few.
+FEW_EXAMPLES = (5, 20)
+#: Hours of aligned speech, where labels are few.
+FEW_HOURS = 0.05
+#: Hours of transcribed speech that the aligner is trained on, at most.
+ALIGNER_HOURS = 3.0
+#: Of LibriSpeech.
+SPLITS = {"train": "train-clean-100", "valid": "dev-clean", "test": "test-clean"}
+#: Frames of which the rank is told, at most.
+RANK_FRAMES = 20000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that is measured."""
+
+    title: str
+    lower_is_better: bool = False
+    is_share: bool = True
+    """Shown in per cent."""
+    is_score: bool = True
+    """Whether one can be better at it than another; else it describes."""
+
+
+MEASURES = {
+    "speakers": Measure("speaker EER, nothing trained", lower_is_better=True),
+    "speakers_whitened": Measure("speaker EER, whitened within speakers", lower_is_better=True),
+    "intents_5": Measure("intents, 5 examples a class"),
+    "intents_20": Measure("intents, 20 examples a class"),
+    "intents_all": Measure("intents, all labels"),
+    "emotions": Measure("emotions, all labels"),
+    "characters_few": Measure(f"characters of frames, {60 * FEW_HOURS:.0f} minutes of labels"),
+    "characters_all": Measure("characters of frames, all labels"),
+    "rank": Measure("effective rank of frames", is_share=False, is_score=False),
+    "scale": Measure("root mean square of frames", is_share=False, is_score=False),
+    "between": Measure("share of variance between utterances", is_score=False),
+}
+
+Found = dict[str, list[Score]]
+"""Of each measure, a score for each hidden state."""
+
+
+class Corpus(ABC):
+    """A corpus with what is measured on it.
+
+    Arguments
+    ---------
+    data_folder : Path
+        In its official layout.
+    folder : Path
+        Where manifests and alignments are kept.
+    hours : float
+        Most of the training, the validation and the test set that is used; sets are taken whole where
+        trials name their utterances.
+    device : torch.device
+    """
+
+    official = ""
+
+    def __init__(self, data_folder: Path, folder: Path, hours: float, device: torch.device):
+        self.name = corpus_name(data_folder, self.official)
+        self.hours = hours
+        self.manifests = self.prepare(data_folder, folder)
+        self.mark = [hours, *(file_digest(self.manifests[name]) for name in sorted(self.manifests))]
+
+    @abstractmethod
+    def prepare(self, data_folder: Path, folder: Path) -> dict[str, Path]:
+        """Write the manifests."""
+
+    @abstractmethod
+    def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
+        """Of each measure, a score for each hidden state."""
+
+    @abstractmethod
+    def chances(self) -> dict[str, float]:
+        """What a guess comes to: the share of the commonest class in the test set."""
+
+    def rows(self, name: str) -> dict[str, Any]:
+        """A set, of which no more than ``hours`` are taken."""
+        rows = read_manifest(self.manifests[name])
+        total = sum(float(row["duration"]) for row in rows.values()) / 3600
+        return take_hours(rows, self.hours) if total > self.hours else rows
+
+
+class Speakers(Corpus):
+    """Trials between means of utterances."""
+
+    official = "VoxCeleb"
+
+    def prepare(self, data_folder: Path, folder: Path) -> dict[str, Path]:
+        """Write the manifests."""
+        # as many held out as make their trials mean something, of however few there are
+        return prepare_voxceleb(data_folder, folder, valid_share=0.15, sample_rate=SAMPLE_RATE)
+
+    def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
+        """EER of plain cosines, and of cosines after a whitening within the training speakers."""
+        rows = {name: read_manifest(self.manifests[name]) for name in ("valid", "test")} | {"train": self.rows("train")}
+        parts = {name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in rows.items()}
+        trials = {"valid": read_trials(self.manifests["valid_trials"]), "test": read_trials(self.manifests["trials"])}
+        trials = {name: next(iter(lists.values())) for name, lists in trials.items()}
+        speakers = {row["spk_id"]: None for row in rows["train"].values()}
+        numbers = {speaker: number for number, speaker in enumerate(speakers)}
+        classes = torch.tensor([numbers[row["spk_id"]] for row in rows["train"].values()])
+        found: Found = {"speakers": [], "speakers_whitened": []}
+        for state in range(encoder.num_states):
+            means = {name: _stack(one, rows[name], state).mean(1) for name, one in parts.items()}
+            mean = means["train"].mean(0)
+            whitening = within_class_whitening(Examples(means["train"], classes))
+            for name, mapping in (("speakers", None), ("speakers_whitened", whitening)):
+                rates = []
+                for side in ("valid", "test"):
+                    vectors = means[side] if mapping is None else (means[side] - mean) @ mapping
+                    scores = SpeakerEmbeddings(list(rows[side]), vectors).score(trials[side])
+                    rates.append(equal_error_rate(scores, [trial[0] for trial in trials[side]]))
+                found[name].append(Score(*rates))
+        return found
+
+    def chances(self) -> dict[str, float]:
+        """Half of the trials are wrong."""
+        return {"speakers": 0.5, "speakers_whitened": 0.5}
+
+
+class Intents(Corpus):
+    """Scenarios, told by the means of an utterance's parts."""
+
+    official = "SLURP"
+    column = "scenario"
+
+    def prepare(self, data_folder: Path, folder: Path) -> dict[str, Path]:
+        """Write the manifests."""
+        return prepare_slurp(data_folder, folder, sample_rate=SAMPLE_RATE)
+
+    def _sets(self) -> tuple[dict[str, Rows], dict[str, int]]:
+        rows = {name: self.rows(name) for name in ("train", "valid", "test")}
+        labels = sorted({row[self.column] for row in rows["train"].values()})
+        return rows, {label: number for number, label in enumerate(labels)}
+
+    def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
+        """Accuracy of linear probes with few labels and with all."""
+        rows, labels = self._sets()
+        sets = {
+            name: {key: row for key, row in one.items() if row[self.column] in labels} for name, one in rows.items()
+        }
+        parts = {name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in sets.items()}
+        draws = {f"intents_{count}": [take_examples(sets["train"], self.column, count, seed) for seed in range(DRAWS)]
+                 for count in FEW_EXAMPLES}  # fmt: skip
+        draws["intents_all"] = [sets["train"]]
+        found: Found = {name: [] for name in draws}
+        for state in range(encoder.num_states):
+            valid, test = (_examples(parts[name], sets[name], state, self.column, labels) for name in ("valid", "test"))
+            for name, several in draws.items():
+                scores = [
+                    linear_probe(_examples(parts["train"], drawn, state, self.column, labels), valid, test, len(labels))
+                    for drawn in several
+                ]
+                found[name].append(_mean(scores))
+        return found
+
+    def chances(self) -> dict[str, float]:
+        """Of the commonest scenario."""
+        chance = _commonest([row[self.column] for row in self._sets()[0]["test"].values()])
+        return {name: chance for name in MEASURES if name.startswith("intents_")}
+
+
+class Emotions(Corpus):
+    """Emotions of speakers of whom nothing is in training."""
+
+    official = "IEMOCAP"
+
+    def prepare(self, data_folder: Path, folder: Path) -> dict[str, Path]:
+        """Write the manifests."""
+        return prepare_iemocap(data_folder, folder, sample_rate=SAMPLE_RATE)
+
+    def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
+        """Accuracy of linear probes over the folds, each weighing as many turns as it has."""
+        turns = read_manifest(self.manifests["all"])
+        numbers = {label: number for number, label in enumerate(sorted({row["emo"] for row in turns.values()}))}
+        parts = encode_parts(encoder, turns, SAMPLE_RATE, device)
+        found: Found = {"emotions": []}
+        sides = [
+            {name: read_manifest(path) for name, path in fold_manifests(self.manifests, fold).items()}
+            for fold in FOLDS["speaker"]
+        ]
+        for state in range(encoder.num_states):
+            scores, sizes = [], []
+            for rows in sides:
+                train, valid, test = (
+                    _examples(parts, rows[name], state, "emo", numbers, whole=True)
+                    for name in ("train", "valid", "test")
+                )
+                scores.append(linear_probe(train, valid, test, len(numbers)))
+                sizes.append((len(valid.classes), len(test.classes)))
+            weighed = [
+                sum(score[side] * size[side] for score, size in zip(scores, sizes, strict=True))
+                / sum(size[side] for size in sizes)
+                for side in (0, 1)
+            ]
+            found["emotions"].append(Score(*weighed))
+        return found
+
+    def chances(self) -> dict[str, float]:
+        """Of the commonest emotion."""
+        return {"emotions": _commonest([row["emo"] for row in read_manifest(self.manifests["all"]).values()])}
+
+
+class Characters(Corpus):
+    """Which character is being said, of each frame by itself; and what the frames are like."""
+
+    official = "LibriSpeech"
+
+    def __init__(self, data_folder: Path, folder: Path, hours: float, device: torch.device):
+        super().__init__(data_folder, folder, hours, device)
+        sets = {name: self.rows(name) for name in ("train", "valid", "test")}
+        every = read_manifest(self.manifests["train"])
+        total = sum(float(row["duration"]) for row in every.values()) / 3600
+        trained_on = take_hours(every, ALIGNER_HOURS) if total > ALIGNER_HOURS else every
+        key = hashlib.sha256(json.dumps(self.mark).encode()).hexdigest()[:16]
+        self.times = cached_alignment(folder / f"alignment-{key}.pt", trained_on, sets, SAMPLE_RATE, device)
+        self.sets = {name: {key: rows[key] for key in self.times[name]} for name, rows in sets.items()}
+        for name, rows in self.sets.items():
+            if not rows:
+                raise InputError(f"--librispeech {data_folder}: nothing of its {name} set could be aligned: too short?")
+
+    def prepare(self, data_folder: Path, folder: Path) -> dict[str, Path]:
+        """Write the manifests."""
+        if missing := [split for split in SPLITS.values() if not (data_folder / split).is_dir()]:
+            raise InputError(f"--librispeech {data_folder} has no {missing[0]}: {', '.join(SPLITS.values())} are used.")
+        splits = [[split] for split in SPLITS.values()]
+        manifests = prepare_librispeech(data_folder, folder, *splits, sample_rate=SAMPLE_RATE, transcripts=True)
+        return {name: manifests[split] for name, split in SPLITS.items()}
+
+    def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
+        """Accuracy of linear probes on frames; rank, scale and share of variance of the test set's frames."""
+        few = take_hours(self.sets["train"], min(FEW_HOURS, self.hours / 2))
+        rest = {name: row for name, row in self.sets["train"].items() if name not in few}
+        parts = {"few": few, "rest": rest, "valid": self.sets["valid"], "test": self.sets["test"]}
+        times = {name: self.times["train" if name in ("few", "rest") else name] for name in parts}
+        frames = {
+            name: encode_frames(encoder, rows, times[name], SAMPLE_RATE, device) for name, rows in parts.items() if rows
+        }
+        number = 1 + max(int(one.classes.max()) for one in frames.values())
+        found: Found = {name: [] for name in ("characters_few", "characters_all", "rank", "scale", "between")}
+        for state in range(encoder.num_states):
+            sets = {name: Examples(one.centred[state], one.classes) for name, one in frames.items()}
+            both = [sets[name] for name in ("few", "rest") if name in sets]
+            every = Examples(*(torch.cat(pair) for pair in zip(*both, strict=True)))
+            found["characters_few"].append(linear_probe(sets["few"], sets["valid"], sets["test"], number))
+            found["characters_all"].append(linear_probe(every, sets["valid"], sets["test"], number))
+            tested = frames["test"].states[state]
+            some = tested[:: max(len(tested) // RANK_FRAMES, 1)]
+            for name, value in (
+                ("rank", effective_rank(some)),
+                ("scale", float(some.square().mean().sqrt())),
+                ("between", frames["test"].between[state]),
+            ):
+                found[name].append(Score(value, value))
+        return found
+
+    def chances(self) -> dict[str, float]:
+        """Of the commonest character."""
+        units = torch.cat([units for _, units in self.times["test"].values()])
+        chance = float(torch.bincount(units).max() / len(units))
+        return {"characters_few": chance, "characters_all": chance}
+
+
+def _stack(parts: Mapping[str, Tensor], rows: Rows, state: int) -> Tensor:
+    """Means of parts of utterances, shape (N, PARTS, D)."""
+    return torch.stack([parts[name][state] for name in rows])
+
+
+def _examples(
+    parts: Mapping[str, Tensor], rows: Rows, state: int, column: str, numbers: Mapping[str, int], whole: bool = False
+) -> Examples:
+    vectors = _stack(parts, rows, state)
+    classes = torch.tensor([numbers[row[column]] for row in rows.values()])
+    return Examples(vectors.mean(1) if whole else vectors.flatten(1), classes)
+
+
+def _mean(scores: Sequence[Score]) -> Score:
+    return Score(*(statistics.fmean(one[side] for one in scores) for side in (0, 1)))
+
+
+def _commonest(labels: Sequence[Any]) -> float:
+    return max(labels.count(label) for label in set(labels)) / len(labels)
+
+
+#: By the option that names the folder.
+CORPORA: dict[str, type[Corpus]] = {
+    "librispeech": Characters,
+    "voxceleb": Speakers,
+    "iemocap": Emotions,
+    "slurp": Intents,
+}

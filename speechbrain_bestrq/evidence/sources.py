@@ -1,0 +1,100 @@
+"""Which encoders are measured: those along pre-trainings, the same untrained, and filter banks."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speechbrain_bestrq.artefact import CONFIG_FILE, WEIGHTS_FILE
+from speechbrain_bestrq.corpora.manifest import file_digest
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.tables import METHOD_NAMES, PLAN_FILE
+from speechbrain_bestrq.safe_reading import read_json
+from speechbrain_bestrq.task_encoders import FILTERBANK
+
+
+@dataclass(frozen=True)
+class Source:
+    """An encoder that is measured."""
+
+    name: str
+    """Of the source, as train.py's ``--encoder`` takes it."""
+    run: str
+    """The pre-training that it belongs to; "fbank" of filter banks."""
+    audio_hours: float = 0.0
+    device_hours: float = 0.0
+    updates: int = 0
+    seed: int | None = None
+    """Of untrained weights."""
+
+    @property
+    def mark(self) -> str:
+        """A digest of what its hidden states are a function of, folders' names aside."""
+        folder = Path(self.name.removeprefix("random:"))
+        files = () if self.name == FILTERBANK else (CONFIG_FILE, WEIGHTS_FILE)[: 2 if self.seed is None else 1]
+        known = [self.seed, *(file_digest(folder / name) for name in files)]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def find_sources(folders: list[Path], seeds: int) -> list[Source]:
+    """Find the encoders along pre-trainings.
+
+    Arguments
+    ---------
+    folders : list of Path
+        Output folders of pre-trainings, or of reproductions, whose pre-trainings count.
+    seeds : int
+        How many untrained encoders of each pre-training's architecture.
+
+    Returns
+    -------
+    list of Source
+        Filter banks; then of each pre-training the untrained encoders and those of its
+        ``encoder@<step>`` and ``encoder``, each update once, in their order.
+
+    Raises
+    ------
+    InputError
+        If a folder holds no encoder.
+    """
+    runs: list[Path] = []
+    for folder in folders:
+        inner = folder / "pretraining"
+        runs += (
+            sorted(path for path in inner.iterdir() if path.is_dir()) if (folder / PLAN_FILE).is_file() else [folder]
+        )
+    names = _names(runs)
+    found = [Source(FILTERBANK, FILTERBANK)]
+    for run, name in zip(runs, names, strict=True):
+        by_update: dict[int, Source] = {}
+        for path in [*run.glob("encoder@*"), run / "encoder"]:
+            if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+                facts = read_json(path / CONFIG_FILE).get("training") or {}
+                one = _source(path, name, facts)
+                by_update[one.updates] = one
+        if not by_update:
+            raise InputError(f"{run} holds no encoder yet: give the output folder of a pre-training, or wait for one.")
+        last = by_update[max(by_update)].name
+        found += [Source(f"random:{last}", name, seed=seed) for seed in range(1, seeds + 1)]
+        found += [by_update[updates] for updates in sorted(by_update)]
+    return found
+
+
+def _source(path: Path, run: str, facts: dict[str, Any]) -> Source:
+    return Source(
+        str(path),
+        run,
+        float(facts.get("audio_hours") or 0.0),
+        float(facts.get("device_hours") or 0.0),
+        int(facts.get("step") or 0),
+    )
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """Names of runs, all different: of the method if the folder is called after it, else of the folder."""
+    plain = [METHOD_NAMES.get(run.name, run.name) for run in runs]
+    return [
+        name if plain.count(name) == 1 else f"{run.parent.name}/{run.name}"
+        for name, run in zip(plain, runs, strict=True)
+    ]

@@ -1,0 +1,289 @@
+"""Linear probes of hidden states: what they measure is known beforehand, and is found."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from speechbrain_bestrq import cli
+from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.corpora.synthetic import make_synthetic
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.evidence import alignment, evidence
+from speechbrain_bestrq.evidence.alignment import Aligner, spread
+from speechbrain_bestrq.evidence.evidence import gather
+from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts, part_means
+from speechbrain_bestrq.evidence.linear import Examples, effective_rank, linear_probe, within_class_whitening
+from speechbrain_bestrq.evidence.measures import CORPORA, MEASURES
+from speechbrain_bestrq.evidence.report import best_score, write_evidence
+from speechbrain_bestrq.evidence.sources import Source, find_sources
+from speechbrain_bestrq.task_encoders import TaskEncoder
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- probes
+
+
+def clouds(number, distance, seed, dimensions=6, classes=3):
+    """Gaussian clouds whose centres lie so far apart in the first dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(number) % classes
+    vectors = torch.randn(number, dimensions, generator=generator)
+    vectors[torch.arange(number), labels] += distance
+    return Examples(vectors, labels)
+
+
+def test_a_linear_probe_finds_what_is_linear_and_nothing_where_nothing_is():
+    far = linear_probe(clouds(300, 8.0, 0), clouds(300, 8.0, 1), clouds(300, 8.0, 2), 3)
+    assert far.test > 0.99
+    none = linear_probe(clouds(300, 0.0, 0), clouds(3000, 0.0, 1), clouds(3000, 0.0, 2), 3)
+    assert none.test == pytest.approx(1 / 3, abs=0.04)
+
+
+def test_the_scale_of_a_channel_changes_nothing_and_a_constant_one_does_no_harm():
+    sets = [clouds(200, 1.5, seed) for seed in range(3)]
+    plain = linear_probe(*sets, 3)
+    scale, shift = torch.tensor([1e-3, 1.0, 1e3, 10.0, 0.1, 1.0]), torch.tensor([5.0, -300.0, 0.0, 1e3, 0.0, 1.0])
+    moved = [
+        Examples(torch.cat([one.vectors * scale + shift, torch.full((200, 1), 7.0)], 1), one.classes) for one in sets
+    ]
+    assert linear_probe(*moved, 3).test == pytest.approx(plain.test, abs=0.011)
+
+
+def test_the_validation_set_chooses_the_penalty_and_the_test_set_has_no_say():
+    train, valid, test = clouds(60, 1.0, 0, 50), clouds(600, 1.0, 1, 50), clouds(600, 1.0, 2, 50)
+    each = [linear_probe(train, valid, test, 3, (penalty,)) for penalty in (1e-6, 1.0)]
+    assert each[0].valid != each[1].valid
+    chosen = linear_probe(train, valid, test, 3, (1e-6, 1.0))
+    assert chosen == max(each, key=lambda score: score.valid)
+    assert linear_probe(train, valid, Examples(test.vectors, 2 - test.classes), 3, (1e-6, 1.0)).valid == chosen.valid
+
+
+def test_whitening_makes_the_scatter_within_classes_round():
+    examples = clouds(4000, 5.0, 0)
+    skewed = Examples(examples.vectors @ torch.tril(torch.full((6, 6), 0.7)), examples.classes)
+    mapped = skewed.vectors @ within_class_whitening(skewed, shrinkage=0.0)
+    for label in range(3):
+        covariance = mapped[examples.classes == label].T.cov()
+        torch.testing.assert_close(covariance, torch.eye(6), atol=0.15, rtol=0)
+
+
+def test_the_rank_counts_directions_and_not_their_scale():
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
+    vectors = clouds(5000, 0.0, 0).vectors[:, :3] @ basis[:3]
+    assert effective_rank(vectors) == pytest.approx(3, abs=0.02)
+    assert effective_rank(100 * vectors + 7) == pytest.approx(effective_rank(vectors), rel=1e-4)
+    assert effective_rank(vectors[:, :1] * basis[:1]) == pytest.approx(1, abs=1e-4)
+
+
+# ---------------------------------------------------------------- hidden states
+
+
+def test_means_of_parts_are_those_of_the_utterance_alone():
+    generator = torch.Generator().manual_seed(0)
+    hidden, lengths = torch.randn(2, 3, 11, 5, generator=generator), torch.tensor([11, 8, 3])
+    hidden[:, 1, 8:], hidden[:, 2, 3:] = 1e3, 1e3
+    found = part_means(hidden, lengths, 4)
+    torch.testing.assert_close(found[:, 1], hidden[:, 1, :8].unflatten(1, (4, 2)).mean(2))
+    # three frames for four parts: the first has none, and the mean of all instead
+    own = hidden[:, 2, :3]
+    torch.testing.assert_close(found[:, 2], torch.stack([own[:, 0], own[:, 1], own[:, 2], own.mean(1)], 1))
+    for number, length in enumerate(lengths.tolist()):
+        alone = part_means(hidden[:, number : number + 1, :length], torch.tensor([length]), 4)
+        torch.testing.assert_close(found[:, number : number + 1], alone)
+
+
+@pytest.fixture
+def noise(tmp_path):
+    """Rows of noise of different lengths."""
+    rows = {}
+    for number, seconds in enumerate((1.0, 2.5, 0.7)):
+        wave = 0.1 * np.random.default_rng(number).standard_normal(round(seconds * 16000))
+        soundfile.write(tmp_path / f"{number}.wav", wave, 16000)
+        rows[str(number)] = {"wav": str(tmp_path / f"{number}.wav"), "duration": str(seconds)}
+    return rows
+
+
+def test_frames_are_those_at_the_times_given_and_centred_within_their_utterance(noise):
+    encoder = TaskEncoder("fbank").eval()
+    times = {name: (torch.tensor([0.02, 0.3]), torch.tensor([int(name), 7])) for name in noise}
+    frames = encode_frames(encoder, noise, times, 16000, CPU)
+    assert sorted(frames.classes.tolist()) == [0, 1, 2, 7, 7, 7]
+    for name, row in noise.items():
+        wave = torch.from_numpy(soundfile.read(row["wav"], dtype="float32")[0])[None]
+        alone = encoder(wave)[0][0, 0]
+        place = frames.classes.tolist().index(int(name))
+        torch.testing.assert_close(frames.states[0, place : place + 2], alone[[0, 7]], atol=2e-4, rtol=1e-4)
+        normal = (alone - alone.mean(0)) / alone.std(0, correction=0)
+        torch.testing.assert_close(frames.centred[0, place : place + 2], normal[[0, 7]], atol=2e-3, rtol=1e-3)
+    whole = encode_parts(encoder, noise, 16000, CPU)
+    assert whole.keys() == noise.keys() and whole["1"].shape == (1, 4, 320)
+
+
+# ---------------------------------------------------------------- alignment
+
+
+def tones(folder, count, seed=0):
+    """Utterances that say each letter by a tone of its own; of each, who says what from when to when."""
+    folder.mkdir()
+    generator = np.random.default_rng(seed)
+    rows, truth = {}, {}
+    for number in range(count):
+        letters = [("ABDGO")[place] for place in generator.integers(5, size=generator.integers(4, 8))]
+        pieces, marks, now = [np.zeros(2400)], [], 0.15
+        for letter in letters:
+            seconds = generator.uniform(0.1, 0.3)
+            pitch = 250 * 1.8 ** "ABDGO".index(letter)
+            pieces.append(0.3 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * 16000)) / 16000))
+            marks.append((now, now + seconds, letter))
+            pieces.append(np.zeros(1600))
+            now += seconds + 0.1
+        wave = np.concatenate(pieces) + 0.003 * generator.standard_normal(sum(map(len, pieces)))
+        name = f"u{number}"
+        soundfile.write(folder / f"{name}.wav", wave, 16000)
+        rows[name] = {"wav": str(folder / f"{name}.wav"), "duration": str(len(wave) / 16000), "wrd": "".join(letters)}
+        truth[name] = marks
+    return rows, truth
+
+
+def test_characters_are_found_where_they_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "EPOCHS", 15)
+    monkeypatch.setattr(alignment, "BATCH_SECONDS", 10.0)
+    rows, truth = tones(tmp_path / "tones", 80)
+    rows["short"] = {**rows["u0"], "duration": "0.1"}  # fewer frames than letters
+    aligner = Aligner(rows, 16000, CPU)
+    found = aligner.align(rows)
+    assert found.keys() == truth.keys()
+    right = total = 0
+    for name, (times, units) in found.items():
+        for second, unit in zip(times.tolist(), units.tolist(), strict=True):
+            letter = aligner.tokenizer.labels[unit]
+            # within a frame of the tone, which a frame's centre may miss
+            right += any(start - 0.06 <= second <= end + 0.06 and letter == one for start, end, one in truth[name])
+            total += 1
+    assert total > 8 * len(rows) and right / total > 0.9
+
+
+def test_only_frames_near_a_character_have_it():
+    times, units = spread(torch.tensor([0, 3, 0, 0, 0, 0, 0, 0, 4]), 0.02, reach=0.04)
+    assert units.tolist() == [3, 3, 3, 3, 4, 4, 4]
+    torch.testing.assert_close(times, torch.tensor([0.01, 0.03, 0.05, 0.07, 0.13, 0.15, 0.17]))
+
+
+# ---------------------------------------------------------------- sources
+
+
+@pytest.fixture
+def run(make_speech_encoder, tmp_path):
+    """A pre-training that left two encoders, the last of them under two names."""
+    for name, step, seed in (("encoder@5", 5, 1), ("encoder@10", 10, 2), ("encoder", 10, 2)):
+        facts = {"model": "BestRQ", "corpus": "Noise", "step": step, "audio_hours": step / 4, "device_hours": step / 50}
+        save_encoder(make_speech_encoder(normalize="global", seed=seed), tmp_path / "bestrq" / name, "# Card", **facts)
+    return tmp_path / "bestrq"
+
+
+def test_each_update_is_a_source_once_between_the_untrained_and_none(run):
+    sources = find_sources([run], 2)
+    assert [(one.run, one.updates, one.seed) for one in sources] == [
+        ("fbank", 0, None),
+        ("BEST-RQ", 0, 1),
+        ("BEST-RQ", 0, 2),
+        ("BEST-RQ", 5, None),
+        ("BEST-RQ", 10, None),
+    ]
+    assert sources[3].audio_hours == 1.25 and sources[4].device_hours == 0.2
+    assert len({one.mark for one in sources}) == 5
+    with pytest.raises(InputError, match="holds no encoder yet: give the output folder of a pre-training"):
+        find_sources([run.parent], 1)
+
+
+def test_two_runs_of_one_method_are_told_apart(run):
+    other = run.parent / "other" / "bestrq"
+    other.parent.mkdir()
+    run.rename(run.parent / "first")
+    (run.parent / "first").rename(other)
+    again = run.parent / "more" / "bestrq"
+    again.parent.mkdir()
+    again.symlink_to(other)
+    names = {one.run for one in find_sources([other, again], 0)}
+    assert names == {"fbank", "other/bestrq", "more/bestrq"}
+
+
+# ---------------------------------------------------------------- the whole
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """A few minutes of synthetic speech in each layout."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for layout, hours, speakers in (("librispeech", 0.03, 9), ("voxceleb", 0.05, 16), ("slurp", 0.02, 12)):
+        make_synthetic(folder / layout, layout, hours=hours, speakers=speakers)
+    make_synthetic(folder / "iemocap", "iemocap", hours=0.03)
+    return {layout: folder / layout for layout in CORPORA}
+
+
+def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch):
+    monkeypatch.setattr(alignment, "EPOCHS", 2)
+    words = ["report", "--evidence", str(run), "--untrained", "1", "--hours", "0.02"]
+    words += [word for name, folder in corpora.items() for word in (f"--{name}", str(folder))]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    for title in ("filter banks", "BEST-RQ, untrained", "BEST-RQ, 1.2 h", "BEST-RQ, 2.5 h"):
+        assert f"| {title} |" in printed
+    assert "not run" not in printed
+    found = json.loads((run / "evidence" / "evidence.json").read_text())
+    assert found["chances"].keys() | {"rank", "scale", "between"} == MEASURES.keys()
+    for record in found["sources"]:
+        states = 1 if record["run"] == "fbank" else 3
+        assert record["measures"].keys() == MEASURES.keys()
+        for name, scores in record["measures"].items():
+            assert len(scores) == states
+            assert not MEASURES[name].is_share or all(0 <= value <= 1 for score in scores for value in score)
+    # synthetic voices differ in pitch and room, which filter banks show
+    assert best_score(found["sources"][0], "speakers") < 0.4
+    with open(run / "evidence" / "evidence.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(MEASURES) * (1 + 3 * 3)
+    assert str(run) not in (run / "evidence" / "evidence.json").read_text()
+    # nothing is encoded a second time, but what changed
+    monkeypatch.setattr(evidence, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(alignment, "Aligner", lambda *_: pytest.fail("aligned again"))
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == printed
+    weights = run / "encoder@5" / "model.safetensors"
+    weights.write_bytes((run / "encoder" / "model.safetensors").read_bytes())
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        cli.main(words)
+
+
+def test_corpora_that_are_not_given_are_left_out(run, corpora, tmp_path):
+    sources = [Source("fbank", "fbank"), *find_sources([run], 0)[1:2]]
+    found = gather(sources, {"slurp": corpora["slurp"]}, tmp_path / "out", 0.02, CPU)
+    files = write_evidence(found, tmp_path / "out")
+    text = files["markdown"].read_text()
+    assert "intents, all labels" in text and "emotions" not in text
+    assert files["curves"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "nothing to probe on: give --librispeech, --voxceleb"),
+        (["--slurp", "/nowhere"], "--slurp /nowhere is no folder"),
+        (["--slurp", ".", "--hours", "0"], "--hours is above 0"),
+    ],
+)
+def test_bad_input_is_one_line(run, capsys, words, message):
+    assert cli.main(["report", "--evidence", str(run), *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (run / "evidence").exists()
+
+
+def test_several_folders_without_evidence_are_refused(run, capsys):
+    assert cli.main(["report", str(run), str(run)]) == 2
+    assert "give one, or --evidence" in capsys.readouterr().err
