@@ -62,22 +62,28 @@ def linear_probe(
     # a channel that is the same everywhere tells nothing
     scale = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0.0)
     sets = [((one.vectors - mean) * scale, one.classes) for one in (train, valid, test)]
+    weights, biases = _fit(*sets[0], num_classes, penalties)
     found = []
-    for penalty in penalties:
-        weight, bias = _fit(*sets[0], num_classes, penalty)
+    for weight, bias in zip(weights, biases, strict=True):
         accuracies = [float(((x @ weight + bias).argmax(1) == y).double().mean()) for x, y in sets[1:]]
         found.append(Score(*accuracies))
     return max(found, key=lambda score: score.valid)
 
 
-def _fit(vectors: Tensor, classes: Tensor, num_classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    weight = vectors.new_zeros(vectors.shape[1], num_classes, requires_grad=True)
-    bias = vectors.new_zeros(num_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=MOST_STEPS, line_search_fn="strong_wolfe")
+def _fit(vectors: Tensor, classes: Tensor, num_classes: int, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Weights (P, D, C) and biases (P, 1, C), of all penalties at once: they are independent, and steps are few."""
+    strengths = vectors.new_tensor(penalties)
+    weight = vectors.new_zeros(len(strengths), vectors.shape[1], num_classes, requires_grad=True)
+    bias = vectors.new_zeros(len(strengths), 1, num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=MOST_STEPS, tolerance_grad=1e-4, tolerance_change=1e-6, line_search_fn="strong_wolfe"
+    )
+    targets = classes.repeat(len(strengths))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = cross_entropy(vectors @ weight + bias, classes) + penalty / 2 * weight.square().sum()
+        fit = cross_entropy((vectors @ weight + bias).flatten(0, 1), targets) * len(strengths)
+        loss = fit + (strengths / 2 * weight.square().sum((1, 2))).sum()
         loss.backward()
         return loss
 

@@ -56,11 +56,12 @@ def test_the_scale_of_a_channel_changes_nothing_and_a_constant_one_does_no_harm(
 
 def test_the_validation_set_chooses_the_penalty_and_the_test_set_has_no_say():
     train, valid, test = clouds(60, 1.0, 0, 50), clouds(600, 1.0, 1, 50), clouds(600, 1.0, 2, 50)
-    each = [linear_probe(train, valid, test, 3, (penalty,)) for penalty in (1e-6, 1.0)]
-    assert each[0].valid != each[1].valid
-    chosen = linear_probe(train, valid, test, 3, (1e-6, 1.0))
-    assert chosen == max(each, key=lambda score: score.valid)
-    assert linear_probe(train, valid, Examples(test.vectors, 2 - test.classes), 3, (1e-6, 1.0)).valid == chosen.valid
+    each = [linear_probe(train, valid, test, 3, (penalty,)) for penalty in (1e-2, 10.0)]
+    assert abs(each[0].valid - each[1].valid) > 0.01
+    chosen = linear_probe(train, valid, test, 3, (1e-2, 10.0))
+    best = max(each, key=lambda score: score.valid)
+    assert tuple(chosen) == pytest.approx(tuple(best), abs=0.01)
+    assert linear_probe(train, valid, Examples(test.vectors, 2 - test.classes), 3, (1e-2, 10.0)).valid == chosen.valid
 
 
 def test_whitening_makes_the_scatter_within_classes_round():
@@ -182,7 +183,8 @@ def run(make_speech_encoder, tmp_path):
     """A pre-training that left two encoders, the last of them under two names."""
     for name, step, seed in (("encoder@5", 5, 1), ("encoder@10", 10, 2), ("encoder", 10, 2)):
         facts = {"model": "BestRQ", "corpus": "Noise", "step": step, "audio_hours": step / 4, "device_hours": step / 50}
-        save_encoder(make_speech_encoder(normalize="global", seed=seed), tmp_path / "bestrq" / name, "# Card", **facts)
+        model = make_speech_encoder(normalize="global", num_layers=1, seed=seed)
+        save_encoder(model, tmp_path / "bestrq" / name, "# Card", **facts)
     return tmp_path / "bestrq"
 
 
@@ -220,12 +222,13 @@ def test_two_runs_of_one_method_are_told_apart(run):
 def corpora(tmp_path_factory):
     """A few minutes of synthetic speech in each layout."""
     folder = tmp_path_factory.mktemp("corpora")
-    for layout, hours, speakers in (("librispeech", 0.03, 9), ("voxceleb", 0.05, 16), ("slurp", 0.02, 12)):
+    for layout, hours, speakers in (("librispeech", 0.03, 9), ("voxceleb", 0.03, 16), ("slurp", 0.02, 12)):
         make_synthetic(folder / layout, layout, hours=hours, speakers=speakers)
     make_synthetic(folder / "iemocap", "iemocap", hours=0.03)
     return {layout: folder / layout for layout in CORPORA}
 
 
+@pytest.mark.slow
 def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch):
     monkeypatch.setattr(alignment, "EPOCHS", 2)
     words = ["report", "--evidence", str(run), "--untrained", "1", "--hours", "0.02"]
@@ -238,7 +241,7 @@ def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch)
     found = json.loads((run / "evidence" / "evidence.json").read_text())
     assert found["chances"].keys() | {"rank", "scale", "between"} == MEASURES.keys()
     for record in found["sources"]:
-        states = 1 if record["run"] == "fbank" else 3
+        states = 1 if record["run"] == "fbank" else 2
         assert record["measures"].keys() == MEASURES.keys()
         for name, scores in record["measures"].items():
             assert len(scores) == states
@@ -247,7 +250,7 @@ def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch)
     assert best_score(found["sources"][0], "speakers") < 0.4
     with open(run / "evidence" / "evidence.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(MEASURES) * (1 + 3 * 3)
+    assert len(rows) == len(MEASURES) * (1 + 3 * 2)
     assert str(run) not in (run / "evidence" / "evidence.json").read_text()
     # nothing is encoded a second time, but what changed
     monkeypatch.setattr(evidence, "_measure", lambda *_: pytest.fail("measured again"))
