@@ -2,6 +2,10 @@
 
 from torch import Tensor, nn
 
+#: Of fewer channels a CPU's depthwise convolution is nn.Conv1d: with AVX512_BF16, oneDNN never ends generating the
+#: bfloat16 kernel for 8 or 16 channels and 15 frames or more (torch 2.11; seen for no other width or format).
+FEWEST_CHANNELS = 32
+
 
 class FrameConvolution(nn.Conv1d):
     """A convolution over the frames of sequences (B, T, D).
@@ -10,7 +14,8 @@ class FrameConvolution(nn.Conv1d):
     image of one row in PyTorch's channels-last format, without moving anything, and
     comes out as one. On a CPU that takes two fifths of the time that ``nn.Conv1d`` takes to copy,
     convolve each channel by itself and copy back, and two thirds with 16 groups. Elsewhere it
-    has not been measured, and ``nn.Conv1d`` is used.
+    has not been measured, and ``nn.Conv1d`` is used; so it is for a depthwise convolution of fewer
+    than 32 channels, for which bfloat16 can hang in oneDNN.
 
     Arguments
     ---------
@@ -34,7 +39,7 @@ class FrameConvolution(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, T, D)."""
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or self.groups == self.in_channels < FEWEST_CHANNELS:
             return super().forward(x.mT).mT
         weight, padding = self.weight.unsqueeze(2), (0, *self.padding)
         return nn.functional.conv2d(x.mT.unsqueeze(2), weight, self.bias, padding=padding, groups=self.groups)[

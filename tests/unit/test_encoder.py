@@ -1,5 +1,8 @@
 """Properties of the Conformer and of the whole speech encoder."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -200,15 +203,15 @@ def test_states_are_the_input_then_each_layer_the_last_one_after_the_final_norm(
 
 
 @pytest.mark.parametrize(("dtype", "accuracy"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize(("kernel_size", "groups"), [(5, 6), (8, 3)])
+@pytest.mark.parametrize(("kernel_size", "groups"), [(5, 48), (8, 3)])
 def test_the_convolution_of_frames_is_pytorchs_and_transposes_nothing(
     kernel_size, groups, dtype, accuracy, relative_difference
 ):
     torch.manual_seed(0)
-    ours = FrameConvolution(6, kernel_size, groups).to(dtype)
-    theirs = nn.Conv1d(6, 6, kernel_size, padding=kernel_size // 2, groups=groups).to(dtype)
+    ours = FrameConvolution(48, kernel_size, groups).to(dtype)
+    theirs = nn.Conv1d(48, 48, kernel_size, padding=kernel_size // 2, groups=groups).to(dtype)
     theirs.load_state_dict(ours.state_dict())
-    values = torch.randn(3, 11, 6).to(dtype)
+    values = torch.randn(3, 11, 48).to(dtype)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
     outputs = ours(inputs[0]), theirs(inputs[1].mT).mT
     assert outputs[0].is_contiguous()
@@ -222,6 +225,18 @@ def test_the_convolution_of_frames_is_pytorchs_and_transposes_nothing(
     ]
     assert all(relative_difference(expected, found) < accuracy for expected, found in pairs)
     assert inputs[0].grad.is_contiguous()
+
+
+@pytest.mark.parametrize("channels", [8, 16, 24])
+def test_a_narrow_depthwise_convolution_ends_in_bfloat16(channels):
+    """With AVX512_BF16, oneDNN's never does when the channels lie innermost."""
+    code = (
+        "import torch; from speechbrain_bestrq.convolution import FrameConvolution;"
+        f"convolution = FrameConvolution({channels}, 31, {channels}).bfloat16();"
+        f"print(convolution(torch.randn(2, 149, {channels}).bfloat16()).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"torch.Size([2, 149, {channels}])\n", done.stderr
 
 
 def test_rotary_makes_no_tensor_of_frames_by_frames():
