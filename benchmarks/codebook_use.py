@@ -52,7 +52,7 @@ def main() -> None:
             quantizer = RandomProjectionQuantizer(320, codebook_size=options.codes, seed=options.seed, whiten=whiten)
             if whiten is not None:
                 features = (frontend(*wave)[0] for wave in train)
-                quantizer.fit_whitening(some.unflatten(1, (-1, frontend.stack)).flatten(2) for some in features)
+                quantizer.fit(some.unflatten(1, (-1, frontend.stack)).flatten(2) for some in features)
             uses = " | ".join(describe(frontend, quantizer, audio) for audio in (train, valid))
             print(f"| {normalize} | {whiten or 'none'} | {uses} |", flush=True)
 

@@ -93,7 +93,7 @@ class Ours:
         self.model = hparams["model"]
         # whole layers are dropped or not by chance: a block of some steps would be lucky or not
         self.model.speech_encoder.encoder.layer_drop = 0.0
-        self.model.measure([(0.1 * torch.randn(1, 10 * RATE, generator=torch.Generator().manual_seed(0)), None)])
+        self.model.measure([(0.1 * torch.randn(1, 400 * RATE, generator=torch.Generator().manual_seed(0)), None)])
         every_batch_an_update = {"grad_accumulation_factor": 1, "log_interval": 10**9, "valid_interval": None}
         options = {"device": device, "precision": precision, "compile": compiled, "noprogressbar": True}
         self.brain = PretrainingBrain(

@@ -12,7 +12,7 @@ from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.masking import MaskedFrames, SpanMasking
 from speechbrain_bestrq.pretraining_model import IGNORED, PretrainingModel, PretrainingOutput
-from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
+from speechbrain_bestrq.quantizer import FrameQuantizer
 
 
 class BestRQ(PretrainingModel):
@@ -26,8 +26,8 @@ class BestRQ(PretrainingModel):
     ---------
     speech_encoder : SpeechEncoder
         What is trained, and kept afterwards.
-    quantizer : RandomProjectionQuantizer
-        Gives the labels.
+    quantizer : FrameQuantizer
+        Gives the labels: RandomProjectionQuantizer, CentroidQuantizer.
     masking : SpanMasking
         Draws the masks that :meth:`forward` is not given.
     noise_deviation : float
@@ -37,6 +37,7 @@ class BestRQ(PretrainingModel):
     -------
     >>> from speechbrain_bestrq.encoder import ConformerEncoder
     >>> from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
+    >>> from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
     >>> model = BestRQ(
     ...     SpeechEncoder(
     ...         LogMel(normalize="utterance"),
@@ -57,7 +58,7 @@ class BestRQ(PretrainingModel):
     def __init__(
         self,
         speech_encoder: SpeechEncoder,
-        quantizer: RandomProjectionQuantizer,
+        quantizer: FrameQuantizer,
         masking: SpanMasking,
         noise_deviation: float = 0.1,
     ):
@@ -111,7 +112,7 @@ class BestRQ(PretrainingModel):
         lengths = None if feature_lengths is None else feature_lengths // factor
         mask = self._masked_frames(mask, (batch, frames), lengths, wavs.device, generator)
 
-        labels = self._label(features, mask, factor)
+        labels = self._label(features, lengths, mask, factor)
         if noise is None:
             noise = torch.randn(features.shape, generator=generator, device=wavs.device) * self.noise_deviation
         hidden_frames = mask.mask.repeat_interleave(factor, dim=1, output_size=long)[..., None]
@@ -124,14 +125,14 @@ class BestRQ(PretrainingModel):
         metrics = self._metrics(logits, labels, batch, frames, lengths)
         return PretrainingOutput(loss, mask.count, (batch, frames), metrics)
 
-    def _label(self, features: Tensor, mask: MaskedFrames, factor: int) -> Tensor:
+    def _label(self, features: Tensor, lengths: Tensor | None, mask: MaskedFrames, factor: int) -> Tensor:
         """Labels of the masked frames, int64, shape (K, num_codebooks); IGNORED where indices fill up."""
-        stacked = features.unflatten(1, (-1, factor)).flatten(2)
+        stacked = self.quantizer.prepare(features.unflatten(1, (-1, factor)).flatten(2), lengths)
         indices = mask.indices.clamp(min=0)
         if self.quantizer.pointwise:
-            labels = self.quantizer(stacked.flatten(0, 1).index_select(0, indices))
+            labels = self.quantizer.label(stacked.flatten(0, 1).index_select(0, indices))
         else:
-            labels = self.quantizer(stacked).flatten(0, 1).index_select(0, indices)
+            labels = self.quantizer.label(stacked).flatten(0, 1).index_select(0, indices)
         return labels.masked_fill((mask.indices < 0)[:, None], IGNORED)
 
     @torch.no_grad()
@@ -176,23 +177,21 @@ class BestRQ(PretrainingModel):
         if not self.speech_encoder.frontend.measured:
             self.speech_encoder.frontend.measure(batches)
         if not self.quantizer.measured:
-            self.quantizer.fit_whitening(self._stacked_frames(batches))
+            self.quantizer.fit(self._stacked_frames(batches))
         counts = torch.ones_like(self.head.bias).view(self.quantizer.num_codebooks, -1)  # none is impossible
         for frames in self._stacked_frames(batches):
-            labels = self.quantizer(frames).flatten(0, -2)
+            labels = self.quantizer.label(frames).flatten(0, -2)
             counts.scatter_add_(1, labels.t(), torch.ones_like(labels.t(), dtype=counts.dtype))
         self.head.bias.copy_((counts / counts.sum(1, keepdim=True)).log().flatten())
 
     def _stacked_frames(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
-        """What the quantizer gets, shape (..., frames, input_dim), without the padding of padded batches."""
+        """What the quantizer labels, shape (..., frames, input_dim), without the padding of padded batches."""
         frontend = self.speech_encoder.frontend
         for wavs, wav_lens in batches:
             features, lengths = frontend(wavs.to(self.head.weight.device), wav_lens)
-            stacked = features.unflatten(1, (-1, frontend.stack)).flatten(2)
-            if lengths is None:
-                yield stacked
-            else:
-                yield stacked[valid_frames(lengths // frontend.stack, stacked.shape[1])]
+            lengths = None if lengths is None else lengths // frontend.stack
+            stacked = self.quantizer.prepare(features.unflatten(1, (-1, frontend.stack)).flatten(2), lengths)
+            yield stacked if lengths is None else stacked[valid_frames(lengths, stacked.shape[1])]
 
     def statistics(self, loss: Tensor, label_counts: Tensor) -> dict[str, Tensor]:
         """Use of the codes, and the gain: how far the loss is below the labels' unigram cross-entropy, nats."""
@@ -201,14 +200,10 @@ class BestRQ(PretrainingModel):
 
     def signature(self) -> dict[str, Any]:
         """Describe, as plain JSON, what a checkpoint must agree with to be loaded."""
-        quantizer = self.quantizer
         return {
             "model": type(self).__name__,
             **encoder_config(self.speech_encoder),
-            "quantizer": {
-                name: getattr(quantizer, name)
-                for name in ("codebook_dim", "codebook_size", "num_codebooks", "seed", "normalize", "whiten")
-            },
+            "quantizer": self.quantizer.settings(),
         }
 
     def flops(self, utterances: int, frames: int, targets: int) -> float:

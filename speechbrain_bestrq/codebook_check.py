@@ -26,7 +26,7 @@ from speechbrain_bestrq.accounting import code_statistics
 from speechbrain_bestrq.audio import AudioTable, read_segment
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import LogMel, valid_frames
-from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
+from speechbrain_bestrq.quantizer import FrameQuantizer, RandomProjectionQuantizer
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class CodebookUse:
 
 @torch.no_grad()
 def count_codes(
-    frontend: LogMel, quantizer: RandomProjectionQuantizer, batches: Iterable[tuple[Tensor, Tensor | None]]
+    frontend: LogMel, quantizer: FrameQuantizer, batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> CodebookUse:
     """Label audio and count the labels; nothing random is drawn.
 
@@ -130,7 +130,7 @@ def count_codes(
     ---------
     frontend : LogMel
         With its statistics.
-    quantizer : RandomProjectionQuantizer
+    quantizer : FrameQuantizer
         With its whitening, if it has one.
     batches : iterable of (wavs, wav_lens)
         As the front end takes them.
@@ -161,7 +161,7 @@ def count_codes(
             lengths = torch.full((utterances,), features.shape[1], device=device)
         frame_lengths = lengths // frontend.stack
         # whole utterances are labelled, silence and all: labels that are normalised over time hang on it
-        labels = quantizer(stacked).flatten(0, 1).t()
+        labels = quantizer(stacked, frame_lengths).flatten(0, 1).t()
         loud = loud_frames(wavs, frame_lengths, frames, frontend.hop * frontend.stack, frontend.hop)
         for counts, counted in ((speech, loud), (everything, valid_frames(frame_lengths, frames))):
             counts.scatter_add_(1, labels, counted.flatten().to(counts.dtype).expand(labels.shape))
@@ -249,14 +249,14 @@ def use_statistics(counts: Tensor) -> dict[str, float]:
     }
 
 
-def judge(use: CodebookUse, quantizer: RandomProjectionQuantizer) -> Verdict | None:
+def judge(use: CodebookUse, quantizer: FrameQuantizer) -> Verdict | None:
     """Hold the use of each codebook against the thresholds.
 
     Arguments
     ---------
     use : CodebookUse
         The counts; those of speech are judged.
-    quantizer : RandomProjectionQuantizer
+    quantizer : FrameQuantizer
         What made the labels, for the remedy.
 
     Returns
@@ -292,13 +292,15 @@ def judge(use: CodebookUse, quantizer: RandomProjectionQuantizer) -> Verdict | N
     return Verdict(PASSED)
 
 
-def _remedy(use: CodebookUse, quantizer: RandomProjectionQuantizer) -> str:
+def _remedy(use: CodebookUse, quantizer: FrameQuantizer) -> str:
     """What most likely helps."""
     if use.offset > LARGEST_OFFSET:
         return (
             f"the features are not normalised (their bins' means are {use.offset:.1f} from 0 on average): give the "
             "front end normalize: global and let it measure this audio, or normalize: utterance"
         )
+    if not isinstance(quantizer, RandomProjectionQuantizer):
+        return "listen to the audio: a tone, noise or one clip many times over leaves nothing to tell apart"
     if quantizer.normalize == "time":
         return f"set whiten: {quantizer.codebook_dim} in place of normalize: time in the YAML's quantizer"
     if quantizer.whiten is None:
@@ -310,7 +312,7 @@ def _remedy(use: CodebookUse, quantizer: RandomProjectionQuantizer) -> str:
 def log_codebook_use(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     """Tell the log how a model's codebooks are used on some audio, with a warning if they are hardly.
 
-    Never stops a run. A model without a random-projection quantizer has nothing to check.
+    Never stops a run. A model without a quantizer of frames has nothing to check.
 
     Arguments
     ---------
@@ -320,7 +322,7 @@ def log_codebook_use(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor | 
         Training audio.
     """
     quantizer = getattr(model, "quantizer", None)
-    if not isinstance(quantizer, RandomProjectionQuantizer):
+    if not isinstance(quantizer, FrameQuantizer):
         return
     use = count_codes(model.speech_encoder.frontend, quantizer, batches)
     for book, counts in enumerate(use.speech, start=1):
@@ -408,8 +410,8 @@ def check_codebook(
         _, _, _, hparams = load_recipe([hparams_file, *given, "--output_folder", scratch, *overrides])
     model = hparams["model"]
     quantizer = getattr(model, "quantizer", None)
-    if not isinstance(quantizer, RandomProjectionQuantizer):
-        raise InputError(f"{hparams_file}: its model has no random-projection quantizer, so there is nothing to check.")
+    if not isinstance(quantizer, FrameQuantizer):
+        raise InputError(f"{hparams_file}: its model has no quantizer of frames, so there is nothing to check.")
     output_folder = Path(output_folder)
     if manifest is None:
         manifest = prepare_corpus(hparams, output_folder / "manifests")["train"]

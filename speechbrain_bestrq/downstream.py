@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 
-from speechbrain_bestrq.frontend import absolute_lengths
-from speechbrain_bestrq.pretrained import PretrainedEncoder, normalize_utterances
+from speechbrain_bestrq.frontend import absolute_lengths, normalize_utterances
+from speechbrain_bestrq.pretrained import PretrainedEncoder
 from speechbrain_bestrq.writing import replacing, write_text
 
 

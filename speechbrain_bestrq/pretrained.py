@@ -10,7 +10,7 @@ from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.frontend import valid_frames
+from speechbrain_bestrq.frontend import normalize_utterances
 from speechbrain_bestrq.masking import span_mask
 from speechbrain_bestrq.sources import find_encoder
 
@@ -340,43 +340,3 @@ def spec_augment(features: Tensor, lengths: Tensor | None = None, time_span: int
     in_time = span_mask(lengths, frames, TIME_SHARE / time_span, time_span, min_spans=0)
     in_features = span_mask(widths, channels, FEATURE_SHARE / feature_span, feature_span, min_spans=0)
     return features.masked_fill(in_time[:, :, None] | in_features[:, None], 0.0)
-
-
-def normalize_utterances(hidden: Tensor, lengths: Tensor | None = None, each_channel: bool = False) -> Tensor:
-    """Normalise each utterance to mean 0 and variance 1, over its frames and channels together.
-
-    As ``torch.nn.functional.layer_norm`` over both axes, which SpeechBrain's lobes use,
-    but over the utterance's own frames: its padding does not count.
-
-    Arguments
-    ---------
-    hidden : Tensor
-        Shape (..., B, T, D).
-    lengths : Tensor, optional
-        Frames of each utterance, shape (B,); None when nothing is padded.
-    each_channel : bool
-        Normalise each channel by itself (over the frames only): what an utterance's
-        frames have in common, as its speaker and its room, is gone.
-
-    Returns
-    -------
-    Tensor
-        float32, of the same shape; zero in the padding.
-
-    Example
-    -------
-    >>> normalize_utterances(torch.tensor([[[1.0], [3.0], [99.0]]]), torch.tensor([2])).round().flatten().tolist()
-    [-1.0, 1.0, 0.0]
-    """
-    hidden = hidden.float()
-    frames, channels = hidden.shape[-2:]
-    axes = (-2,) if each_channel else (-2, -1)
-    if lengths is None:
-        variance, mean = torch.var_mean(hidden, axes, correction=0, keepdim=True)
-        return (hidden - mean) * torch.rsqrt(variance + 1e-5)
-    padding = ~valid_frames(lengths, frames)[..., None]
-    count = lengths.clamp(min=1)[:, None, None] * (1 if each_channel else channels)
-    mean = hidden.masked_fill(padding, 0.0).sum(axes, keepdim=True) / count
-    centred = (hidden - mean).masked_fill(padding, 0.0)
-    variance = centred.square().sum(axes, keepdim=True) / count
-    return centred * torch.rsqrt(variance + 1e-5)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from speechbrain_bestrq.artefact import CONFIG_FILE
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.frontend import LogMel, absolute_lengths
-from speechbrain_bestrq.pretrained import RANDOM_PREFIX, PretrainedEncoder, normalize_utterances
+from speechbrain_bestrq.frontend import LogMel, absolute_lengths, normalize_utterances
+from speechbrain_bestrq.pretrained import RANDOM_PREFIX, PretrainedEncoder
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.sources import find_encoder
 

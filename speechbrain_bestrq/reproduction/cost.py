@@ -1,6 +1,7 @@
 """What the stages of a plan will cost, from a short warm-up of each pre-training on noise."""
 
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -22,6 +23,8 @@ from speechbrain_bestrq.reproduction.stages import Stage
 
 #: Seconds of the warm-up's batch, at most those of a run's own.
 WARM_UP_SECONDS = 20.0
+#: Seconds of noise that statistics are measured on: more frames than any codebook has codes.
+STATISTICS_SECONDS = 400.0
 #: Steps that are timed after one that is not; the median counts.
 WARM_UP_STEPS = 3
 #: Audio files whose headers are read to tell the hours of a corpus.
@@ -165,7 +168,7 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
     seconds = min(WARM_UP_SECONDS, float(hparams["max_batch_seconds"]))
     wavs = (0.1 * torch.randn(2, round(seconds / 2 * hparams["sample_rate"]), generator=generator)).to(device)
     if not model.measured:
-        model.measure([(wavs, None)])
+        model.measure([(wavs, None)] * math.ceil(STATISTICS_SECONDS / seconds))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(hparams["precision"])
     context = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 

@@ -22,7 +22,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain"
 PARAMETERS = {
     "bestrq": 90_033_888,
     "bestrq_paper": 80_447_520,
-    "bestrq_small": 5_924_096,
+    "bestrq_small": 4_392_448,
     "bestrq_large": 390_674_400,
     "wav2vec2": 95_044_608,
     "wav2vec2_paper": 90_856_064,
@@ -150,7 +150,7 @@ BAD_INPUT = {
     "unknown corpus": (["--corpus=tedlium"], r"corpus is librispeech or folder"),
     "missing split": (["--valid_splits=[dev-other]"], r"dev-other"),
     "unknown key": (["--peak_learning_rat=1"], r"--peak_learning_rat is no key .* --peak_learning_rate"),
-    "value out of range": (["--whiten=8"], r"bestrq_small.yaml: .*whiten is the number of components kept"),
+    "value out of range": (["--num_components=0"], r"bestrq_small.yaml: .*num_components is 1 to 320"),
     "batch bound below the longest utterance": (["--max_batch_seconds=2"], r"max_batch_seconds"),
     "all too short": (["--min_seconds=20"], r"min_seconds"),
     "another cache": (["--cache=disk"], r"cache is memory, or null"),

@@ -24,7 +24,7 @@ from speechbrain_bestrq.frontend import LogMel
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
 
 RATE = 16000
-HPARAMS = str(Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain" / "hparams" / "bestrq_small.yaml")
+HPARAMS = str(Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain" / "hparams" / "bestrq.yaml")
 SMALL = ["--d_model=16", "--num_layers=1", "--num_heads=2", "--d_ffn=32", "--kernel_size=3", "--codebook_size=1024"]
 
 

@@ -148,7 +148,7 @@ def test_nothing_is_trainable_and_everything_is_in_the_state_dict():
 def test_a_state_dict_restores_the_labels_whatever_the_seed(whiten):
     quantizer = RandomProjectionQuantizer(DIM, codebook_size=64, seed=5, whiten=whiten)
     if whiten:
-        quantizer.fit_whitening([correlated()])
+        quantizer.fit([correlated()])
     restored = RandomProjectionQuantizer(DIM, codebook_size=64, seed=6, whiten=whiten)
     restored.load_state_dict(quantizer.state_dict())
     assert restored.measured
@@ -167,7 +167,7 @@ def test_an_unmeasured_whitening_refuses_to_label_even_after_a_round_trip():
 def test_whitened_frames_meet_the_codebook_with_unit_variance_in_every_direction(kept):
     quantizer = RandomProjectionQuantizer(DIM, codebook_size=64, num_codebooks=2, whiten=kept)
     x = correlated()
-    quantizer.fit_whitening(x.split(300))
+    quantizer.fit(x.split(300))
     for projection, offset in zip(quantizer.projection.double(), quantizer.offset.double(), strict=True):
         whitened = x.double() @ projection - offset
         assert whitened.mean(0).abs().max() <= 1e-3
@@ -178,7 +178,7 @@ def test_whitened_frames_meet_the_codebook_with_unit_variance_in_every_direction
 def test_whitening_keeps_the_components_of_the_greatest_variance_alone(kept):
     quantizer = RandomProjectionQuantizer(DIM, codebook_size=64, whiten=kept)
     x = correlated()
-    quantizer.fit_whitening([x])
+    quantizer.fit([x])
     _, components = torch.linalg.eigh(x.double().t().cov())
     shares = (components.t() @ quantizer.projection[0].double()).norm(dim=1)
     assert shares[: DIM - kept].max() <= 1e-4 * shares.max()
@@ -189,16 +189,16 @@ def test_directions_without_variance_are_not_blown_up():
     x = correlated()
     x[:, 1] = x[:, 0]
     quantizer = RandomProjectionQuantizer(DIM, codebook_size=64, whiten=DIM)
-    quantizer.fit_whitening([x])
+    quantizer.fit([x])
     assert quantizer.projection.isfinite().all()
     assert (x @ quantizer.projection[0] - quantizer.offset[0]).abs().max() <= 100
 
 
 def test_measuring_twice_is_measuring_once():
     quantizer = RandomProjectionQuantizer(DIM, codebook_size=64, whiten=20)
-    quantizer.fit_whitening([correlated()])
+    quantizer.fit([correlated()])
     once = {name: buffer.clone() for name, buffer in quantizer.state_dict().items()}
-    quantizer.fit_whitening([correlated()])
+    quantizer.fit([correlated()])
     assert all(torch.equal(once[name], buffer) for name, buffer in quantizer.state_dict().items())
 
 
@@ -206,7 +206,7 @@ def test_whitening_spreads_the_labels():
     x = correlated()
     plain = RandomProjectionQuantizer(DIM, codebook_size=256)
     whitened = RandomProjectionQuantizer(DIM, codebook_size=256, whiten=DIM)
-    whitened.fit_whitening([x])
+    whitened.fit([x])
     assert whitened(x).unique().numel() > 2 * plain(x).unique().numel()
 
 
@@ -214,7 +214,7 @@ def test_too_few_frames_to_whiten_are_refused_and_nothing_is_changed():
     quantizer = RandomProjectionQuantizer(DIM, codebook_size=64, whiten=20)
     before = quantizer.projection.clone()
     with pytest.raises(ValueError, match="20 frames are too few to find 20"):
-        quantizer.fit_whitening([correlated(20)])
+        quantizer.fit([correlated(20)])
     assert not quantizer.measured
     assert torch.equal(quantizer.projection, before)
 
@@ -226,10 +226,35 @@ def test_settings_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match="number of components"):
             RandomProjectionQuantizer(DIM, whiten=whiten)
     with pytest.raises(ValueError, match="does not whiten"):
-        RandomProjectionQuantizer(DIM, codebook_size=64).fit_whitening([correlated()])
+        RandomProjectionQuantizer(DIM, codebook_size=64).fit([correlated()])
 
 
 def test_whitening_and_normalisation_over_time_exclude_each_other():
     # zeros in the padding would become -offset and count in the length over time: labels would depend on padding
     with pytest.raises(ValueError, match="time"):
         RandomProjectionQuantizer(DIM, codebook_size=64, normalize="time", whiten=20)
+
+
+@pytest.mark.parametrize("normalization", ["feature", "time"])
+def test_with_utterance_norm_labels_know_nothing_of_gain_and_colour(normalization):
+    settings = {"codebook_size": 256, "normalize": normalization}
+    quantizer = RandomProjectionQuantizer(DIM, utterance_norm=True, **settings)
+    x, lengths = frames(2, 50), torch.tensor([50, 31])
+    gain, colour = torch.linspace(0.5, 3, DIM), torch.linspace(-4, 4, DIM)
+    labels = quantizer(x, lengths)
+    changed = quantizer(x * gain + colour, lengths)
+    assert (labels == changed)[0].double().mean() > 0.99 and (labels == changed)[1, :31].double().mean() > 0.99
+    plain = RandomProjectionQuantizer(DIM, **settings)
+    assert (plain(x) == plain(x + colour)).double().mean() < 0.5
+    # as though each channel of the utterance alone were standardised
+    own = x[1, :31]
+    standard = (own - own.mean(0)) / own.std(0, correction=0)
+    assert (plain(standard[None])[0] == labels[1, :31]).double().mean() > 0.99
+
+
+def test_with_utterance_norm_padding_is_no_part_of_the_utterance():
+    quantizer = RandomProjectionQuantizer(DIM, codebook_size=256, utterance_norm=True)
+    x = frames(1, 40)
+    padded = torch.cat([x, torch.full((1, 25, DIM), 9.0)], 1)
+    assert torch.equal(quantizer(x), quantizer(padded, torch.tensor([40]))[:, :40])
+    assert not torch.equal(quantizer(x), quantizer(padded)[:, :40])
