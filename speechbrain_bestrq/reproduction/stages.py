@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from speechbrain_bestrq.errors import USER_ERROR, InputError
 from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.writing import write_text
@@ -71,9 +73,9 @@ class Stage:
 class StageState:
     """What is known of the stages of a plan: which are done, how long they took.
 
-    A stage is done if its products are there, its command is the one that made it, and so
-    are the very products of the stages that it needs: one of them done anew, it has to be, too.
-    :data:`FREE_OPTIONS` of a command may change.
+    A stage is done if its products are there, its command and the YAMLs that it names are those that made
+    it, and so are the very products of the stages that it needs: one of them done anew, it has to be,
+    too. :data:`FREE_OPTIONS` of a command may change, and comments in a YAML.
 
     Arguments
     ---------
@@ -86,6 +88,8 @@ class StageState:
     ------
     ValueError
         If a stage needs one that does not come before it, or two have one name.
+    InputError
+        If a YAML that a command names is none.
     """
 
     def __init__(self, stages: Sequence[Stage], folder: Path):
@@ -97,7 +101,7 @@ class StageState:
         for stage in stages:
             if missing := [name for name in stage.needs if name not in self.marks]:
                 raise ValueError(f"{stage.name} needs {', '.join(missing)}, which comes later or not at all.")
-            known = [_governing(stage.command), stage.products]
+            known = [_governing(stage.command), _yaml_contents(stage.command), stage.products]
             self.marks[stage.name] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def folder_of(self, name: str) -> Path:
@@ -162,6 +166,17 @@ def _governing(command: Sequence[str]) -> list[str]:
             place = words.index(option)
             del words[place : place + 2]
     return words
+
+
+def _yaml_contents(command: Sequence[str]) -> list[str]:
+    """What the YAMLs of a command say, without comments; tags are not acted upon."""
+    contents = []
+    for path in (Path(word) for word in command if word.endswith(".yaml") and Path(word).is_file()):
+        try:
+            contents.append(yaml.serialize(yaml.compose(path.read_text(encoding="utf-8"))))
+        except yaml.YAMLError as error:
+            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return contents
 
 
 @dataclass

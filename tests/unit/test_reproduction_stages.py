@@ -104,6 +104,24 @@ def test_the_number_of_workers_changes_no_stage(tmp_path):
     assert StageState(plan("8"), tmp_path).is_done("train/a")
 
 
+def test_a_changed_yaml_does_its_stage_again_and_a_comment_does_not(tmp_path):
+    path = tmp_path / "train.yaml"
+    stages = [stage(tmp_path, "train/a", str(path)), stage(tmp_path, "train/b")]
+
+    def is_done_with(text):
+        path.write_text(text)
+        state = StageState(stages, tmp_path)
+        return [state.is_done(one.name) for one in stages]
+
+    path.write_text("rate: 0.1 # peak\nmodel: !new:torch.nn.ReLU\n")
+    run_stages(stages, tmp_path, print)
+    assert is_done_with("# a title\nrate: 0.1\nmodel: !new:torch.nn.ReLU\n") == [True, True]
+    assert is_done_with("rate: 0.2\nmodel: !new:torch.nn.ReLU\n") == [False, True]
+    assert is_done_with("rate: 0.1\nmodel: !new:torch.nn.GELU\n") == [False, True]
+    with pytest.raises(InputError, match=r"train\.yaml is not YAML: .*line 3"):
+        is_done_with("rate: 0.1\nmodel: [\n")
+
+
 def test_a_stage_that_cannot_be_started_fails_alone(tmp_path):
     stages = [Stage("train/a", ("/nowhere/python",), ("results.json",)), stage(tmp_path, "train/b")]
     failed = run_stages(stages, tmp_path, print)
