@@ -18,7 +18,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_bestrq.corpora import AUDIO_EXTENSIONS
 from speechbrain_bestrq.pretraining_model import PretrainingModel
-from speechbrain_bestrq.reproduction.plan import yaml_value
+from speechbrain_bestrq.reproduction.plan import CODEBOOK_CHECK, yaml_value
 from speechbrain_bestrq.reproduction.stages import Stage
 
 #: Seconds of the warm-up's batch, at most those of a run's own.
@@ -30,7 +30,14 @@ WARM_UP_STEPS = 3
 #: Audio files whose headers are read to tell the hours of a corpus.
 SAMPLE = 200
 #: Options of a pre-training that do not change how fast a step is.
-NO_MATTER = {"--output_folder", "--data_folder", "--optimizer_step_limit", "--encoder_at_steps", "--mask_prob"}
+NO_MATTER = {
+    "--output_folder",
+    "--data_folder",
+    "--optimizer_step_limit",
+    "--encoder_at_steps",
+    "--mask_prob",
+    "--seed",
+}
 #: Folds of the recipe of emotions, each a run.
 FOLDS = {"speaker": 10, "session": 5}
 #: Bytes of a parameter: alone, and with a step of AdamW and its two moments in a checkpoint.
@@ -72,8 +79,8 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
     Returns
     -------
     dict
-        By stage. Those that make speech are missing, and those on corpora that are not
-        there yet.
+        By stage. Those that make speech or look at labels are missing, minutes each, and those on
+        corpora that are not there yet.
     """
     speeds: dict[str, Speed] = {}
     measured: dict[str, Speed] = {}
@@ -81,7 +88,7 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
     caches: set[str | None] = set()
     costs = {}
     for stage in stages:
-        if stage.kind == "speech":
+        if stage.kind in ("speech", CODEBOOK_CHECK):
             continue
         words = list(stage.command)
         place = next(number for number, word in enumerate(words) if word.endswith("train.py"))
@@ -245,5 +252,7 @@ def cost_table(stages: Sequence[Stage], costs: dict[str, Cost]) -> str:
         more = "" if cost.whole else " + head"
         lines.append(f"{cost.device_hours:>12.2f} {cost.gigabytes:>8.2f}  {stage.name}{more}")
     hours, size = sum(one.device_hours for one in costs.values()), sum(one.gigabytes for one in costs.values())
-    lines.append(f"{hours:>12.2f} {size:>8.2f}  in all, without the heads, by a warm-up on this machine")
+    unknown = len(stages) - len(costs)
+    more = f" and the {unknown} stages marked ?" if unknown else ""
+    lines.append(f"{hours:>12.2f} {size:>8.2f}  in all, without the heads{more}, by a warm-up on this machine")
     return "\n".join(lines)

@@ -16,6 +16,8 @@ from speechbrain_bestrq.results import RESULTS_FILE
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PRESETS = Path(__file__).resolve().parent / "presets"
 PRETRAINING = "LibriSpeech/pretrain"
+#: Kind of the stages that look at the labels before training, and what they draw.
+CODEBOOK_CHECK, CODEBOOK_PICTURE = "codebook-check", "codebook.png"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ TASKS = {
 }
 CORPORA = tuple(task.corpus for task in TASKS.values())
 #: What a preset has to say, and may.
-KEYS = {"seeds", "updates", "pretraining", "baselines", "tasks"}, {"synthetic", "masking"}
+KEYS = {"seeds", "updates", "pretraining", "baselines", "tasks"}, {"synthetic", "masking", "pretrain_each_seed"}
 FROZEN, FINE_TUNED = "frozen", "fine-tuned"
 
 
@@ -181,6 +183,24 @@ def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     return [*sorted(preset["baselines"]), *trained]
 
 
+def pretraining_names(preset: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """Stages of the pre-trainings that the tasks compare, each with its method and its seed.
+
+    One of each method, of its YAML's own seed (here None), for all seeds of the tasks; with
+    ``pretrain_each_seed`` in the preset one for each of them.
+
+    Example
+    -------
+    >>> pretraining_names(read_preset("small"))
+    {'pretraining/bestrq': ('bestrq', None), 'pretraining/wav2vec2': ('wav2vec2', None)}
+    """
+    if not preset.get("pretrain_each_seed"):
+        return {f"pretraining/{method}": (method, None) for method in preset["pretraining"]}
+    return {
+        f"pretraining/{method}/{seed}": (method, seed) for method in preset["pretraining"] for seed in preset["seeds"]
+    }
+
+
 class _Plan:
     def __init__(
         self,
@@ -214,12 +234,38 @@ class _Plan:
 
     def add_pretraining(self) -> None:
         for method, settings in self.preset["pretraining"].items():
-            self._add_pretraining(f"pretraining/{method}", settings, self.preset["updates"])
+            if settings["yaml"].startswith("bestrq"):  # has labels before it is trained
+                self._add_codebook_check(method, settings)
+        for name, (method, seed) in pretraining_names(self.preset).items():
+            settings = self.preset["pretraining"][method]
+            options = settings["options"] if seed is None else {**settings["options"], "seed": seed}
+            self._add_pretraining(name, {**settings, "options": options}, self.preset["updates"])
+
+    def _add_codebook_check(self, method: str, settings: Mapping[str, Any]) -> None:
+        """Nothing waits for it: what it finds is told, and the pre-training goes on."""
+        name = f"{CODEBOOK_CHECK}/{method}"
+        path = RECIPES / PRETRAINING / "hparams" / f"{settings['yaml']}.yaml"
+        words = {
+            "data_folder": self.corpora["librispeech"],
+            "output_folder": self.folder / name,
+            **settings["options"],
+            **self._extra(),
+        }
+        command = [sys.executable, "-m", "speechbrain_bestrq", "check-codebook", str(path)]
+        command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        speech = (self.speech["librispeech"],) if "librispeech" in self.speech else ()
+        self.stages.append(Stage(name, tuple(command), (CODEBOOK_PICTURE,), speech))
+
+    def _extra(self) -> dict[str, str]:
+        """The option for other audio, where there is some."""
+        if not self.extra_folders:
+            return {}
+        return {"extra_folders": f"[{', '.join(json.dumps(str(path)) for path in self.extra_folders)}]"}
 
     def _add_pretraining(self, name: str, settings: Mapping[str, Any], updates: Sequence[int]) -> None:
-        given = {**settings["options"], "encoder_at_steps": f"[{', '.join(map(str, updates))}]"}
-        if self.extra_folders:
-            given["extra_folders"] = f"[{', '.join(json.dumps(str(path)) for path in self.extra_folders)}]"
+        # the preset may name more encoders, to look at with `sb-bestrq report --evidence`
+        steps = sorted({*updates, *yaml.safe_load(settings["options"].get("encoder_at_steps", "[]"))})
+        given = {**settings["options"], "encoder_at_steps": str(steps), **self._extra()}
         products = tuple(f"encoder@{number}" for number in updates)
         self._add(name, PRETRAINING, settings["yaml"], "librispeech", given, products, ())
 
@@ -232,17 +278,20 @@ class _Plan:
                     if settings is None or kind == FINE_TUNED and not trained:
                         continue
                     name = f"{task}-{kind}/{encoder}/{seed}"
-                    source, needs = self._source(encoder)
+                    source, needs = self._source(encoder, seed)
                     cache = None
-                    if kind == FROZEN:  # another seed is another untrained encoder
-                        cache = f"{encoder}-{seed}" if encoder == "random" else encoder
+                    if kind == FROZEN:  # another seed is another untrained encoder, and may be another trained one
+                        own = encoder == "random" or trained and self.preset.get("pretrain_each_seed")
+                        cache = f"{encoder}-{seed}" if own else encoder
                     self._add_probe(name, task, settings, source, seed, needs, cache)
 
-    def _source(self, encoder: str) -> tuple[str, tuple[str, ...]]:
-        """The source of an encoder, and the stage that makes it."""
+    def _source(self, encoder: str, seed: int) -> tuple[str, tuple[str, ...]]:
+        """The source of an encoder for a seed of the tasks, and the stage that makes it."""
         if encoder == "fbank":
             return encoder, ()
-        name = "pretraining/bestrq" if encoder == "random" else f"pretraining/{encoder.rsplit('-', 1)[0]}"
+        method = "bestrq" if encoder == "random" else encoder.rsplit("-", 1)[0]
+        names = pretraining_names(self.preset).items()
+        name = next(name for name, made in names if made[0] == method and made[1] in (None, seed))
         updates = max(self.preset["updates"]) if encoder == "random" else encoder.rsplit("-", 1)[1]
         path = f"{self.folder / name / f'encoder@{updates}'}"
         return (f"random:{path}" if encoder == "random" else path), (name,)

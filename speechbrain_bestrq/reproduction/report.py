@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,16 @@ from speechbrain_bestrq.reproduction.document import (
     to_html,
     to_markdown,
 )
-from speechbrain_bestrq.reproduction.plan import CORPORA, TASKS
+from speechbrain_bestrq.reproduction.plan import (
+    CODEBOOK_CHECK,
+    CODEBOOK_PICTURE,
+    CORPORA,
+    TASKS,
+    pretraining_names,
+)
 from speechbrain_bestrq.reproduction.tables import (
     METHOD_NAMES,
+    PRETRAINING_CORPUS,
     Cell,
     Runs,
     Table,
@@ -73,7 +81,7 @@ def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
     plan = read_plan(folder)
     found = Runs(folder, plan)
     tables = {"table1": frozen_table(found), "table2": fine_tuned_table(found), "table3": masking_table(found)}
-    runs = _pretrainings(folder, plan["preset"])
+    runs = _pretrainings(found)
     files = {"markdown": folder / "report.md", "html": folder / "report.html"}
     blocks = _blocks(found, tables, runs)
     write_text(files["markdown"], to_markdown(TITLE, blocks, folder))
@@ -84,12 +92,15 @@ def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
     return files
 
 
-def _pretrainings(folder: Path, preset: Mapping[str, Any]) -> dict[str, RunLog]:
-    """The logs of the pre-trainings that have begun."""
+def _pretrainings(found: Runs) -> dict[str, RunLog]:
+    """The logs of the pre-trainings that have begun as planned, by what the report calls them."""
     runs = {}
-    for method in preset["pretraining"]:
+    for name, (method, seed) in pretraining_names(found.preset).items():
+        if not found.record(name):
+            continue
+        title = METHOD_NAMES.get(method, method)
         try:
-            runs[method] = read_run(folder / "pretraining" / method)
+            runs[title if seed is None else f"{title}, seed {seed}"] = read_run(found.folder / name)
         except InputError:
             continue
     return runs
@@ -101,16 +112,18 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
         Paragraph(
             f"Preset {plan['name']}: pre-trained for {_counts(preset['updates'])} updates, seeds of the tasks: "
             f"{', '.join(map(str, preset['seeds']))}. Figures are per cent. Ours stand first, with the deviation over "
-            "the seeds or the 95 % interval of one; then the paper's; then the difference, where both are of one "
-            "corpus. What was not run says so."
+            "the seeds or the 95 % interval of one; then the paper's; then the difference, where both pre-trained on "
+            "LibriSpeech and both are of one corpus. What was not run says so."
         ),
-        *_corpora(plan, tables["table1"]),
+        *_failures(found),
+        *_corpora(plan, tables["table1"], runs),
         Heading("Does pre-training pay?"),
         *_judgement(tables["table1"]),
     ]
     for table in tables.values():
         blocks += [Heading(table.title), _grid(table)]
     blocks += [Heading("What it cost"), *_cost(runs), Heading("Curves"), *_curves(folder, runs)]
+    blocks += [Heading("Use of the codes"), *_codes(found, runs)]
     blocks += [Heading("Weights of the layers"), *_layers(found)]
     blocks += [Heading("Use an encoder"), *_usage(folder, preset)]
     return [*blocks, Heading(PROVENANCE), *_provenance(found, runs)]
@@ -120,7 +133,12 @@ def _counts(updates: list[int]) -> str:
     return " and ".join(f"{number:,}" for number in updates)
 
 
-def _corpora(plan: Mapping[str, Any], table: Table) -> list[Block]:
+def _failures(found: Runs) -> list[Block]:
+    failures = found.failures()
+    return [Heading("What failed"), Items(tuple(failures))] if failures else []
+
+
+def _corpora(plan: Mapping[str, Any], table: Table, runs: Mapping[str, RunLog]) -> list[Block]:
     named = {"librispeech": "test-clean WER", "voxceleb": "speaker EER", "iemocap": "emotion accuracy"}
     named["slurp"] = "intent accuracy"
     official = dict(zip(CORPORA, ("LibriSpeech", "VoxCeleb", "IEMOCAP", "SLURP"), strict=True))
@@ -134,6 +152,10 @@ def _corpora(plan: Mapping[str, Any], table: Table) -> list[Block]:
             items.append(f"in the place of {official[corpus]}: {ours}. Its figures do not compare with the paper's.")
         else:
             items.append(official[corpus])
+    for name, log in runs.items():
+        hours = log.run.get("train_hours")
+        heard = f"{log.run.get('corpus')}" + (f", {hours:.1f} h" if hours else "")
+        items.append(f"{name} was pre-trained on: {heard}")
     return [Heading("Speech"), Items(tuple(items))]
 
 
@@ -156,22 +178,24 @@ def _grid(table: Table) -> Grid:
         for number in kept
     ]
     rows = tuple(
-        ((Text(row_name(name)),), *(tuple(_texts(cells[number])) for number in kept))
+        ((Text(row_name(name)),), *(tuple(_texts(cells[number], table.corpora[number])) for number in kept))
         for name, cells in table.rows.items()
     )
     return Grid(("", *heads), rows)
 
 
-def _texts(cell: Cell) -> list[Text]:
+def _texts(cell: Cell, corpus: str) -> list[Text]:
+    """What a cell says, in a column of figures on a corpus."""
     if cell.value is None:
-        texts = [Text("not run", faint=True)]
+        texts = [Text(cell.missing, faint=True)]
     else:
         links = {run.rsplit("/", 1)[1]: _results_link(run) for run in cell.runs}
         texts = [Text(f"{cell.value:.2f} {cell.spread}".strip(), next(iter(links.values())))]
         if len(links) > 1:
             texts += [Text(f"seed {seed}: {cell.values[int(seed)]:.2f}", link) for seed, link in links.items()]
     if cell.paper is not None:
-        texts.append(Text(f"paper {cell.paper:.2f}", faint=True))
+        other = f", {cell.paper_corpus}" if corpus not in ("", cell.paper_corpus) else ""
+        texts.append(Text(f"paper {cell.paper:.2f}{other}", faint=True))
     if cell.difference is not None:
         texts.append(Text(f"difference {cell.difference:+.2f}"))
     return texts
@@ -195,12 +219,12 @@ def _results_link(run: str) -> str:
 def _cost(runs: dict[str, RunLog]) -> list[Block]:
     if not runs:
         return [Paragraph("No pre-training has begun.")]
-    summaries = {method: summarise(run) for method, run in runs.items()}
     rows = []
-    for method, one in summaries.items():
-        last = next((row for row in reversed(runs[method].train) if row.get("utilisation") is not None), {})
+    for name, run in runs.items():
+        one = summarise(run)
+        last = next((row for row in reversed(run.train) if row.get("utilisation") is not None), {})
         cells = [
-            METHOD_NAMES.get(method, method),
+            name,
             _told(one["parameters"], lambda value: f"{value / 1e6:.1f} M"),
             f"{one['updates']:,}",
             _told(one["audio_hours"], lambda value: f"{value:,.1f}"),
@@ -208,20 +232,66 @@ def _cost(runs: dict[str, RunLog]) -> list[Block]:
             _told(one["audio_hours_per_device_hour"], lambda value: f"{value:,.1f}"),
             _told(last.get("utilisation"), lambda value: f"{value:.0%}"),
             _told(one["peak_memory_gb"], lambda value: f"{value:.2f}"),
-            one["device"] or "",
+            _device(run.run),
         ]
         rows.append(tuple((Text(cell),) for cell in cells))
     heads = ("", "parameters", "updates", "audio-hours", "device-hours", "audio-hours in a device-hour")
     blocks: list[Block] = [Grid((*heads, "of the datasheet's FLOP/s", "peak GB", "device"), tuple(rows))]
-    speeds = {method: one["audio_hours_per_device_hour"] for method, one in summaries.items()}
-    if speeds.get("bestrq") and speeds.get("wav2vec2"):
-        ratio = speeds["bestrq"] / speeds["wav2vec2"]
-        blocks.append(
-            Paragraph(
-                f"BEST-RQ hears {ratio:.2f} times the audio of wav2vec 2.0 in a device-hour, validations and "
-                f"checkpoints included; in the paper an update took {PAPER_RATIO} times less."
-            )
+    blocks += _ratio(runs)
+    return blocks
+
+
+def _device(run: Mapping[str, Any]) -> str:
+    """A device-hour of a processor is one of all the threads that a run was given."""
+    device = str(run.get("device") or "")
+    threads = run.get("threads")
+    return f"{device}, {threads} threads".replace(" 1 threads", " 1 thread") if threads and "core" in device else device
+
+
+def _ratio(runs: Mapping[str, RunLog]) -> list[Block]:
+    """How much more audio BEST-RQ hears in a device-hour, over updates that both have behind them."""
+    ours, other = (METHOD_NAMES[method] for method in ("bestrq", "wav2vec2"))
+    pairs = [(name, name.replace(ours, other)) for name in runs if name.startswith(ours)]
+    pair = next((pair for pair in pairs if pair[1] in runs), None)
+    if pair is None:
+        return []
+    lines = [{row["step"]: row for row in runs[name].valid} for name in pair]
+    common = [step for step in lines[0] if step in lines[1] and all(one[step].get("device_hours") for one in lines)]
+    if not common:
+        return [Paragraph("The two methods have no validated update in common yet: no ratio.")]
+    step = max(common)
+    speeds = [one[step]["audio_hours"] / one[step]["device_hours"] for one in lines]
+    return [
+        Paragraph(
+            f"Over {step:,} updates BEST-RQ hears {speeds[0] / speeds[1]:.2f} times the audio of wav2vec 2.0 in a "
+            f"device-hour, validations and checkpoints included; in the paper an update took {PAPER_RATIO} times less."
         )
+    ]
+
+
+def _codes(found: Runs, runs: Mapping[str, RunLog]) -> list[Block]:
+    """How evenly the codes were used at the last validation, and the pictures of the checks before training."""
+    rows = []
+    for name, log in runs.items():
+        if log.valid:
+            last = log.valid[-1]
+            cells = [name, f"{last['step']:,}"]
+            cells.append(_told(last.get("codes_used"), lambda value: f"{value:,.0f}"))
+            cells.append(_told(last.get("code_perplexity"), lambda value: f"{value:,.0f}"))
+            cells.append(_told(last.get("commonest_share"), lambda value: f"{value:.1%}"))
+            rows.append(tuple((Text(cell),) for cell in cells))
+    if not rows:
+        return [Paragraph("Nothing has been validated yet.")]
+    blocks: list[Block] = [
+        Paragraph("On the validation set; of BEST-RQ the labels, which training does not change."),
+        Grid(("", "updates", "codes used", "perplexity", "share of the commonest"), tuple(rows)),
+    ]
+    checks = [stage for stage in found.plan["marks"] if stage.startswith(CODEBOOK_CHECK) and found.is_done(stage)]
+    for stage in checks:
+        picture = found.folder / stage / CODEBOOK_PICTURE
+        if picture.is_file():
+            name = METHOD_NAMES.get(stage.split("/")[1], stage.split("/")[1])
+            blocks.append(Picture(picture, f"The check before training: use of the codes by {name}."))
     return blocks
 
 
@@ -230,19 +300,20 @@ def _told(value: float | None, form: Any) -> str:
 
 
 def _curves(folder: Path, runs: dict[str, RunLog]) -> list[Block]:
-    points = {method: curve(run.folder) for method, run in runs.items()}
+    points = {name: curve(run.folder) for name, run in runs.items()}
     if not any(points.values()):
         return [Paragraph("Nothing has been validated yet.")]
     figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for method, found in points.items():
+    for name, found in points.items():
         for axis, places in zip(axes, ([one.step for one in found], [one.audio_hours for one in found]), strict=True):
             values = [100 * one.accuracy for one in found]
-            axis.plot(places, values, marker=".", label=METHOD_NAMES.get(method, method))
+            axis.plot(places, values, marker=".", label=name)
     corpora = {run.run.get("corpus") for run in runs.values()}
-    if corpora == {"LibriSpeech"}:
-        steps, accuracies = zip(*PAPER_CURVE, strict=True)
-        axes[0].plot(steps, [100 * one for one in accuracies], "k--", marker="x", label="BEST-RQ in the paper")
+    longest = max(one.step for found in points.values() for one in found)
+    papers = [(step, 100 * accuracy) for step, accuracy in PAPER_CURVE if step <= longest]
+    if corpora == {PRETRAINING_CORPUS} and papers:
+        axes[0].plot(*zip(*papers, strict=True), "k--", marker="x", label="BEST-RQ in the paper, 8192 codes")
     axes[0].set(xlabel="updates", ylabel="accuracy on the validation set, %")
     axes[1].set(xlabel="audio-hours heard")
     axes[0].legend()
@@ -286,7 +357,7 @@ def _probes(found: Runs) -> list[tuple[str, dict[str, Any]]]:
 
 def _usage(folder: Path, preset: Mapping[str, Any]) -> list[Block]:
     """Lines of Python for the longest pre-trained encoder that is there, on speech of this folder if there is some."""
-    encoders = [f"pretraining/{method}/encoder@{max(preset['updates'])}" for method in preset["pretraining"]]
+    encoders = [f"{name}/encoder@{max(preset['updates'])}" for name in pretraining_names(preset)]
     encoder = next((one for one in encoders if (folder / one).is_dir()), None)
     if encoder is None:
         return [Paragraph("There is none in this folder.")]
@@ -306,10 +377,14 @@ def _provenance(found: Runs, runs: dict[str, RunLog]) -> list[Block]:
     versions = sorted({f"{name} {value}" for one in records for name, value in (one.get("versions") or {}).items()})
     devices = sorted({str(one["device"]) for one in records if one.get("device")})
     hours = sum(results.get("device_hours") or 0.0 for _, results in probes)
+    seeds = [f"{name.split(',')[0]} {run.run.get('seed')}" for name, run in runs.items()]
+    counts = Counter(found.record(run).get("commit") or "not known" for run in plan["marks"] if found.is_done(run))
+    commits = ", ".join(f"{name} ({count} stages)" for name, count in sorted(counts.items()))
     items = (
         f"versions: {', '.join(versions) or 'not known'}",
         f"devices: {'; '.join(devices) or 'not known'}",
-        f"commit: {plan.get('commit') or 'not known'}",
+        f"commits: {commits or 'no stage is done'}; the last start: {plan.get('commit') or 'not known'}",
+        f"seeds of the pre-trainings: {', '.join(seeds) or 'none yet'}",
         f"probes: {len(probes)}, {hours:.2f} device-hours",
     )
     commands = [str(run.run["command"]) for run in runs.values() if run.run.get("command")]

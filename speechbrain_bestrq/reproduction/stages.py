@@ -19,6 +19,7 @@ import yaml
 
 from speechbrain_bestrq.errors import USER_ERROR, InputError
 from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.machine import commit
 from speechbrain_bestrq.writing import write_text
 
 #: What a finished stage leaves in its folder.
@@ -133,9 +134,13 @@ class StageState:
         self._write(name, {"mark": self.marks[name], "needed": needed})
 
     def set_done(self, name: str, seconds: float) -> None:
-        """Remember that a stage is done."""
+        """Remember that a stage is done, and by which commit of this checkout."""
         known = {"made": uuid.uuid4().hex, "seconds": seconds, "command": list(self.stages[name].command)}
-        self._write(name, {**self._record(name), **known})
+        self._write(name, {**self._record(name), **known, "commit": commit()})
+
+    def set_failed(self, name: str, why: str) -> None:
+        """Remember that a stage has failed, for the report; it is begun anew the next time."""
+        self._write(name, {**self._record(name), "failed": why})
 
     def _write(self, name: str, record: dict) -> None:
         write_text(self.folder_of(name) / STAGE_FILE, json.dumps(record, indent=2) + "\n")
@@ -147,15 +152,19 @@ class StageState:
             return {}
 
     def expected_seconds(self, names: Sequence[str]) -> float | None:
-        """How long some stages will take, by the mean of the finished ones of their kind; None if a kind has none."""
+        """How long some stages will take, by the mean of the finished ones of their kind.
+
+        Of a kind that has none, by the mean of all kinds; None if no stage is finished.
+        """
         known: dict[str, list[float]] = {}
         for name, stage in self.stages.items():
             if (seconds := self._record(name).get("seconds")) is not None:
                 known.setdefault(stage.kind, []).append(seconds)
-        kinds = [self.stages[name].kind for name in names]
-        if not known.keys() >= set(kinds):
+        if not known:
             return None
-        return sum(statistics.fmean(known[kind]) for kind in kinds)
+        means = {kind: statistics.fmean(seconds) for kind, seconds in known.items()}
+        usual = statistics.fmean(means.values())
+        return sum(means.get(self.stages[name].kind, usual) for name in names)
 
 
 def _governing(command: Sequence[str]) -> list[str]:
@@ -250,6 +259,7 @@ def run_stages(
                         running.append(_start(stage, state, taken, len(devices)))
                     except (InputError, OSError) as error:
                         failed[stage.name] = f"{stage.name}: {error}"
+                        state.set_failed(stage.name, failed[stage.name])
                         report(failed[stage.name])
                         idle += taken
             time.sleep(0.05)
@@ -265,6 +275,7 @@ def run_stages(
                     done.add(one.stage.name)
                 else:
                     failed[one.stage.name] = why.splitlines()[0]
+                    state.set_failed(one.stage.name, failed[one.stage.name])
                     report(why)
     except KeyboardInterrupt:
         for one in running:

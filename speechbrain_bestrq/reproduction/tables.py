@@ -3,9 +3,11 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import t as student
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import commit
@@ -16,6 +18,10 @@ from speechbrain_bestrq.writing import write_text
 
 #: What a reproduction leaves in its folder, for the report: its preset and what was given.
 PLAN_FILE = "plan.json"
+#: Of a cell: no stage of the plan makes it; one does and was not begun; was, and is not done.
+NOT_RUN, WAITING, BEGUN, FAILED = MISSING = "not run", "not yet run", "begun, not done", "failed"
+#: What the paper pre-trained on.
+PRETRAINING_CORPUS = "LibriSpeech"
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,16 @@ class Cell:
     high: float | None = None
     """The 95 % interval, of a single seed."""
     paper: float | None = None
+    paper_corpus: str = ""
     corpus: str | None = None
     comparable: bool = False
-    """Whether both are of one corpus."""
+    """Whether both encoders heard the paper's corpus, and both figures are of one."""
+    seeds: int = 1
+    """Planned."""
     runs: tuple[str, ...] = ()
     """Folders of the runs, within the reproduction's."""
+    missing: str = NOT_RUN
+    """Why there is no figure."""
 
     @property
     def value(self) -> float | None:
@@ -110,10 +121,11 @@ class Cell:
 
     @property
     def spread(self) -> str:
-        """The interval of one seed, the deviation of several."""
+        """The interval of one seed, the deviation of several; with their number where some are missing."""
+        lacking = f", {len(self.values)} of {self.seeds} seeds" if 0 < len(self.values) < self.seeds else ""
         if len(self.values) > 1:
-            return f"± {statistics.stdev(self.values.values()):.2f}"
-        return "" if self.low is None else f"({self.low:.2f} to {self.high:.2f})"
+            return f"± {statistics.stdev(self.values.values()):.2f}{lacking}"
+        return lacking.lstrip(", ") if self.low is None else f"({self.low:.2f} to {self.high:.2f}){lacking}"
 
 
 @dataclass
@@ -182,13 +194,32 @@ class Runs:
     def __init__(self, folder: Path, plan: Mapping[str, Any]):
         self.folder, self.plan, self.preset = Path(folder), plan, plan["preset"]
 
-    def is_done(self, run: str) -> bool:
-        """Whether a stage was done as planned."""
+    def record(self, run: str) -> dict[str, Any]:
+        """What is known of a stage that was begun as planned; nothing of another."""
         try:
             record = json.loads((self.folder / run / STAGE_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return False
-        return record.get("made") is not None and record.get("mark") == self.plan["marks"].get(run)
+            return {}
+        return record if record.get("mark") == self.plan["marks"].get(run) else {}
+
+    def is_done(self, run: str) -> bool:
+        """Whether a stage was done as planned, and so were, before, the stages that it needs."""
+        record = self.record(run)
+        needed = record.get("needed", {})
+        return record.get("made") is not None and all(
+            made == self.record(need).get("made") and self.is_done(need) for need, made in needed.items()
+        )
+
+    def why_missing(self, run: str) -> str:
+        """Why there is nothing of a stage."""
+        if run not in self.plan["marks"]:
+            return NOT_RUN
+        record = self.record(run)
+        return FAILED if "failed" in record else BEGUN if record and "made" not in record else WAITING
+
+    def failures(self) -> list[str]:
+        """Of the stages that failed last time, why."""
+        return [record["failed"] for run in self.plan["marks"] if "failed" in (record := self.record(run))]
 
     def results(self, run: str, task: str) -> dict[str, Any] | None:
         """What a run came to, None if it is not done."""
@@ -211,12 +242,13 @@ def masking_table(runs: Runs) -> Table:
     shares = [str(share) for share in runs.preset.get("masking", {}).get("mask_prob", PAPER_MASKING)]
     rows = {}
     for share in shares:
-        cell = Cell(paper=PAPER_MASKING.get(share))
+        cell = Cell(paper=PAPER_MASKING.get(share), paper_corpus=MASKING_COLUMN.corpus)
         for seed in runs.preset["seeds"][:1]:
             run = f"masking-asr/{share}/{seed}"
+            cell.missing = runs.why_missing(run)
             if (results := runs.results(run, "asr")) is not None:
                 cell.values[seed] = 100 * results["validation"]["wer"]
-                _describe(cell, results["corpus"], MASKING_COLUMN, run)
+                _describe(cell, results, MASKING_COLUMN, run)
         rows[share] = [cell]
     title = "Table 3: share of frames that begin a masked span"
     return Table(title, [MASKING_COLUMN.title], [_corpora(row[0] for row in rows.values())], rows)
@@ -247,11 +279,13 @@ def _cell(
     column: Column,
     paper: Mapping[str, Mapping[str, float]],
 ) -> Cell:
-    cell = Cell(paper=paper.get(encoder, {}).get(column.title))
-    for seed in runs.preset["seeds"]:
+    seeds = runs.preset["seeds"]
+    cell = Cell(paper=paper.get(encoder, {}).get(column.title), paper_corpus=column.corpus, seeds=len(seeds))
+    for seed in seeds:
         run = f"{column.task}-{kind}/{encoder}/{seed}"
         results = runs.results(run, column.task)
         if results is None:
+            cell.missing = max(cell.missing, runs.why_missing(run), key=MISSING.index)
             continue
         sets = results["sets"]
         found = next(iter(sets.values())) if column.test_set is None else sets.get(column.test_set, {})
@@ -260,12 +294,14 @@ def _cell(
         score = found[column.score]
         cell.values[seed] = 100 * score["value"]
         cell.low, cell.high = 100 * score["low"], 100 * score["high"]
-        _describe(cell, results["corpus"], column, run)
+        _describe(cell, results, column, run)
     return cell
 
 
-def _describe(cell: Cell, corpus: str, column: Column, run: str) -> None:
-    cell.corpus, cell.comparable = corpus, corpus == column.corpus
+def _describe(cell: Cell, results: Mapping[str, Any], column: Column, run: str) -> None:
+    heard = results.get("encoder", {}).get("corpus")
+    cell.corpus = results["corpus"]
+    cell.comparable = cell.corpus == column.corpus and heard == PRETRAINING_CORPUS
     cell.runs = (*cell.runs, run)
 
 
@@ -307,11 +343,13 @@ def judge(table: Table, columns: Sequence[Column] = FROZEN_COLUMNS, against: str
     """
     sentences = []
     for number, column in enumerate(columns):
-        if against not in table.rows or (base := table.rows[against][number]).value is None:
+        if against not in table.rows:
             continue
         for encoder, cells in table.rows.items():
-            cell = cells[number]
-            if cell.value is None or "-" not in encoder:
+            if "-" not in encoder:
+                continue
+            cell, base = _of_common_seeds(cells[number], table.rows[against][number])
+            if cell.value is None or base.value is None:
                 continue
             gain = (base.value - cell.value) * (1 if column.lower_is_better else -1)
             if gain <= 0:
@@ -324,12 +362,24 @@ def judge(table: Table, columns: Sequence[Column] = FROZEN_COLUMNS, against: str
     return sentences
 
 
+def _of_common_seeds(*cells: Cell) -> list[Cell]:
+    """The cells with the seeds that all have."""
+    seeds = set.intersection(*(set(cell.values) for cell in cells))
+    return [replace(cell, values={seed: cell.values[seed] for seed in sorted(seeds)}) for cell in cells]
+
+
 def _doubt(*cells: Cell) -> float:
-    """Half the width of an interval of the difference: of the deviations over seeds, or of one seed's intervals."""
-    squares = 0.0
-    for cell in cells:
-        half = (cell.high - cell.low) / 2 if cell.low is not None else 0.0
-        if len(cell.values) > 1:
-            half = max(half, 1.96 * statistics.stdev(cell.values.values()))
-        squares += half**2
-    return squares**0.5
+    """Half the width of a 95 % interval of the difference of two cells of the same seeds.
+
+    The utterances are the same for all seeds, so their part does not shrink with the number of these; that of
+    the seeds is Welch's.
+    """
+    of_utterances = sum(((cell.high - cell.low) / 2) ** 2 for cell in cells if cell.low is not None)
+    count = len(cells[0].values)
+    if count < 2:
+        return of_utterances**0.5
+    errors = [statistics.variance(cell.values.values()) / count for cell in cells]
+    if not any(errors):
+        return of_utterances**0.5
+    freedom = (count - 1) * sum(errors) ** 2 / sum(error**2 for error in errors)
+    return (of_utterances + float(student.ppf(0.975, freedom)) ** 2 * sum(errors)) ** 0.5

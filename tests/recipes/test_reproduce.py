@@ -35,7 +35,7 @@ PRESET = {
     "baselines": ["fbank"],
     "tasks": {"verification": {"frozen": {"yaml": "probe_small", "options": {"number_of_epochs": 1}}}},
 }
-STAGES = 6
+STAGES = 7
 TABLES = ("table1.csv", "table2.csv", "table3.csv")
 
 
@@ -83,7 +83,7 @@ def test_interrupted_it_goes_on_and_a_further_call_has_nothing_to_do(tmp_path):
 
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith(f"2 of {STAGES} stages are done already\n[3/{STAGES}] pretraining/bestrq")
+    assert done.stderr.startswith(f"3 of {STAGES} stages are done already\n[4/{STAGES}] pretraining/bestrq")
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in done.stdout
     report = (tmp_path / "out" / "report.md").read_text()
     assert done.stdout.startswith(report.split("## Where it comes from")[0]) and "train.py" not in done.stdout

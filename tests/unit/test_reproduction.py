@@ -12,7 +12,15 @@ from speechbrain_bestrq import cli
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction import cost
 from speechbrain_bestrq.reproduction.cost import Speed
-from speechbrain_bestrq.reproduction.plan import CORPORA, PRESETS, RECIPES, encoder_names, make_plan, read_preset
+from speechbrain_bestrq.reproduction.plan import (
+    CORPORA,
+    PRESETS,
+    RECIPES,
+    encoder_names,
+    make_plan,
+    read_preset,
+    yaml_value,
+)
 from speechbrain_bestrq.reproduction.publishing import publish
 from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState
@@ -39,6 +47,14 @@ def test_every_stage_of_every_preset_is_a_command_that_its_recipe_takes(name, tm
         words = list(stage.command)
         if "synthesize" in words:
             cli.build_parser().parse_args(words[words.index("synthesize") :])
+            continue
+        if "check-codebook" in words:
+            place = words.index("check-codebook")
+            cli.build_parser().parse_args(words[place : place + 2])
+            path, given = Path(words[place + 1]), words[place + 2 :: 2]
+            assert path.is_file() and stage.needs in ((), ("speech/librispeech",))
+            keys = [option.removeprefix("--") for option in given]
+            assert all(yaml_value(path, key) is not None for key in keys if key not in ("data_folder", "output_folder"))
             continue
         place = next(number for number, word in enumerate(words) if word.endswith("train.py"))
         assert Path(words[place]).is_file()
@@ -70,7 +86,9 @@ def test_tasks_without_a_corpus_are_left_out_and_options_are_handed_on(tmp_path)
     options = {"language_model": "/lm.arpa", "pretraining_devices": 2, "options": {"num_workers": 3}}
     options["extra_folders"] = ["/data/my radio", "/data/talks"]
     stages = make_plan(read_preset("small"), given, tmp_path, **options)
-    assert {stage.kind for stage in stages} == {"pretraining", "asr-frozen", "intent-frozen"}
+    assert {stage.kind for stage in stages} == {"codebook-check", "pretraining", "asr-frozen", "intent-frozen"}
+    check = stages.pop(0)
+    assert check.name == "codebook-check/bestrq" and '["/data/my radio", "/data/talks"]' in check.command
     for stage in stages:
         assert ("--nproc_per_node=2" in stage.command) == (stage.kind == "pretraining")
         assert stage.devices == (2 if stage.kind == "pretraining" else 1)
@@ -99,7 +117,7 @@ def test_hidden_states_are_made_by_one_stage_for_the_others(tmp_path):
 
 
 def test_presets_that_are_none_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no preset 'large': give one of demo, paper, small"):
+    with pytest.raises(InputError, match="no preset 'large': give one of demo, paper, small, three_seeds"):
         read_preset("large")
     path = tmp_path / "own.yaml"
     path.write_text("seeds: [1]\n")
@@ -138,13 +156,15 @@ def write_probe(folder, run, sets, corpus="speechocean762", within="", command=N
         "device_hours": 0.5,
         **more,
     }
+    if "encoder" not in more:
+        results["encoder"] = {"corpus": "LibriSpeech"}
     (place / "results.json").write_text(json.dumps(results))
     (folder / run / "stage.json").write_text(json.dumps({"mark": f"mark of {run}", "made": "once"}))
 
 
-def marks_of(preset, folder):
+def marks_of(preset, folder, corpora=CORPORA):
     """For the runs that :func:`write_probe` writes."""
-    given = {corpus: Path("/data") for corpus in CORPORA}
+    given = {corpus: Path("/data") for corpus in corpora}
     return {stage.name: f"mark of {stage.name}" for stage in make_plan(preset, given, folder)}
 
 
@@ -154,14 +174,18 @@ def write_pretraining(folder, method, speed):
     run = {
         "model": method,
         "corpus": "speechocean762",
+        "train_hours": 8.0,
+        "seed": 1000,
         "parameters": 5e6,
         "device": "a CPU",
         "command": f"train {method}",
     }
     (place / "run.json").write_text(json.dumps(run))
+    record = {"mark": f"mark of pretraining/{method}", "made": "once", "commit": "abc123"}
+    (place / "stage.json").write_text(json.dumps(record))
     lines = [
         {"event": "valid", "step": step, "loss": 5.0, "accuracy": step / 1e5, "audio_hours": step / 100}
-        | {"device_hours": step / 100 / speed}
+        | {"device_hours": step / 100 / speed, "codes_used": 200.0, "code_perplexity": 150.2, "commonest_share": 0.025}
         for step in (1000, 2000)
     ]
     (place / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -172,7 +196,8 @@ def reproduction(tmp_path):
     """A reproduction of which intents, and recognition in part, are done."""
     preset = {**read_preset("small"), "updates": [1000, 2000]}
     command = "sb-bestrq reproduce --preset small"
-    write_plan(tmp_path, "small", preset, ["librispeech", "slurp"], command, marks_of(preset, tmp_path))
+    corpora = ["librispeech", "slurp"]
+    write_plan(tmp_path, "small", preset, corpora, command, marks_of(preset, tmp_path, corpora))
     accuracies = {"fbank": 0.5, "random": 0.52, "bestrq-1000": 0.51, "bestrq-2000": 0.6, "wav2vec2-2000": 0.53}
     for encoder, accuracy in accuracies.items():
         for seed in (1, 2):
@@ -203,8 +228,8 @@ def test_each_figure_is_the_mean_over_its_runs_and_links_to_them(reproduction):
         "[seed 2: 62.00](intent-frozen/bestrq-2000/2/results.json)"
     )
     one = rows["BEST-RQ, 2,000 updates"]["test-clean WER (speechocean762)"]
-    assert one == "[90.00 (88.00 to 92.00)](asr-frozen/bestrq-2000/1/results.json)"
-    assert rows["untrained"]["test-clean WER (speechocean762)"] == "not run"
+    assert one == "[90.00 (88.00 to 92.00), 1 of 2 seeds](asr-frozen/bestrq-2000/1/results.json)"
+    assert rows["untrained"]["test-clean WER (speechocean762)"] == "not yet run"
     assert rows["untrained"]["speaker EER"] == "not run"
     page = files["html"].read_text()
     links = set(re.findall(r'href="([^"]+)"', page))
@@ -214,7 +239,7 @@ def test_each_figure_is_the_mean_over_its_runs_and_links_to_them(reproduction):
 
 def test_stand_ins_are_named_and_not_compared_with_the_paper(reproduction):
     rows = rows_of(write_reproduction(reproduction)["markdown"])
-    assert rows["BEST-RQ, 100,000 updates"]["intent accuracy (Speech Commands)"] == "not run<br>paper 74.30"
+    assert rows["BEST-RQ, 100,000 updates"]["intent accuracy (Speech Commands)"] == "not run<br>paper 74.30, SLURP"
     assert not [cell for row in rows.values() for cell in row.values() if "difference" in cell]
     text = (reproduction / "report.md").read_text()
     assert "in the place of SLURP: Speech Commands. Its figures do not compare with the paper's." in text
@@ -238,7 +263,17 @@ def test_on_the_papers_corpus_the_difference_is_given(tmp_path):
     assert "(emotion-frozen/bestrq-200000/1/all/results.json)" in rows["emotion accuracy (IEMOCAP)"]
     masking = rows_of(tmp_path / "report.md", "Table 3")
     assert masking["5 %"]["dev-clean WER (LibriSpeech)"].endswith("<br>paper 25.24<br>difference -0.24")
-    assert masking["1 %"]["dev-clean WER (LibriSpeech)"] == "not run<br>paper 36.45"
+    assert masking["1 %"]["dev-clean WER (LibriSpeech)"] == "not yet run<br>paper 36.45"
+
+
+@pytest.mark.parametrize("heard", ["LibriSpeech", "LibriSpeech + ten hours of my own", None])
+def test_an_encoder_that_heard_other_speech_is_not_compared_with_the_papers(tmp_path, heard):
+    preset = {**read_preset("paper"), "seeds": [1]}
+    write_plan(tmp_path, "paper", preset, list(CORPORA), "reproduce", marks_of(preset, tmp_path))
+    run = "verification-frozen/bestrq-200000/1"
+    write_probe(tmp_path, run, {"vox1": {"eer": score(0.04)}}, "VoxCeleb", encoder={"corpus": heard})
+    rows = rows_of(write_reproduction(tmp_path)["markdown"])["BEST-RQ, 200,000 updates"]
+    assert ("difference" in rows["speaker EER (VoxCeleb)"]) == (heard == "LibriSpeech")
 
 
 def test_where_pre_training_does_not_pay_the_report_says_so(reproduction):
@@ -269,10 +304,57 @@ def test_what_another_plan_left_is_not_shown(reproduction):
     path = reproduction / "asr-frozen" / "bestrq-2000" / "1" / "stage.json"
     path.write_text(json.dumps({"mark": "of other data", "made": "once"}))
     rows = rows_of(write_reproduction(reproduction)["markdown"])
-    assert rows["BEST-RQ, 2,000 updates"]["test-clean WER"] == "not run"
-    path.write_text(json.dumps({"mark": "mark of asr-frozen/bestrq-2000/1"}))  # begun, not done
+    assert rows["BEST-RQ, 2,000 updates"]["test-clean WER"] == "not yet run"
+    path.write_text(json.dumps({"mark": "mark of asr-frozen/bestrq-2000/1"}))
     rows = rows_of(write_reproduction(reproduction)["markdown"])
-    assert rows["BEST-RQ, 2,000 updates"]["test-clean WER"] == "not run"
+    assert rows["BEST-RQ, 2,000 updates"]["test-clean WER"] == "begun, not done"
+    why = "asr-frozen/bestrq-2000/1 failed (1)"
+    path.write_text(json.dumps({"mark": "mark of asr-frozen/bestrq-2000/1", "failed": why}))
+    report = write_reproduction(reproduction)["markdown"]
+    assert rows_of(report)["BEST-RQ, 2,000 updates"]["test-clean WER"] == "failed"
+    assert f"## What failed\n\n- {why}\n" in report.read_text()
+
+
+def test_a_probe_of_an_encoder_that_was_trained_again_is_not_shown(reproduction):
+    path = reproduction / "asr-frozen" / "bestrq-2000" / "1" / "stage.json"
+    for made, shown in (("once", True), ("before", False)):
+        needed = {"pretraining/bestrq": made}
+        path.write_text(json.dumps({"mark": "mark of asr-frozen/bestrq-2000/1", "made": "once", "needed": needed}))
+        rows = rows_of(write_reproduction(reproduction)["markdown"])
+        assert ("test-clean WER" not in rows["untrained"]) == shown
+
+
+def test_the_report_tells_of_codes_commits_and_seeds(reproduction):
+    text = write_reproduction(reproduction)["markdown"].read_text()
+    assert "| BEST-RQ | 2,000 | 200 | 150 | 2.5% |" in text
+    assert "commits: abc123 (2 stages), not known (11 stages)" in text
+    assert "seeds of the pre-trainings: BEST-RQ 1000, wav2vec 2.0 1000" in text
+    assert "BEST-RQ was pre-trained on: speechocean762, 8.0 h" in text
+    assert "the paper's curve" not in text and "codebook.png" not in text
+    check = reproduction / "codebook-check" / "bestrq"
+    check.mkdir(parents=True)
+    (check / "codebook.png").write_bytes((reproduction / "curves.png").read_bytes())
+    (check / "stage.json").write_text(json.dumps({"mark": "mark of codebook-check/bestrq", "made": "once"}))
+    assert "(codebook-check/bestrq/codebook.png)" in write_reproduction(reproduction)["markdown"].read_text()
+
+
+def test_seeds_may_be_those_of_the_pre_trainings_too(tmp_path):
+    preset, stages = everything("three_seeds", tmp_path)
+    by_name = {stage.name: stage for stage in stages}
+    for seed in preset["seeds"]:
+        command = by_name[f"pretraining/bestrq/{seed}"].command
+        assert command[command.index("--seed") + 1] == str(seed)
+        assert command[command.index("--encoder_at_steps") + 1] == "[400, 1200, 3600]"
+        probe = by_name[f"intent-frozen/bestrq-3600/{seed}"]
+        assert probe.needs == (f"pretraining/bestrq/{seed}",)
+        assert f"{tmp_path}/pretraining/bestrq/{seed}/encoder@3600" in probe.command
+        assert f"{tmp_path}/cache/intent/bestrq-3600-{seed}" in probe.command
+    write_plan(tmp_path, "three_seeds", preset, list(CORPORA), "reproduce", marks_of(preset, tmp_path))
+    write_pretraining(tmp_path, "bestrq/1", 30.0)
+    write_pretraining(tmp_path, "bestrq/3", 20.0)
+    text = write_reproduction(tmp_path)["markdown"].read_text()
+    assert "| BEST-RQ, seed 1 | 5.0 M | 2,000 | 20.0 | 0.67 | 30.0 |" in text
+    assert "| BEST-RQ, seed 3 | 5.0 M | 2,000 | 20.0 | 1.00 | 20.0 |" in text
 
 
 def test_the_tables_are_the_same_bytes_elsewhere(reproduction, tmp_path_factory):
@@ -288,7 +370,7 @@ def test_the_tables_are_the_same_bytes_elsewhere(reproduction, tmp_path_factory)
 
 def test_the_cost_and_its_ratio_come_from_the_logs(reproduction):
     text = write_reproduction(reproduction)["markdown"].read_text()
-    assert "BEST-RQ hears 3.00 times the audio of wav2vec 2.0 in a device-hour" in text
+    assert "Over 2,000 updates BEST-RQ hears 3.00 times the audio of wav2vec 2.0 in a device-hour" in text
     assert "| BEST-RQ | 5.0 M | 2,000 | 20.0 | 0.67 | 30.0 |" in text
     assert "sb-bestrq reproduce --preset small" in text and "train bestrq" in text
 
@@ -316,6 +398,7 @@ def test_a_published_copy_has_the_figures_and_no_folder_of_the_machine(reproduct
     )
     plan = read_plan(reproduction)
     plan["command"] = "/usr/bin/sb-bestrq reproduce --librispeech /data/L --voxceleb /data/V"
+    plan["marks"]["verification-frozen/fbank/1"] = "mark of verification-frozen/fbank/1"
     (reproduction / "plan.json").write_text(json.dumps(plan))
     (reproduction / "pretraining" / "bestrq" / "encoder").mkdir()
     (reproduction / "pretraining" / "bestrq" / "encoder" / "model.safetensors").write_bytes(b"weights")
