@@ -1,0 +1,46 @@
+"""What is published under docs/results is what its results.json files say, and nothing of a machine."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from speechbrain_bestrq.reproduction.report import write_reproduction
+from speechbrain_bestrq.reproduction.tables import PLAN_FILE
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{PLAN_FILE}"))
+
+
+def test_there_is_one():
+    assert [folder.name for folder in FOLDERS] == ["small"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_tables_come_out_of_the_results_byte_for_byte(folder, tmp_path):
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    reports = [path.name for path in copy.iterdir() if path.is_file() and path.name != PLAN_FILE]
+    for name in reports:
+        (copy / name).unlink()
+    files = write_reproduction(copy)
+    assert {path.name for path in files.values()} | {"curves.png"} == set(reports)
+    for name in ("report.md", "table1.csv", "table2.csv", "table3.csv"):
+        assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
+    # the picture within the page depends on the version of matplotlib
+    without_picture = [re.sub("base64,[^\"']+", "", (one / "report.html").read_text()) for one in (copy, folder)]
+    assert without_picture[0] == without_picture[1]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_published_folder_holds_figures_and_no_place_of_a_machine(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".md", ".html", ".csv", ".png"}
+    assert sum(path.stat().st_size for path in files) < 5e6
+    for path in files:
+        if path.suffix in (".json", ".jsonl", ".md", ".csv"):
+            found = re.findall(
+                r"(?<![\w.)\]~<-])/(?:home|tmp|work|root|data|mnt|opt|usr|Users)\b[^\s\"']*", path.read_text()
+            )
+            assert not found, f"{path}: {found[0]}"
