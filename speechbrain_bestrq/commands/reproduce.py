@@ -12,7 +12,7 @@ _CORPORA = ("librispeech", "voxceleb", "iemocap", "slurp")
 
 
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", required=True, help="demo, small, paper, or a YAML file of the same form")
+    parser.add_argument("--preset", required=True, help="demo, small, three_seeds, paper, or a YAML file like them")
     parser.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(reproduction/<preset>)")
     for corpus in _CORPORA:
         parser.add_argument(f"--{corpus}", type=Path, metavar="FOLDER", help="the corpus, as its recipe takes it")
@@ -46,7 +46,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.reproduction.cost import cost_table, estimate
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
     from speechbrain_bestrq.reproduction.report import PROVENANCE, write_reproduction
-    from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, run_stages
+    from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, check_devices, run_stages
     from speechbrain_bestrq.reproduction.tables import write_plan
 
     preset = read_preset(arguments.preset)
@@ -65,11 +65,14 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     if model is not None and not model.is_file():
         raise InputError(f"--language_model {model} is no file: give an ARPA file.")
     stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options, extra_folders)
+    devices = arguments.devices.split(",") if arguments.devices else [None]
+    check_devices(stages, devices)
     if arguments.dry_run:
         state = StageState(stages, folder)
         for stage in stages:
             print(f"{stage.name}{' (done)' if state.is_done(stage.name) else ''}\n    {shlex.join(stage.command)}")
-        print(f"\n{cost_table(stages, estimate(stages))}\n{len(stages)} stages in {folder}")
+        left = [stage for stage in stages if not state.is_done(stage.name)]
+        print(f"\n{cost_table(left, estimate(left))}\n{len(left)} of {len(stages)} stages to run in {folder}")
         return 0
 
     def tell(line: str) -> None:
@@ -84,7 +87,6 @@ def _reproduce(arguments: argparse.Namespace) -> int:
             shlex.join(["sb-bestrq", *sys.argv[1:]]),
             StageState(stages, folder).marks,
         )
-        devices = arguments.devices.split(",") if arguments.devices else [None]
         failed = run_stages(stages, folder, tell, devices)
         files = write_reproduction(folder)
     if arguments.json:

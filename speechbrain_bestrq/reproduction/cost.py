@@ -17,6 +17,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_bestrq.corpora import AUDIO_EXTENSIONS
+from speechbrain_bestrq.corpora._audio_files import walk_files
 from speechbrain_bestrq.pretraining_model import PretrainingModel
 from speechbrain_bestrq.reproduction.plan import CODEBOOK_CHECK, yaml_value
 from speechbrain_bestrq.reproduction.stages import Stage
@@ -124,6 +125,8 @@ def _value(path: Path, options: dict[str, str], key: str) -> Any:
 def _folders(path: Path, options: dict[str, str]) -> tuple[Path, ...]:
     """Where the audio of a task lies: in its splits, if the recipe names some."""
     folder = Path(options["--data_folder"])
+    if turns := sorted(folder.glob("Session*/sentences/wav")):  # IEMOCAP has the dialogues as a whole, too
+        return tuple(turns)
     splits = [_value(path, options, f"{name}_splits") or [] for name in ("train", "valid", "test")]
     return tuple(folder / split for split in sorted(set(sum(splits, [])))) or (folder,)
 
@@ -222,7 +225,8 @@ def corpus_hours(folder: Path) -> float:
     float
         0 where there is none.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in AUDIO_EXTENSIONS)
+    found = (folder / relative for relative, _ in walk_files(folder)) if folder.is_dir() else ()
+    paths = [path for path in found if path.suffix.lower().lstrip(".") in AUDIO_EXTENSIONS]
     if not paths:
         return 0.0
     some = random.Random(0).sample(paths, min(SAMPLE, len(paths)))

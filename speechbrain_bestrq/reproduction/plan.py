@@ -1,6 +1,7 @@
 """From a preset, which is data, to the stages of its plan: the recipes' own commands."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,15 @@ def read_preset(name: str) -> dict[str, Any]:
     needed, allowed = KEYS
     if not isinstance(preset, dict) or not needed <= preset.keys() <= needed | allowed:
         raise InputError(f"{path} has to have {', '.join(sorted(needed))} and may have {', '.join(sorted(allowed))}.")
+    known = {"fbank", *(["random"] if "bestrq" in preset["pretraining"] else [])}
+    if unknown := set(preset["baselines"]) - known:
+        raise InputError(
+            f"{path}: baselines can be fbank and, where there is a pre-training named bestrq, random (that one, "
+            f"untrained), not {', '.join(sorted(unknown))}."
+        )
     for method, settings in preset["pretraining"].items():
+        if "-" in method or "/" in method:
+            raise InputError(f"{path}: {method}: name it without - and /.")
         limit = settings["options"].get("optimizer_step_limit")
         if limit is not None and max(preset["updates"]) > limit:
             raise InputError(f"{path}: updates go to {max(preset['updates'])}, and {method} is trained for {limit}.")
@@ -233,17 +242,16 @@ class _Plan:
             self.stages.append(Stage(name, command, (corpus,)))
 
     def add_pretraining(self) -> None:
-        for method, settings in self.preset["pretraining"].items():
-            if settings["yaml"].startswith("bestrq"):  # has labels before it is trained
-                self._add_codebook_check(method, settings)
         for name, (method, seed) in pretraining_names(self.preset).items():
             settings = self.preset["pretraining"][method]
             options = settings["options"] if seed is None else {**settings["options"], "seed": seed}
+            if settings["yaml"].startswith("bestrq"):  # has labels before it is trained
+                self._add_codebook_check(name, {**settings, "options": options})
             self._add_pretraining(name, {**settings, "options": options}, self.preset["updates"])
 
-    def _add_codebook_check(self, method: str, settings: Mapping[str, Any]) -> None:
+    def _add_codebook_check(self, pretraining: str, settings: Mapping[str, Any]) -> None:
         """Nothing waits for it: what it finds is told, and the pre-training goes on."""
-        name = f"{CODEBOOK_CHECK}/{method}"
+        name = pretraining.replace("pretraining", CODEBOOK_CHECK, 1)
         path = RECIPES / PRETRAINING / "hparams" / f"{settings['yaml']}.yaml"
         words = {
             "data_folder": self.corpora["librispeech"],
@@ -307,15 +315,16 @@ class _Plan:
         cache: str | None = None,
     ) -> None:
         given = {**settings["options"], "encoder": source, "seed": seed}
+        after: tuple[str, ...] = ()
         if cache is not None and settings["yaml"] == "probe_small":
             given["cache_folder"] = str(self.folder / "cache" / task / cache)
             # the first makes it, alone
-            needs = (*needs, *filter(None, [self.caches.get(given["cache_folder"])]))
+            after = tuple(filter(None, [self.caches.get(given["cache_folder"])]))
             self.caches.setdefault(given["cache_folder"], name)
         if task == "asr" and self.language_model is not None:
             given["language_model"] = str(self.language_model)
         recipe = TASKS[task]
-        self._add(name, recipe.recipe, settings["yaml"], recipe.corpus, given, (recipe.results,), needs)
+        self._add(name, recipe.recipe, settings["yaml"], recipe.corpus, given, (recipe.results,), needs, after)
 
     def add_masking(self) -> None:
         """Table 3: the same pre-training with other masks, each probed on the validation set."""
@@ -324,7 +333,8 @@ class _Plan:
             return
         for share, probability in sweep["mask_prob"].items():
             name = f"masking/{share}"
-            options = {**method["options"], "optimizer_step_limit": sweep["updates"], "mask_prob": probability}
+            options = {**method["options"], **sweep.get("options", {})}
+            options |= {"optimizer_step_limit": sweep["updates"], "mask_prob": probability}
             self._add_pretraining(name, {"yaml": method["yaml"], "options": options}, [sweep["updates"]])
             source = str(self.folder / name / f"encoder@{sweep['updates']}")
             settings, seed = self.preset["tasks"]["asr"][FROZEN], self.preset["seeds"][0]
@@ -333,13 +343,14 @@ class _Plan:
     def _accumulation(self, hparams: str, given: Mapping[str, Any]) -> int:
         """Micro-batches of an update on one device; they are shared by the devices, so that the update stays."""
         path = RECIPES / PRETRAINING / "hparams" / f"{hparams}.yaml"
-        factor = int(given.get("grad_accumulation_factor", yaml_value(path, "grad_accumulation_factor")))
+        return int(given.get("grad_accumulation_factor", yaml_value(path, "grad_accumulation_factor")))
+
+    def _check_devices(self, hparams: str, factor: int) -> None:
         if factor % self.pretraining_devices:
             raise InputError(
                 f"--pretraining_devices {self.pretraining_devices} does not divide the {factor} micro-batches of an "
                 f"update ({hparams}.yaml and the preset): give a number that does."
             )
-        return factor
 
     def _add(
         self,
@@ -350,17 +361,23 @@ class _Plan:
         given: Mapping[str, Any],
         products: tuple[str, ...],
         needs: tuple[str, ...],
+        after: tuple[str, ...] = (),
     ) -> None:
         path = RECIPES / recipe
         program, devices = [sys.executable], 1
         if recipe == PRETRAINING and self.pretraining_devices > 1:
-            devices = self.pretraining_devices
+            factor = self._accumulation(hparams, given)
+            if name.startswith("masking/"):  # of smaller updates, on fewer devices
+                devices = math.gcd(factor, self.pretraining_devices)
+            else:
+                self._check_devices(hparams, factor)
+                devices = self.pretraining_devices
             program += ["-m", "torch.distributed.run", f"--nproc_per_node={devices}"]
             # a free port, for two at once
             program += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-            given = {**given, "grad_accumulation_factor": self._accumulation(hparams, given) // devices}
+            given = {**given, "grad_accumulation_factor": factor // devices}
         words = {"data_folder": self.corpora[corpus], "output_folder": self.folder / name, **self.options, **given}
         command = [*program, str(path / "train.py"), str(path / "hparams" / f"{hparams}.yaml"), "--noprogressbar"]
         command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
         speech = (self.speech[corpus],) if corpus in self.speech else ()
-        self.stages.append(Stage(name, tuple(command), products, (*speech, *needs), devices))
+        self.stages.append(Stage(name, tuple(command), products, (*speech, *needs), devices, after))

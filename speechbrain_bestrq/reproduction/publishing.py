@@ -3,12 +3,13 @@
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.reproduction.plan import CORPORA, TASKS
+from speechbrain_bestrq.reproduction.plan import CODEBOOK_PICTURE, CORPORA, TASKS
 from speechbrain_bestrq.reproduction.report import task_of, write_reproduction
 from speechbrain_bestrq.reproduction.stages import STAGE_FILE
 from speechbrain_bestrq.reproduction.tables import PLAN_FILE, read_plan
@@ -23,8 +24,9 @@ def publish(folder: str | os.PathLike, target: str | os.PathLike) -> list[Path]:
     """Copy what the report of a reproduction is made of, and write the report of the copy.
 
     Copied are the plan, and of each finished stage its record, its ``results.json`` or its
-    log of the pre-training. In all of them the folders of the corpora become "LIBRISPEECH",
-    "VOXCELEB"..., that of the reproduction ".", and of any other absolute path the last name is left.
+    log of the pre-training, and the picture of the check of the codebook. In all texts the folders of the corpora
+    become "LIBRISPEECH", "VOXCELEB"..., that of the reproduction ".", and of any other absolute path the last
+    name is left.
 
     Arguments
     ---------
@@ -53,7 +55,11 @@ def publish(folder: str | os.PathLike, target: str | os.PathLike) -> list[Path]:
     copied = []
     for path in [folder / PLAN_FILE, *_files(folder, plan["marks"])]:
         copy = target / path.relative_to(folder)
-        write_text(copy, without_paths(path.read_text(encoding="utf-8"), names))
+        if path.suffix == ".png":
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        else:
+            write_text(copy, without_paths(path.read_text(encoding="utf-8"), names))
         copied.append(copy)
     write_reproduction(target)
     return copied
@@ -66,7 +72,7 @@ def _files(folder: Path, stages: Mapping[str, Any]) -> list[Path]:
         if task_of(stage) in TASKS:
             files.append(folder / stage / TASKS[task_of(stage)].results)
         else:
-            files += [folder / stage / RUN_FILE, folder / stage / LOG_FILE]
+            files += [folder / stage / name for name in (RUN_FILE, LOG_FILE, CODEBOOK_PICTURE)]
     return [path for path in files if path.is_file()]
 
 
@@ -83,7 +89,7 @@ def folder_names(words: Sequence[str], folder: Path) -> dict[str, str]:
     Returns
     -------
     dict
-        Of each folder, as it was given and as an absolute path.
+        Of each folder as an absolute path. A relative one is no secret, and may be the name of a corpus.
 
     Example
     -------
@@ -100,7 +106,8 @@ def folder_names(words: Sequence[str], folder: Path) -> dict[str, str]:
         if option in CORPORA or option == "extra_folders":
             name = "EXTRA" if option == "extra_folders" else option.upper()
             name += str(count) if count > 1 else ""
-            names |= {word: name, str(Path(word).resolve()): name}
+            if Path(word).is_absolute():
+                names |= {word: name, str(Path(word).resolve()): name}
     return names
 
 

@@ -98,12 +98,30 @@ def _pretrainings(found: Runs) -> dict[str, RunLog]:
     for name, (method, seed) in pretraining_names(found.preset).items():
         if not found.record(name):
             continue
-        title = METHOD_NAMES.get(method, method)
         try:
-            runs[title if seed is None else f"{title}, seed {seed}"] = read_run(found.folder / name)
+            runs[_title(method, seed)] = read_run(found.folder / name)
         except InputError:
             continue
     return runs
+
+
+def _masking_runs(found: Runs) -> dict[str, RunLog]:
+    """Likewise of Table 3."""
+    runs = {}
+    for share in (found.preset.get("masking") or {}).get("mask_prob", ()):
+        name = f"masking/{share}"
+        if not found.record(name):
+            continue
+        try:
+            runs[f"{METHOD_NAMES['bestrq']}, {row_name(str(share))} begin a span"] = read_run(found.folder / name)
+        except InputError:
+            continue
+    return runs
+
+
+def _title(method: str, seed: int | None) -> str:
+    name = METHOD_NAMES.get(method, method)
+    return name if seed is None else f"{name}, seed {seed}"
 
 
 def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> list[Block]:
@@ -122,11 +140,12 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
     ]
     for table in tables.values():
         blocks += [Heading(table.title), _grid(table)]
-    blocks += [Heading("What it cost"), *_cost(runs), Heading("Curves"), *_curves(folder, runs)]
+    every = {**runs, **_masking_runs(found)}
+    blocks += [Heading("What it cost"), *_cost(every), Heading("Curves"), *_curves(folder, runs)]
     blocks += [Heading("Use of the codes"), *_codes(found, runs)]
     blocks += [Heading("Weights of the layers"), *_layers(found)]
     blocks += [Heading("Use an encoder"), *_usage(folder, preset)]
-    return [*blocks, Heading(PROVENANCE), *_provenance(found, runs)]
+    return [*blocks, Heading(PROVENANCE), *_provenance(found, every)]
 
 
 def _counts(updates: list[int]) -> str:
@@ -163,7 +182,8 @@ def _judgement(table: Table) -> list[Block]:
     sentences = judge(table)
     if not sentences:
         return [Paragraph("Not known yet: it takes the untrained encoder and a pre-trained one on the same task.")]
-    return [Items(tuple(sentences))]
+    words = "The untrained encoder is that of BEST-RQ with random weights, others for each seed."
+    return [Paragraph(words), Items(tuple(sentences))]
 
 
 def _grid(table: Table) -> Grid:
@@ -286,11 +306,12 @@ def _codes(found: Runs, runs: Mapping[str, RunLog]) -> list[Block]:
         Paragraph("On the validation set; of BEST-RQ the labels, which training does not change."),
         Grid(("", "updates", "codes used", "perplexity", "share of the commonest"), tuple(rows)),
     ]
-    checks = [stage for stage in found.plan["marks"] if stage.startswith(CODEBOOK_CHECK) and found.is_done(stage)]
-    for stage in checks:
-        picture = found.folder / stage / CODEBOOK_PICTURE
-        if picture.is_file():
-            name = METHOD_NAMES.get(stage.split("/")[1], stage.split("/")[1])
+    for stage, (method, seed) in pretraining_names(found.preset).items():
+        check = stage.replace("pretraining", CODEBOOK_CHECK, 1)
+        picture = found.folder / check / CODEBOOK_PICTURE
+        # also of a check that found fault
+        if found.record(check) and picture.is_file():
+            name = _title(method, seed)
             blocks.append(Picture(picture, f"The check before training: use of the codes by {name}."))
     return blocks
 
@@ -377,7 +398,7 @@ def _provenance(found: Runs, runs: dict[str, RunLog]) -> list[Block]:
     versions = sorted({f"{name} {value}" for one in records for name, value in (one.get("versions") or {}).items()})
     devices = sorted({str(one["device"]) for one in records if one.get("device")})
     hours = sum(results.get("device_hours") or 0.0 for _, results in probes)
-    seeds = [f"{name.split(',')[0]} {run.run.get('seed')}" for name, run in runs.items()]
+    seeds = [f"{name.split(', seed')[0]} {run.run.get('seed')}" for name, run in runs.items()]
     counts = Counter(found.record(run).get("commit") or "not known" for run in plan["marks"] if found.is_done(run))
     commits = ", ".join(f"{name} ({count} stages)" for name, count in sorted(counts.items()))
     items = (
@@ -385,7 +406,7 @@ def _provenance(found: Runs, runs: dict[str, RunLog]) -> list[Block]:
         f"devices: {'; '.join(devices) or 'not known'}",
         f"commits: {commits or 'no stage is done'}; the last start: {plan.get('commit') or 'not known'}",
         f"seeds of the pre-trainings: {', '.join(seeds) or 'none yet'}",
-        f"probes: {len(probes)}, {hours:.2f} device-hours",
+        f"probes: {len(probes)}, {hours:.2f} device-hours of training and validation",
     )
     commands = [str(run.run["command"]) for run in runs.values() if run.run.get("command")]
     commands += [results["command"] for _, results in probes if results.get("command")]

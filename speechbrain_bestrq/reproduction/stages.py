@@ -38,6 +38,7 @@ PATIENCE = 60
 PROGRESS_SECONDS = 30
 #: How the reason begins of a stage that could not run.
 LEFT_OUT = "left out:"
+LANGUAGE_MODEL = "--language_model"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,6 +58,8 @@ class Stage:
         Names of stages that have to be done before.
     devices : int
         GPUs that it takes, where stages are given some.
+    after : tuple of str
+        Names of stages that have to be over before, done or failed.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Stage:
     products: tuple[str, ...]
     needs: tuple[str, ...] = ()
     devices: int = 1
+    after: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -75,8 +79,8 @@ class StageState:
     """What is known of the stages of a plan: which are done, how long they took.
 
     A stage is done if its products are there, its command and the YAMLs that it names are those that made
-    it, and so are the very products of the stages that it needs: one of them done anew, it has to be,
-    too. :data:`FREE_OPTIONS` of a command may change, and comments in a YAML.
+    it, and so are its language model and the very products of the stages that it needs: one of them done
+    anew, it has to be, too. :data:`FREE_OPTIONS` of a command may change, and comments in a YAML.
 
     Arguments
     ---------
@@ -100,9 +104,10 @@ class StageState:
         if len(self.stages) < len(stages):
             raise ValueError("two stages have the same name.")
         for stage in stages:
-            if missing := [name for name in stage.needs if name not in self.marks]:
+            if missing := [name for name in (*stage.needs, *stage.after) if name not in self.marks]:
                 raise ValueError(f"{stage.name} needs {', '.join(missing)}, which comes later or not at all.")
             known = [_governing(stage.command), _yaml_contents(stage.command), stage.products]
+            known += _language_model(stage.command)
             self.marks[stage.name] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def folder_of(self, name: str) -> Path:
@@ -131,12 +136,12 @@ class StageState:
                 number += 1
             folder.rename(aside)
         folder.mkdir(parents=True, exist_ok=True)
-        self._write(name, {"mark": self.marks[name], "needed": needed})
+        self._write(name, {"mark": self.marks[name], "needed": needed, "commit": commit()})
 
     def set_done(self, name: str, seconds: float) -> None:
-        """Remember that a stage is done, and by which commit of this checkout."""
+        """Remember that a stage is done."""
         known = {"made": uuid.uuid4().hex, "seconds": seconds, "command": list(self.stages[name].command)}
-        self._write(name, {**self._record(name), **known, "commit": commit()})
+        self._write(name, {**self._record(name), **known})
 
     def set_failed(self, name: str, why: str) -> None:
         """Remember that a stage has failed, for the report; it is begun anew the next time."""
@@ -188,12 +193,40 @@ def _yaml_contents(command: Sequence[str]) -> list[str]:
     return contents
 
 
+def _language_model(command: Sequence[str]) -> list[list[int]]:
+    """Size and time of the language model that a command names: another one may lie at the same place."""
+    words = list(command)
+    if LANGUAGE_MODEL not in words:
+        return []
+    path = Path(words[words.index(LANGUAGE_MODEL) + 1])
+    return [[path.stat().st_size, path.stat().st_mtime_ns]] if path.is_file() else []
+
+
 @dataclass
 class _Running:
     stage: Stage
     process: subprocess.Popen
     started: float
     devices: list[str | None]
+
+
+def check_devices(stages: Sequence[Stage], devices: Sequence[str | None]) -> None:
+    """Refuse stages that take more devices than there are.
+
+    Arguments
+    ---------
+    stages : sequence of Stage
+    devices : sequence of str
+        As :func:`run_stages` takes them.
+
+    Raises
+    ------
+    InputError
+        If one does.
+    """
+    many = [stage for stage in stages if stage.devices > len(devices)]
+    if many and list(devices) != [None]:
+        raise InputError(f"{many[0].name} takes {many[0].devices} GPUs: give so many as --devices, or none.")
 
 
 def run_stages(
@@ -232,9 +265,8 @@ def run_stages(
     KeyboardInterrupt
         If interrupted.
     """
+    check_devices(stages, devices)
     own = list(devices) == [None]
-    if not own and (many := [stage for stage in stages if stage.devices > len(devices)]):
-        raise InputError(f"{many[0].name} takes {many[0].devices} GPUs: give so many as --devices, or none.")
     state = StageState(stages, folder)
     done = {stage.name for stage in stages if state.is_done(stage.name)}
     if done:
@@ -249,7 +281,11 @@ def run_stages(
                 if broken := [name for name in stage.needs if name in failed]:
                     failed[stage.name] = f"{LEFT_OUT} {broken[0]} failed"
                     waiting.remove(stage)
-                elif len(idle) >= (1 if own else stage.devices) and done.issuperset(stage.needs):
+                elif (
+                    len(idle) >= (1 if own else stage.devices)
+                    and done.issuperset(stage.needs)
+                    and (done | failed.keys()).issuperset(stage.after)
+                ):
                     waiting.remove(stage)
                     number = len(stages) - len(waiting)
                     left = _left(state, [one.name for one in (stage, *waiting)], len(devices))

@@ -239,7 +239,7 @@ def fine_tuned_table(runs: Runs) -> Table:
 
 def masking_table(runs: Runs) -> Table:
     """Table 3: how much is masked in pre-training."""
-    shares = [str(share) for share in runs.preset.get("masking", {}).get("mask_prob", PAPER_MASKING)]
+    shares = [str(share) for share in (runs.preset.get("masking") or {}).get("mask_prob", PAPER_MASKING)]
     rows = {}
     for share in shares:
         cell = Cell(paper=PAPER_MASKING.get(share), paper_corpus=MASKING_COLUMN.corpus)
@@ -356,6 +356,8 @@ def judge(table: Table, columns: Sequence[Column] = FROZEN_COLUMNS, against: str
                 verdict = f"does not beat the untrained encoder ({cell.value:.2f} against {base.value:.2f} %)"
             elif gain <= _doubt(cell, base):
                 verdict = f"is ahead of the untrained encoder by {gain:.2f} points, which may be chance"
+            elif len(cell.values) < 2:  # the interval knows nothing of other seeds
+                verdict = f"is ahead of the untrained encoder by {gain:.2f} points with the one seed that was tried"
             else:
                 verdict = f"beats the untrained encoder by {gain:.2f} points"
             sentences.append(f"{column.title}: {row_name(encoder)} {verdict}.")

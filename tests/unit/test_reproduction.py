@@ -98,12 +98,14 @@ def test_tasks_without_a_corpus_are_left_out_and_options_are_handed_on(tmp_path)
 
 
 def test_an_update_is_as_long_on_any_number_of_devices(tmp_path):
-    for devices, factor in ((1, "8"), (4, "2"), (8, "1")):
+    for devices, factor, of_masking in ((1, "8", "4"), (4, "2", "1"), (8, "1", "1")):
         stages = make_plan(read_preset("paper"), {"librispeech": "/data"}, tmp_path, pretraining_devices=devices)
         trained = [stage for stage in stages if stage.kind in ("pretraining", "masking")]
         assert len(trained) == 6
         for stage in trained:
-            assert stage.command[stage.command.index("--grad_accumulation_factor") + 1] == factor
+            expected = of_masking if stage.kind == "masking" else factor  # the paper's Table 3 had half the GPUs
+            assert stage.command[stage.command.index("--grad_accumulation_factor") + 1] == expected
+            assert stage.devices == min(devices, 4 if stage.kind == "masking" else 8)
     with pytest.raises(InputError, match="--pretraining_devices 3 does not divide the 8 micro-batches"):
         make_plan(read_preset("paper"), {"librispeech": "/data"}, tmp_path, pretraining_devices=3)
 
@@ -111,9 +113,31 @@ def test_an_update_is_as_long_on_any_number_of_devices(tmp_path):
 def test_hidden_states_are_made_by_one_stage_for_the_others(tmp_path):
     _, stages = everything("small", tmp_path)
     by_name = {stage.name: stage for stage in stages}
-    assert by_name["intent-frozen/fbank/2"].needs == ("intent-frozen/fbank/1",)
-    assert by_name["intent-frozen/bestrq-720/2"].needs == ("pretraining/bestrq", "intent-frozen/bestrq-720/1")
-    assert by_name["intent-frozen/random/2"].needs == ("pretraining/bestrq",)  # others for each seed
+    assert by_name["intent-frozen/fbank/2"].after == ("intent-frozen/fbank/1",)
+    assert by_name["intent-frozen/bestrq-720/2"].needs == ("pretraining/bestrq",)
+    assert by_name["intent-frozen/bestrq-720/2"].after == ("intent-frozen/bestrq-720/1",)
+    assert by_name["intent-frozen/random/2"].after == ()  # others for each seed
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"baselines": ["random", "mfcc"]}, "baselines can be fbank"),
+        ({"pretraining": {"wav2vec2": {"yaml": "wav2vec2", "options": {}}}}, "not random"),
+        ({"pretraining": {"my-bestrq": {"yaml": "bestrq", "options": {}}}, "baselines": []}, "name it without"),
+    ],
+)
+def test_presets_that_would_fail_later_are_refused(tmp_path, change, said):
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps({**read_preset("small"), **change}))
+    with pytest.raises(InputError, match=said):
+        read_preset(str(path))
+
+
+def test_a_preset_may_say_that_it_has_no_masking(tmp_path):
+    preset = {**read_preset("small"), "masking": None}
+    write_plan(tmp_path, "own", preset, list(CORPORA), "reproduce", marks_of(preset, tmp_path))
+    assert "paper 25.24" in write_reproduction(tmp_path)["markdown"].read_text()
 
 
 def test_presets_that_are_none_are_refused(tmp_path):
@@ -287,6 +311,16 @@ def test_where_pre_training_does_not_pay_the_report_says_so(reproduction):
     assert all(sentence in (write_reproduction(reproduction)["markdown"]).read_text() for sentence in sentences)
 
 
+def test_one_seed_is_not_enough_to_beat_anything(reproduction):
+    plan = read_plan(reproduction)
+    plan["preset"]["seeds"] = [1]
+    sentences = judge(frozen_table(Runs(reproduction, plan)))
+    assert sentences[-1] == (
+        "intent accuracy: BEST-RQ, 2,000 updates is ahead of the untrained encoder by 8.00 points with the one seed "
+        "that was tried."
+    )
+
+
 def test_a_changed_result_changes_its_cell_and_nothing_else(reproduction):
     before = {name: path.read_text().splitlines() for name, path in write_reproduction(reproduction).items()}
     path = reproduction / "asr-frozen" / "bestrq-2000" / "1" / "results.json"
@@ -345,6 +379,8 @@ def test_seeds_may_be_those_of_the_pre_trainings_too(tmp_path):
         command = by_name[f"pretraining/bestrq/{seed}"].command
         assert command[command.index("--seed") + 1] == str(seed)
         assert command[command.index("--encoder_at_steps") + 1] == "[400, 1200, 3600]"
+        check = by_name[f"codebook-check/bestrq/{seed}"].command
+        assert check[check.index("--seed") + 1] == str(seed)
         probe = by_name[f"intent-frozen/bestrq-3600/{seed}"]
         assert probe.needs == (f"pretraining/bestrq/{seed}",)
         assert f"{tmp_path}/pretraining/bestrq/{seed}/encoder@3600" in probe.command
@@ -397,7 +433,7 @@ def test_a_published_copy_has_the_figures_and_no_folder_of_the_machine(reproduct
         command=f"/opt/env/bin/python /home/a/train.py --data_folder /data/V --encoder random:{reproduction}/x/encoder",
     )
     plan = read_plan(reproduction)
-    plan["command"] = "/usr/bin/sb-bestrq reproduce --librispeech /data/L --voxceleb /data/V"
+    plan["command"] = "/usr/bin/sb-bestrq reproduce --librispeech /data/L --voxceleb /data/V --slurp slurp"
     plan["marks"]["verification-frozen/fbank/1"] = "mark of verification-frozen/fbank/1"
     (reproduction / "plan.json").write_text(json.dumps(plan))
     (reproduction / "pretraining" / "bestrq" / "encoder").mkdir()
@@ -412,6 +448,8 @@ def test_a_published_copy_has_the_figures_and_no_folder_of_the_machine(reproduct
     assert not [path for path in files if path.suffix == ".safetensors"]
     text = "".join(path.read_text() for path in files if path.suffix != ".png")
     assert "python train.py --data_folder VOXCELEB --encoder random:./x/encoder" in text
+    # given by its bare name, that of a key
+    assert read_plan(target)["corpora"] == ["librispeech", "slurp"]
     assert not [one for one in ("/opt/env", "/home/a", "/data", str(reproduction)) if one in text]
     with pytest.raises(InputError, match="exists already: give a new folder"):
         publish(reproduction, target)
@@ -433,7 +471,7 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monke
     folder = tmp_path / "out"
     assert cli.main(["reproduce", "--preset", "demo", "--output_folder", str(folder), "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "pretraining/wav2vec2\n    " in printed and printed.rstrip().endswith(f"stages in {folder}")
+    assert "pretraining/wav2vec2\n    " in printed and printed.rstrip().endswith(f"23 of 23 stages to run in {folder}")
     assert not folder.exists()
     # 200 updates of 2 x 20 s at 60 audio-seconds a second
     assert re.search(r"^ +0\.04 +0\.22  pretraining/bestrq$", printed, re.MULTILINE)

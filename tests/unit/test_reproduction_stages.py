@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,24 @@ def stage(folder, name, *words, needs=(), seconds=0.0):
 def ran(folder):
     path = folder / "ran.txt"
     return path.read_text().split() if path.exists() else []
+
+
+def test_a_stage_after_one_that_failed_runs_and_one_that_needs_it_does_not(tmp_path):
+    broken = Stage("probe/a", (sys.executable, "-c", "raise SystemExit(3)"), ("product",))
+    needing = stage(tmp_path, "probe/b", needs=("probe/a",))
+    stages = [broken, needing, replace(stage(tmp_path, "probe/c"), after=("probe/a",))]
+    assert run_stages(stages, tmp_path, lambda line: None).keys() == {"probe/a", "probe/b"}
+    assert ran(tmp_path) == ["probe/c"]
+
+
+def test_another_language_model_at_the_same_place_is_another_stage(tmp_path):
+    model = tmp_path / "model.arpa"
+    words = (sys.executable, "--language_model", str(model))
+    marks = set()
+    for text in ("one", "other"):
+        model.write_text(text)
+        marks.add(StageState([Stage("asr/a", words, ())], tmp_path).marks["asr/a"])
+    assert len(marks) == 2
 
 
 def test_each_stage_runs_once_after_those_that_it_needs(tmp_path):
