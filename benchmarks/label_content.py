@@ -6,7 +6,8 @@ Frames of train-clean-100 are aligned with the characters of their transcripts, 
 labelled by one quantizer after another; no encoder is trained. Prints for each
 
 - nats about characters: how much a frame's label tells of its character, on speakers of the other half (the mean
-  log-probability of the character given the label, less that without it, both counted on the first half);
+  log-probability of the character given the label, less that without it, both counted on the first half). A lower
+  bound, and the lower the more codes there are to count: compare codebooks of one size;
 - speaker, %: how often an utterance's labels, as a bag, name its speaker among all, by counts over half of each
   speaker's utterances (naive Bayes);
 - the share of neighbouring frames with one label, and the perplexity of the codes.
@@ -55,8 +56,12 @@ def read_speech(rows: Rows) -> Speech:
     frontend = LogMel(sample_rate=SAMPLE_RATE)
     frontend.measure((wave[None], None) for wave in waves)
     features = [frontend(wave[None])[0][0].unflatten(0, (-1, frontend.stack)).flatten(1) for wave in waves]
-    rate = SAMPLE_RATE / (frontend.hop * frontend.stack)
-    places = [(times[name][0] * rate).long().clamp(max=len(one) - 1) for name, one in zip(names, features, strict=True)]
+    # frames have an equal share of the utterance, as the aligner's have
+    rates = [len(one) / float(rows[name]["duration"]) for name, one in zip(names, features, strict=True)]
+    places = [
+        (times[name][0] * rate).long().clamp(max=len(one) - 1)
+        for name, one, rate in zip(names, features, rates, strict=True)
+    ]
     every = sorted({rows[name]["spk_id"] for name in names})
     speakers = torch.tensor([every.index(rows[name]["spk_id"]) for name in names])
     return Speech(features, places, [times[name][1] for name in names], speakers)

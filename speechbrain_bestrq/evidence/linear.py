@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 #: Strengths of the weights' penalty that are tried; the validation set chooses.
-PENALTIES = (1e-4, 1e-3, 1e-2)
-#: Steps of L-BFGS at most.
-MOST_STEPS = 100
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+#: Steps of L-BFGS at most, for each.
+MOST_STEPS = 200
 #: How far a covariance is drawn to a multiple of the identity, so that it can be inverted.
 SHRINKAGE = 0.1
 
@@ -62,28 +62,26 @@ def linear_probe(
     # a channel that is the same everywhere tells nothing
     scale = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0.0)
     sets = [((one.vectors - mean) * scale, one.classes) for one in (train, valid, test)]
-    weights, biases = _fit(*sets[0], num_classes, penalties)
+    weight = train.vectors.new_zeros(train.vectors.shape[1], num_classes)
+    bias = train.vectors.new_zeros(num_classes)
     found = []
-    for weight, bias in zip(weights, biases, strict=True):
+    for penalty in sorted(penalties, reverse=True):  # the solution of the stronger is where the weaker begins
+        weight, bias = _fit(*sets[0], penalty, weight, bias)
         accuracies = [float(((x @ weight + bias).argmax(1) == y).double().mean()) for x, y in sets[1:]]
         found.append(Score(*accuracies))
     return max(found, key=lambda score: score.valid)
 
 
-def _fit(vectors: Tensor, classes: Tensor, num_classes: int, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Weights (P, D, C) and biases (P, 1, C), of all penalties at once: they are independent, and steps are few."""
-    strengths = vectors.new_tensor(penalties)
-    weight = vectors.new_zeros(len(strengths), vectors.shape[1], num_classes, requires_grad=True)
-    bias = vectors.new_zeros(len(strengths), 1, num_classes, requires_grad=True)
+def _fit(vectors: Tensor, classes: Tensor, penalty: float, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (D, C) and bias (C,), from those given."""
+    weight, bias = (one.clone().requires_grad_() for one in (weight, bias))
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=MOST_STEPS, tolerance_grad=1e-4, tolerance_change=1e-6, line_search_fn="strong_wolfe"
     )
-    targets = classes.repeat(len(strengths))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        fit = cross_entropy((vectors @ weight + bias).flatten(0, 1), targets) * len(strengths)
-        loss = fit + (strengths / 2 * weight.square().sum((1, 2))).sum()
+        loss = cross_entropy(vectors @ weight + bias, classes) + penalty / 2 * weight.square().sum()
         loss.backward()
         return loss
 

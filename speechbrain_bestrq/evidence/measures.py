@@ -66,6 +66,7 @@ MEASURES = {
     "intents_20": Measure("intents, 20 examples a class"),
     "intents_all": Measure("intents, all labels"),
     "emotions": Measure("emotions, all labels"),
+    "emotions_of_states": Measure("emotions, of each hidden state", is_score=False),
     "characters_few": Measure(f"characters of frames, {60 * FEW_HOURS:.0f} minutes of labels"),
     "characters_all": Measure("characters of frames, all labels"),
     "rank": Measure("effective rank of frames", is_share=False, is_score=False),
@@ -209,35 +210,66 @@ class Emotions(Corpus):
         return prepare_iemocap(data_folder, folder, sample_rate=SAMPLE_RATE)
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
-        """Accuracy of linear probes over the folds, each weighing as many turns as it has."""
+        """Accuracy of linear probes over the folds, each weighing as many turns as it has.
+
+        Taken together, the validation turns of all folds are the test turns. So the hidden state of a fold's
+        speakers is chosen on those of the other folds alone.
+        """
         turns = read_manifest(self.manifests["all"])
         numbers = {label: number for number, label in enumerate(sorted({row["emo"] for row in turns.values()}))}
         parts = encode_parts(encoder, turns, SAMPLE_RATE, device)
-        found: Found = {"emotions": []}
         sides = [
             {name: read_manifest(path) for name, path in fold_manifests(self.manifests, fold).items()}
             for fold in FOLDS["speaker"]
         ]
+        hits = torch.zeros(encoder.num_states, len(sides), 2, dtype=torch.double)
+        sizes = torch.tensor([[len(rows["valid"]), len(rows["test"])] for rows in sides], dtype=torch.double)
         for state in range(encoder.num_states):
-            scores, sizes = [], []
-            for rows in sides:
+            for fold, rows in enumerate(sides):
                 train, valid, test = (
                     _examples(parts, rows[name], state, "emo", numbers, whole=True)
                     for name in ("train", "valid", "test")
                 )
-                scores.append(linear_probe(train, valid, test, len(numbers)))
-                sizes.append((len(valid.classes), len(test.classes)))
-            weighed = [
-                sum(score[side] * size[side] for score, size in zip(scores, sizes, strict=True))
-                / sum(size[side] for size in sizes)
-                for side in (0, 1)
-            ]
-            found["emotions"].append(Score(*weighed))
-        return found
+                score = linear_probe(train, valid, test, len(numbers))
+                hits[state, fold] = torch.tensor(score, dtype=torch.double) * sizes[fold]
+        speakers = [{row["spk_id"] for name in ("valid", "test") for row in rows[name].values()} for rows in sides]
+        totals = sizes.sum(0)
+        return {
+            "emotions": [Score(*(chosen_apart(hits, speakers) / totals).tolist())],
+            "emotions_of_states": [Score(*one) for one in (hits.sum(1) / totals).tolist()],
+        }
 
     def chances(self) -> dict[str, float]:
         """Of the commonest emotion."""
         return {"emotions": _commonest([row["emo"] for row in read_manifest(self.manifests["all"]).values()])}
+
+
+def chosen_apart(hits: Tensor, speakers: Sequence[set[str]]) -> Tensor:
+    """Sum what is right over folds, each of the hidden state that is best on the folds of other speakers.
+
+    Arguments
+    ---------
+    hits : Tensor
+        Right answers on the validation and the test set, of shape (states, folds, 2).
+    speakers : sequence of set of str
+        Of both sets of each fold.
+
+    Returns
+    -------
+    Tensor
+        Shape (2,).
+
+    Example
+    -------
+    >>> hits = torch.tensor([[[9.0, 9.0], [1.0, 1.0]], [[1.0, 1.0], [2.0, 2.0]]])
+    >>> chosen_apart(hits, [{"a"}, {"b"}])  # state 1 is best on the second fold, 0 on the first
+    tensor([2., 2.])
+    """
+    total = torch.zeros(2, dtype=hits.dtype)
+    for fold, own in enumerate(speakers):
+        others = [number for number, one in enumerate(speakers) if not own & one]
+        total += hits[int(hits[:, others, 0].sum(1).argmax()), fold]
+    return total
 
 
 class Characters(Corpus):

@@ -61,9 +61,13 @@ def find_sources(folders: list[Path], seeds: int) -> list[Source]:
     runs: list[Path] = []
     for folder in folders:
         inner = folder / "pretraining"
-        runs += (
-            sorted(path for path in inner.iterdir() if path.is_dir()) if (folder / PLAN_FILE).is_file() else [folder]
-        )
+        if not (folder / PLAN_FILE).is_file():
+            runs.append(folder)
+            continue
+        for run in sorted(path for path in inner.iterdir() if path.is_dir()):
+            # of each seed, or of one
+            several = sorted(path for path in run.iterdir() if path.is_dir() and path.name.isdecimal())
+            runs += several or [run]
     names = _names(runs)
     found = [Source(FILTERBANK, FILTERBANK)]
     for run, name in zip(runs, names, strict=True):
@@ -93,7 +97,12 @@ def _source(path: Path, run: str, facts: dict[str, Any]) -> Source:
 
 def _names(runs: list[Path]) -> list[str]:
     """Names of runs, all different: of the method if the folder is called after it, else of the folder."""
-    plain = [METHOD_NAMES.get(run.name, run.name) for run in runs]
+    plain = [
+        f"{METHOD_NAMES.get(run.parent.name, run.parent.name)} {run.name}"
+        if run.name.isdecimal()
+        else METHOD_NAMES.get(run.name, run.name)
+        for run in runs
+    ]
     return [
         name if plain.count(name) == 1 else f"{run.parent.name}/{run.name}"
         for name, run in zip(plain, runs, strict=True)

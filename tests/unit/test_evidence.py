@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -203,6 +204,14 @@ def test_each_update_is_a_source_once_between_the_untrained_and_none(run):
         find_sources([run.parent], 1)
 
 
+def test_a_reproduction_may_have_pre_trainings_of_several_seeds(run):
+    folder = run.parent / "reproduction"
+    for seed in ("1", "2"):
+        shutil.copytree(run, folder / "pretraining" / "bestrq" / seed)
+    (folder / "plan.json").write_text("{}")
+    assert {one.run for one in find_sources([folder], 1)} == {"fbank", "BEST-RQ 1", "BEST-RQ 2"}
+
+
 def test_two_runs_of_one_method_are_told_apart(run):
     other = run.parent / "other" / "bestrq"
     other.parent.mkdir()
@@ -239,7 +248,8 @@ def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch)
         assert f"| {title} |" in printed
     assert "not run" not in printed
     found = json.loads((run / "evidence" / "evidence.json").read_text())
-    assert found["chances"].keys() | {"rank", "scale", "between"} == MEASURES.keys()
+    described = {"rank", "scale", "between", "emotions_of_states"}
+    assert found["chances"].keys() | described == MEASURES.keys()
     for record in found["sources"]:
         states = 1 if record["run"] == "fbank" else 2
         assert record["measures"].keys() == MEASURES.keys()
