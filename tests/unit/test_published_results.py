@@ -13,8 +13,8 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{PLAN_FILE}"))
 
 
-def test_there_is_one():
-    assert [folder.name for folder in FOLDERS] == ["small"]
+def test_all_are_there():
+    assert [folder.name for folder in FOLDERS] == ["small", "three_seeds"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
