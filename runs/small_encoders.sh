@@ -1,5 +1,5 @@
 #!/bin/sh
-# Pre-train the small BEST-RQ and the small wav2vec 2.0 on the same speech for the same number of updates:
+# Pre-train the small BEST-RQ and the small wav2vec 2.0 on the same speech for the same number of updates of 100 s:
 #
 #     runs/small_encoders.sh OUT --data_folder SPEECH/LibriSpeech --train_splits '[train-clean-100]' \
 #         --extra_folders '[SPEECH/unlabelled]'
@@ -17,5 +17,6 @@ shift
 recipe=$(dirname "$0")/../recipes/LibriSpeech/pretrain
 for method in bestrq wav2vec2; do
     "${PYTHON:-python}" "$recipe/train.py" "$recipe/hparams/${method}_small.yaml" \
-        --output_folder "$out/${method}_small" --optimizer_step_limit "${UPDATES:-1000}" "$@"
+        --output_folder "$out/${method}_small" --grad_accumulation_factor 4 \
+        --optimizer_step_limit "${UPDATES:-1000}" "$@"
 done
