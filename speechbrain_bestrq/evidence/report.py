@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from speechbrain_bestrq.evidence.measures import MEASURES
+from speechbrain_bestrq.metrics import difference_over_seeds
 from speechbrain_bestrq.reproduction.document import Block, Grid, Heading, Items, Paragraph, Picture, Text, to_markdown
 from speechbrain_bestrq.reproduction.tables import METHOD_NAMES
 from speechbrain_bestrq.task_encoders import FILTERBANK
@@ -124,6 +125,18 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
         Grid(("", *(MEASURES[name].title for name in scores)), tuple(_row(*row, scores) for row in rows.items()))
     )
     blocks += [Paragraph("A guess comes to:"), Items(tuple(chances))]
+    gains = _gains(found, scores)
+    if gains:
+        heads = ("", *(MEASURES[name].title for name in scores))
+        blocks += [
+            Heading("What pre-training adds"),
+            Paragraph(
+                "Points by which the mean of several pre-trainings is ahead of that of untrained encoders of their "
+                "architecture, positive where it is better; in brackets 95 % intervals over seeds (Welch's t), which "
+                "hold for these test sets."
+            ),
+            Grid(heads, gains),
+        ]
     blocks += [Heading("Along the pre-training"), Picture(curves, "Against hours of audio, and of the device.")]
     for name in (*scores, *_measured(found, DESCRIPTIONS)):
         blocks += [Heading(f"By hidden state: {MEASURES[name].title}"), _layers(rows, name)]
@@ -139,6 +152,37 @@ def _row(title: str, records: Sequence[Record], names: Sequence[str]) -> tuple:
         values = [value for record in records if (value := best_score(record, name)) is not None]
         cells.append((Text(_shown(values, name) if values else "not run", faint=not values),))
     return ((Text(title),), *cells)
+
+
+def _gains(found: Mapping[str, Any], names: Sequence[str]) -> tuple:
+    """Rows of methods that were pre-trained more than once, one for each update that several runs reached."""
+    groups: dict[tuple[str, int | None], list[Record]] = {}
+    for record in found["sources"]:
+        method, _, number = record["run"].rpartition(" ")
+        if number.isdecimal():  # one of several seeds
+            untrained = record["seed"] is not None
+            groups.setdefault((method, None if untrained else record["updates"]), []).append(record)
+    rows = []
+    for (method, updates), records in groups.items():
+        untrained = groups.get((method, None), [])
+        if updates is None or min(len(records), len(untrained)) < 2:
+            continue
+        cells = []
+        for name in names:
+            sides = [
+                [score for record in side if (score := best_score(record, name)) is not None]
+                for side in (records, untrained)
+            ]
+            if min(map(len, sides)) < 2:
+                cells.append((Text("not run", faint=True),))
+                continue
+            gain = difference_over_seeds(*(reversed(sides) if MEASURES[name].lower_is_better else sides))
+            value, low, high = (f"{100 * one:+.1f}" for one in (gain.value, gain.low, gain.high))
+            cells.append((Text(f"{value} ({low} to {high})"),))
+        hours = statistics.fmean(record["audio_hours"] for record in records)
+        title = f"{method}, {hours:.1f} h, {len(records)} pre-trainings, {len(untrained)} untrained"
+        rows.append(((Text(title),), *cells))
+    return tuple(rows)
 
 
 def _layers(rows: Mapping[str, Sequence[Record]], name: str) -> Grid:

@@ -45,7 +45,7 @@ def find_sources(folders: list[Path], seeds: int) -> list[Source]:
     folders : list of Path
         Output folders of pre-trainings, or of reproductions, whose pre-trainings count.
     seeds : int
-        How many untrained encoders of each pre-training's architecture.
+        How many untrained encoders of each pre-training's architecture, of other weights for each pre-training.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def find_sources(folders: list[Path], seeds: int) -> list[Source]:
             runs += several or [run]
     names = _names(runs)
     found = [Source(FILTERBANK, FILTERBANK)]
-    for run, name in zip(runs, names, strict=True):
+    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         by_update: dict[int, Source] = {}
         for path in [*run.glob("encoder@*"), run / "encoder"]:
             if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
@@ -80,7 +80,9 @@ def find_sources(folders: list[Path], seeds: int) -> list[Source]:
         if not by_update:
             raise InputError(f"{run} holds no encoder yet: give the output folder of a pre-training, or wait for one.")
         last = by_update[max(by_update)].name
-        found += [Source(f"random:{last}", name, seed=seed) for seed in range(1, seeds + 1)]
+        found += [
+            Source(f"random:{last}", name, seed=seed) for seed in range(number * seeds + 1, (number + 1) * seeds + 1)
+        ]
         found += [by_update[updates] for updates in sorted(by_update)]
     return found
 

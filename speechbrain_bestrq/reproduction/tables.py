@@ -7,10 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import commit
+from speechbrain_bestrq.metrics import difference_over_seeds
 from speechbrain_bestrq.reproduction.plan import FINE_TUNED, FROZEN, TASKS, encoder_names
 from speechbrain_bestrq.reproduction.stages import STAGE_FILE
 from speechbrain_bestrq.results import read_results
@@ -377,11 +376,7 @@ def _doubt(*cells: Cell) -> float:
     the seeds is Welch's.
     """
     of_utterances = sum(((cell.high - cell.low) / 2) ** 2 for cell in cells if cell.low is not None)
-    count = len(cells[0].values)
-    if count < 2:
+    if len(cells[0].values) < 2:
         return of_utterances**0.5
-    errors = [statistics.variance(cell.values.values()) / count for cell in cells]
-    if not any(errors):
-        return of_utterances**0.5
-    freedom = (count - 1) * sum(errors) ** 2 / sum(error**2 for error in errors)
-    return (of_utterances + float(student.ppf(0.975, freedom)) ** 2 * sum(errors)) ** 0.5
+    of_seeds = difference_over_seeds(*(list(cell.values.values()) for cell in cells))
+    return (of_utterances + ((of_seeds.high - of_seeds.low) / 2) ** 2) ** 0.5

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
+import scipy
 import soundfile
 import torch
 
@@ -209,7 +211,63 @@ def test_a_reproduction_may_have_pre_trainings_of_several_seeds(run):
     for seed in ("1", "2"):
         shutil.copytree(run, folder / "pretraining" / "bestrq" / seed)
     (folder / "plan.json").write_text("{}")
-    assert {one.run for one in find_sources([folder], 1)} == {"fbank", "BEST-RQ 1", "BEST-RQ 2"}
+    sources = find_sources([folder], 2)
+    assert {one.run for one in sources} == {"fbank", "BEST-RQ 1", "BEST-RQ 2"}
+    # the same weights twice would count as two
+    assert [one.seed for one in sources if one.seed is not None] == [1, 2, 3, 4]
+
+
+def record(run, seed, updates, **tests):
+    """A source of one hidden state; validation as the test."""
+    measures = {name: [[value, value]] for name, value in tests.items()}
+    return {
+        "run": run,
+        "seed": seed,
+        "updates": updates,
+        "audio_hours": updates / 100,
+        "device_hours": 0.0,
+        "measures": measures,
+    }
+
+
+def test_the_gain_of_several_pre_trainings_is_their_mean_less_that_of_the_untrained(tmp_path):
+    sources = [record("fbank", None, 0, intents_5=0.2, speakers=0.15)]
+    for run, intents, speakers in (("BEST-RQ 1", 0.31, 0.10), ("BEST-RQ 2", 0.33, 0.12)):
+        number = int(run[-1])
+        sources.append(record(run, number, 0, intents_5=0.2 + number / 100, speakers=0.13 + number / 100))
+        sources.append(record(run, None, 400, intents_5=intents, speakers=speakers))
+        if number == 1:  # the other is not so far yet
+            sources.append(record(run, None, 800, intents_5=0.9, speakers=0.01))
+    sources.append(record("wav2vec 2.0", 9, 0, intents_5=0.5, speakers=0.5))
+    found = {
+        "sources": sources,
+        "corpora": {"slurp": "Commands"},
+        "hours": 0.5,
+        "chances": {},
+        "provenance": {"versions": {}, "device": "cpu", "commit": None},
+    }
+    text = write_evidence(found, tmp_path)["markdown"].read_text()
+    table = text.split("## What pre-training adds")[1].split("##")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| BEST-RQ")]
+    # 32 - 21.5 and 14.5 - 11 points; Welch's degrees of freedom
+    error = math.sqrt(0.02**2 / 2 / 2 + 0.01**2 / 2 / 2)
+    freedom = error**4 / ((0.02**2 / 4) ** 2 + (0.01**2 / 4) ** 2)
+    half = 100 * error * scipy.stats.t.ppf(0.975, freedom)
+    cells = [f"{gain:+.1f} ({gain - half:+.1f} to {gain + half:+.1f})" for gain in (10.5, 3.5)]
+    assert len(rows) == 1 and rows[0].startswith("| BEST-RQ, 4.0 h, 2 pre-trainings, 2 untrained | ")
+    assert {cell.strip() for cell in rows[0].split("|")[2:-1]} == set(cells)
+
+
+def test_one_pre_training_of_a_method_says_nothing_of_gains(tmp_path):
+    sources = [record("BEST-RQ", 1, 0, intents_5=0.2), record("BEST-RQ", 2, 0, intents_5=0.3)]
+    found = {
+        "sources": [*sources, record("BEST-RQ", None, 400, intents_5=0.4)],
+        "corpora": {},
+        "hours": 0.5,
+        "chances": {},
+        "provenance": {"versions": {}, "device": "cpu", "commit": None},
+    }
+    assert "What pre-training adds" not in write_evidence(found, tmp_path)["markdown"].read_text()
 
 
 def test_two_runs_of_one_method_are_told_apart(run):

@@ -9,6 +9,7 @@ from sklearn import metrics as sklearn_metrics
 from speechbrain_bestrq.metrics import (
     bootstrap_rate,
     classify,
+    difference_over_seeds,
     equal_error_rate,
     minimum_detection_cost,
     paired_bootstrap,
@@ -138,3 +139,21 @@ def test_intervals_are_a_function_of_the_seed():
     arguments = ([1, 0, 3, 2, 0], [4, 5, 6, 7, 8])
     assert bootstrap_rate(*arguments, seed=1) == bootstrap_rate(*arguments, seed=1)
     assert bootstrap_rate(*arguments, seed=1) != bootstrap_rate(*arguments, seed=2)
+
+
+def test_a_difference_over_seeds_holds_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(500):
+        few, many = generator.normal(0.7, 0.02, size=3), generator.normal(0.6, 0.005, size=9)
+        found = difference_over_seeds(few, many)
+        assert found.value == pytest.approx(few.mean() - many.mean())
+        held += found.low <= 0.1 <= found.high
+    assert 0.92 * 500 < held < 0.98 * 500
+
+
+def test_a_difference_over_seeds_takes_no_single_score_and_no_harm_from_equal_ones():
+    with pytest.raises(ValueError, match="two seeds and more are needed on each side, not 3 and 1"):
+        difference_over_seeds([0.1, 0.2, 0.3], [0.2])
+    found = difference_over_seeds([0.5, 0.5], [0.25, 0.25])
+    assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
