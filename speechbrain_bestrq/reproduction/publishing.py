@@ -1,5 +1,6 @@
 """A copy of a reproduction that can be shown: its figures and its report, without audio, weights or folders' names."""
 
+import json
 import os
 import re
 import shlex
@@ -129,6 +130,8 @@ def without_paths(text: str, names: Mapping[str, str]) -> str:
     >>> without_paths("/usr/bin/python train.py --data_folder /data/S/wav --encoder random:/o/x", {"/data/S": "SLURP"})
     'python train.py --data_folder SLURP/wav --encoder random:x'
     """
-    for path, name in sorted(names.items(), key=lambda pair: -len(pair[0])):
+    # as text, and as JSON writes what is not ASCII
+    shown = {form: name for path, name in names.items() for form in (path, json.dumps(path)[1:-1])}
+    for path, name in sorted(shown.items(), key=lambda pair: -len(pair[0])):
         text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w.-])", lambda _, name=name: name, text)
     return _PATH.sub(lambda found: found[0].rstrip("/").rsplit("/", 1)[1], text)

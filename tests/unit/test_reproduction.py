@@ -430,10 +430,11 @@ def test_a_published_copy_has_the_figures_and_no_folder_of_the_machine(reproduct
         reproduction,
         "verification-frozen/fbank/1",
         {"vox1": {"eer": score(0.04)}},
-        command=f"/opt/env/bin/python /home/a/train.py --data_folder /data/V --encoder random:{reproduction}/x/encoder",
+        command="/opt/env/bin/python /home/a/train.py --data_folder '/data/V und Ü' "
+        f"--encoder random:{reproduction}/x/encoder",
     )
     plan = read_plan(reproduction)
-    plan["command"] = "/usr/bin/sb-bestrq reproduce --librispeech /data/L --voxceleb /data/V --slurp slurp"
+    plan["command"] = "/usr/bin/sb-bestrq reproduce --librispeech /data/L --voxceleb '/data/V und Ü' --slurp slurp"
     plan["marks"]["verification-frozen/fbank/1"] = "mark of verification-frozen/fbank/1"
     (reproduction / "plan.json").write_text(json.dumps(plan))
     (reproduction / "pretraining" / "bestrq" / "encoder").mkdir()
@@ -447,7 +448,7 @@ def test_a_published_copy_has_the_figures_and_no_folder_of_the_machine(reproduct
     files = [path for path in target.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix == ".safetensors"]
     text = "".join(path.read_text() for path in files if path.suffix != ".png")
-    assert "python train.py --data_folder VOXCELEB --encoder random:./x/encoder" in text
+    assert "python train.py --data_folder 'VOXCELEB' --encoder random:./x/encoder" in text
     # given by its bare name, that of a key
     assert read_plan(target)["corpora"] == ["librispeech", "slurp"]
     assert not [one for one in ("/opt/env", "/home/a", "/data", str(reproduction)) if one in text]
