@@ -1,11 +1,13 @@
 """What is published under docs/results is what its results.json files say, and nothing of a machine."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from speechbrain_bestrq.evidence.report import write_evidence
 from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.tables import PLAN_FILE
 
@@ -44,3 +46,18 @@ def test_a_published_folder_holds_figures_and_no_place_of_a_machine(folder):
                 r"(?<![\w.)\]~<-])/(?:home|tmp|work|root|data|mnt|opt|usr|Users)\b[^\s\"']*", path.read_text()
             )
             assert not found, f"{path}: {found[0]}"
+
+
+EVIDENCE = sorted(path.parent for path in RESULTS.glob("*/evidence.json"))
+
+
+def test_all_evidence_is_there():
+    assert [folder.name for folder in EVIDENCE] == ["three_seeds_evidence"]
+
+
+@pytest.mark.parametrize("folder", EVIDENCE, ids=lambda folder: folder.name)
+def test_evidence_comes_out_of_its_figures_byte_for_byte(folder, tmp_path):
+    files = write_evidence(json.loads((folder / "evidence.json").read_text()), tmp_path)
+    for name in ("markdown", "csv", "json"):
+        assert files[name].read_bytes() == (folder / files[name].name).read_bytes(), name
+    assert {path.name for path in folder.iterdir()} == {path.name for path in files.values()}
