@@ -10,20 +10,22 @@ import torchaudio
 SETUP = Path(__file__).parents[2] / "setup.cfg"
 
 
-def test_torch_and_torchaudio_are_held_to_one_minor_release():
-    """Trap: without bounds pip takes a torch for which no torchaudio was built, and ``import torchaudio`` raises.
+def test_torch_and_torchaudio_are_held_to_one_release_each():
+    """Trap: with looser bounds pip takes a pair that was not built together, and ``import torchaudio`` raises.
 
-    Mutation: in setup.cfg, ``torch==2.11.*`` -> ``torch>=2.9``.
+    It did with no bounds at all, by a newer torch, and with one minor release for both, by a torchaudio 2.11.1
+    that was built against a newer torch than 2.11.0.
+
+    Mutation: in setup.cfg, ``torchaudio==2.11.0`` -> ``torchaudio==2.11.*``.
     """
     parser = configparser.ConfigParser()
     parser.read(SETUP, encoding="utf-8")
     required = parser["options"]["install_requires"].split()
-    minors = {}
+    releases = {}
     for requirement in required:
-        match = re.fullmatch(r"(torch|torchaudio)==(\d+\.\d+)\.\*", requirement)
+        match = re.fullmatch(r"(torch|torchaudio)==(\d+\.\d+\.\d+)", requirement)
         if match:
-            minors[match[1]] = match[2]
-    assert minors.keys() == {"torch", "torchaudio"}, required
-    assert minors["torch"] == minors["torchaudio"] == "2.11"
+            releases[match[1]] = match[2]
+    assert releases == {"torch": "2.11.0", "torchaudio": "2.11.0"}, required
     # and the two at hand belong together
     assert torch.__version__.split(".")[:2] == torchaudio.__version__.split(".")[:2]

@@ -42,12 +42,6 @@ def test_what_the_makefile_installed_is_a_pair(settings):
     assert importlib.metadata.version("speechbrain").startswith("1.1.")
 
 
-def test_torch_and_torchaudio_have_one_bound_of_one_minor_release(settings):
-    # a range would let pip leave an older torch where it is, and set another release's torchaudio beside it
-    bounds = dict(re.findall(r"^(torch|torchaudio)==(\d+\.\d+)\.\*$", settings["options"]["install_requires"], re.M))
-    assert set(bounds) == {"torch", "torchaudio"} and bounds["torch"] == bounds["torchaudio"]
-
-
 def test_every_import_is_a_declared_dependency(settings):
     extras = settings["options.extras_require"]["demo"] + settings["options.extras_require"]["lm"]
     packages = settings["options"]["install_requires"] + extras.replace("-", "_")
