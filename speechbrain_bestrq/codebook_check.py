@@ -147,7 +147,7 @@ def count_codes(
     >>> use.frames, use.everything.shape
     (50, torch.Size([1, 8192]))
     """
-    device = quantizer.codebooks.device
+    device = next(quantizer.buffers()).device
     speech = torch.zeros(quantizer.num_codebooks, quantizer.codebook_size, dtype=torch.float64, device=device)
     everything = torch.zeros_like(speech)
     sums = torch.zeros(frontend.num_mels, dtype=torch.float64, device=device)

@@ -4,9 +4,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.parametrizations import weight_norm
 
+from speechbrain_bestrq.attention import attend
 from speechbrain_bestrq.convolution import FrameConvolution
 from speechbrain_bestrq.encoder import run_layers
 from speechbrain_bestrq.frontend import valid_frames
@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attend from (B, T, d_model) to the frames of it that ``valid`` (B, T) marks; None for all."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        attended = scaled_dot_product_attention(
+        attended = attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),

@@ -133,3 +133,52 @@ def test_sizes_that_do_not_fit_are_refused():
         RotaryAttention(12, 4)
     with pytest.raises(ValueError, match="15 and 4"):
         RelativeAttention(15, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [None, "boolean", "added"])
+def test_plain_products_and_the_fused_kernel_are_equally_near_to_float64(dtype, mask, monkeypatch, relative_difference):
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, 40, 8, dtype=torch.float64) for _ in range(3)]
+    masks = {
+        None: None,
+        "boolean": valid_frames(torch.tensor([40, 23]), 40)[:, None, None],
+        "added": torch.randn(2, 3, 40, 40, dtype=torch.float64).to(dtype).double(),
+    }
+    scale = 0.3
+    rounded = [part.to(dtype).requires_grad_() for part in parts]
+    exact = [part.detach().double().requires_grad_() for part in rounded]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, masks[mask], scale=scale)
+    expected.square().sum().backward()
+    given = masks[mask].to(dtype) if mask == "added" else masks[mask]
+    for longest in (attention.LONGEST_PLAIN, 0):
+        monkeypatch.setattr(attention, "LONGEST_PLAIN", longest)
+        for part in rounded:
+            part.grad = None
+        attended = attention.attend(*rounded, given, scale=scale)
+        assert attended.dtype == dtype
+        attended.float().square().sum().backward()
+        assert relative_difference(expected, attended.double()) < 0.02
+        for part, true in zip(rounded, exact, strict=True):
+            assert relative_difference(true.grad, part.grad.double()) < 0.03
+
+
+def test_float32_and_long_sequences_take_the_fused_kernel(monkeypatch):
+    taken = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a, **k: taken.append(1) or fused(*a, **k))
+    short = torch.randn(3, 1, 2, 5, 8)
+    attention.attend(*short)
+    assert len(taken) == 1
+    attention.attend(*short.bfloat16())
+    assert len(taken) == 1
+    attention.attend(*torch.randn(3, 1, 1, attention.LONGEST_PLAIN + 1, 8).bfloat16())
+    assert len(taken) == 2
+
+
+def test_weights_are_dropped_in_plain_products_too():
+    torch.manual_seed(0)
+    query, key = torch.zeros(1, 1, 400, 8).bfloat16(), torch.zeros(1, 1, 400, 8).bfloat16()
+    attended = attention.attend(query, key, torch.ones(1, 1, 400, 8).bfloat16(), dropout_p=0.5)
+    assert attended.float().std() > 0.02  # of equal weights, half dropped and half doubled
+    assert abs(float(attended.float().mean()) - 1) < 0.03
