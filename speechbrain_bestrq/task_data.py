@@ -426,6 +426,49 @@ def take_examples(rows: Rows, label: str, count: int | None, seed: int = 0) -> d
     return {name: row for name, row in rows.items() if name in taken}
 
 
+def take_classes(rows: Rows, label: str, count: int | None, seed: int = 0) -> dict[str, Mapping[str, Any]]:
+    """Draw so many classes, as speakers, with all examples of theirs.
+
+    Arguments
+    ---------
+    rows : mapping
+        Of a manifest.
+    label : str
+        The column of the class.
+    count : int or None
+        Of classes. None takes all.
+    seed : int
+        Of the draw. A larger draw of the same seed holds a smaller one.
+
+    Returns
+    -------
+    dict
+        Some of the rows, in their order.
+
+    Raises
+    ------
+    InputError
+        If there are not so many, or fewer than two are asked for.
+
+    Example
+    -------
+    >>> rows = {str(n): {"spk_id": "abc"[n % 3]} for n in range(6)}
+    >>> [row["spk_id"] for row in take_classes(rows, "spk_id", 2).values()]
+    ['a', 'b', 'a', 'b']
+    """
+    if count is None:
+        return dict(rows)
+    classes = sorted({row[label] for row in rows.values()})
+    if not isinstance(count, int) or not 2 <= count <= len(classes):
+        raise InputError(
+            f"{count!r} of {len(classes)} in the column {label!r} of training were asked for: give a whole number from "
+            f"2 to {len(classes)}, or null for all."
+        )
+    drawn = torch.randperm(len(classes), generator=derived_generator(seed, 0))[:count].tolist()
+    taken = {classes[place] for place in drawn}
+    return {name: row for name, row in rows.items() if row[label] in taken}
+
+
 def _dealt(rows: Rows, seed: int, group: str) -> list[str]:
     """Names in random order, one of each group in turn."""
     names = list(rows)

@@ -188,6 +188,23 @@ def test_the_cohort_is_of_speakers_of_training_only(train, small_yamls, voxceleb
     assert sorted(rows[name] for name in cohort) == sorted(set(rows.values()))
 
 
+def test_few_speakers_are_all_that_a_run_learns_from(train, small_yamls, voxceleb, tmp_path, monkeypatch):
+    cohorts = []
+    means = train.speaker_means
+    monkeypatch.setattr(train, "speaker_means", lambda embeddings, of: cohorts.append(of) or means(embeddings, of))
+    more = ["--cohort_utterances=1", "--number_of_epochs=1", "--train_speakers=2"]
+    train.main(arguments(small_yamls, "probe_small", voxceleb, "fbank", tmp_path / "run", *more))
+    with open(tmp_path / "run" / "manifests" / "train.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    results = read_results(tmp_path / "run")
+    assert len({row["spk_id"] for row in rows}) > results["speakers"] == 2
+    (cohort,) = cohorts
+    speakers = {row["spk_id"] for row in rows if row["ID"] in cohort}
+    assert len(cohort) == len(speakers) == 2
+    hours = sum(float(row["duration"]) for row in rows if row["spk_id"] in speakers) / 3600
+    assert results["label_hours"] == pytest.approx(hours)
+
+
 def test_a_run_is_not_tested_on_those_it_was_trained_on(train, small_yamls, voxceleb, tmp_path):
     def run(*more):
         given = arguments(

@@ -12,6 +12,7 @@ from speechbrain_bestrq.task_data import (
     make_task_loader,
     make_task_loaders,
     repeat_for_chunks,
+    take_classes,
     take_examples,
     take_hours,
 )
@@ -139,6 +140,24 @@ def test_hours_that_cannot_be_drawn_are_refused(hours):
 def test_a_count_of_examples_below_one_is_refused():
     with pytest.raises(InputError, match="above 0"):
         take_examples(ROWS, "kind", 0)
+
+
+def test_classes_are_drawn_whole_by_the_seed_and_a_larger_draw_holds_a_smaller_one():
+    rows = {str(n): {"spk_id": f"speaker{n % 10}"} for n in range(53)}
+    taken = take_classes(rows, "spk_id", 4, seed=1)
+    speakers = {row["spk_id"] for row in taken.values()}
+    assert len(speakers) == 4
+    assert taken == {name: row for name, row in rows.items() if row["spk_id"] in speakers}
+    assert taken.keys() < take_classes(rows, "spk_id", 7, seed=1).keys()
+    assert taken.keys() != take_classes(rows, "spk_id", 4, seed=2).keys()
+    assert take_classes(rows, "spk_id", None) == rows
+
+
+@pytest.mark.parametrize("count", [1, 11, 2.5, "all"])
+def test_classes_that_cannot_be_drawn_are_refused(count):
+    rows = {str(n): {"spk_id": f"speaker{n % 10}"} for n in range(53)}
+    with pytest.raises(InputError, match="whole number from 2 to 10"):
+        take_classes(rows, "spk_id", count)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ A run that was stopped goes on from its last epoch when the same command is give
     the encoder                 --encoder: an encoder folder, a pre-training run, a hub id, random:<one of these>,
                                 fbank; frozen or not, which layers: `speech_encoder` of the YAML
     its hidden states on disk   --cache_features True (with --chunk_seconds null), --cache_folder
-    the data                    --data_folder, --extra_folders, --trials; validation: --valid_share, --valid_trials
+    the data                    --data_folder, --extra_folders, --trials; validation: --valid_share, --valid_trials;
+                                few labels: --train_speakers
     what training hears         --chunk_seconds; null: whole utterances
     the embeddings, the rates   `embedder`, `classifier`, `mix`, *_optimizer, *_annealing
     score normalisation         --cohort_utterances, --cohort_top
@@ -35,7 +36,7 @@ from speechbrain_bestrq.metrics import equal_error_rate, minimum_detection_cost
 from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.results import interval, write_errors, write_results
 from speechbrain_bestrq.task_brain import TaskBrain
-from speechbrain_bestrq.task_data import make_task_loaders, repeat_for_chunks, take_examples
+from speechbrain_bestrq.task_data import make_task_loaders, repeat_for_chunks, take_classes, take_examples
 from speechbrain_bestrq.verification import SpeakerEmbeddings, normalize_scores, speaker_means, write_scores
 from speechbrain_bestrq.verification_errors import (
     cosine_embedding_loss,
@@ -127,6 +128,7 @@ def read_rows(hparams: dict, manifests: dict[str, Path]) -> dict[str, dict]:
             )
         for one in short:
             del part[one]
+    rows["train"] = take_classes(rows["train"], "spk_id", hparams["train_speakers"], hparams["label_seed"])
     cohort = {}
     if hparams["cohort_utterances"] is not None:
         cohort = take_examples(rows["train"], "spk_id", hparams["cohort_utterances"], hparams["cohort_seed"])
