@@ -11,7 +11,7 @@ import subprocess
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,10 +156,15 @@ class StageState:
         except (OSError, ValueError):
             return {}
 
-    def expected_seconds(self, names: Sequence[str]) -> float | None:
-        """How long some stages will take, by the mean of the finished ones of their kind.
+    def expected_seconds(self, spent: Mapping[str, float]) -> float | None:
+        """How long some stages will still take, by the mean of the finished ones of their kind.
 
         Of a kind that has none, by the mean of all kinds; None if no stage is finished.
+
+        Arguments
+        ---------
+        spent : mapping
+            Of each stage, for how long it has been running.
         """
         known: dict[str, list[float]] = {}
         for name, stage in self.stages.items():
@@ -169,7 +174,7 @@ class StageState:
             return None
         means = {kind: statistics.fmean(seconds) for kind, seconds in known.items()}
         usual = statistics.fmean(means.values())
-        return sum(means.get(self.stages[name].kind, usual) for name in names)
+        return sum(max(means.get(self.stages[name].kind, usual) - gone, 0.0) for name, gone in spent.items())
 
 
 def _governing(command: Sequence[str]) -> list[str]:
@@ -288,21 +293,24 @@ def run_stages(
                 ):
                     waiting.remove(stage)
                     number = len(stages) - len(waiting)
-                    left = _left(state, [one.name for one in (stage, *waiting)], len(devices))
-                    report(f"[{number}/{len(stages)}] {stage.name}{left}")
+                    left = _left(state, running, [stage, *waiting], len(devices))
+                    report(f"[{number}/{len(stages)}] {stage.name}{left and f', {left}'}")
                     taken = [idle.pop(0) for _ in range(1 if own else stage.devices)]
                     try:
                         running.append(_start(stage, state, taken, len(devices)))
                     except (InputError, OSError) as error:
                         failed[stage.name] = f"{stage.name}: {error}"
-                        state.set_failed(stage.name, failed[stage.name])
-                        report(failed[stage.name])
+                        why = f"{failed[stage.name]}\n{_command_line(stage)}"
+                        state.set_failed(stage.name, why)
+                        report(why)
                         idle += taken
             time.sleep(0.05)
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 for one in running:
                     report(f"    {one.stage.name}: {_last_line(state.folder_of(one.stage.name) / LOG_FILE)}")
+                if left := _left(state, running, waiting, len(devices)):
+                    report(f"    {left}")
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 idle += one.devices
@@ -311,7 +319,7 @@ def run_stages(
                     done.add(one.stage.name)
                 else:
                     failed[one.stage.name] = why.splitlines()[0]
-                    state.set_failed(one.stage.name, failed[one.stage.name])
+                    state.set_failed(one.stage.name, why)
                     report(why)
     except KeyboardInterrupt:
         for one in running:
@@ -328,9 +336,11 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _left(state: StageState, names: list[str], at_once: int) -> str:
-    seconds = state.expected_seconds(names)
-    return "" if seconds is None else f", about {seconds / at_once / 60:.0f} minutes left"
+def _left(state: StageState, running: Iterable[_Running], waiting: Iterable[Stage], at_once: int) -> str:
+    now = time.monotonic()
+    spent = {one.stage.name: now - one.started for one in running} | {stage.name: 0.0 for stage in waiting}
+    seconds = state.expected_seconds(spent)
+    return "" if seconds is None else f"about {seconds / at_once / 60:.0f} minutes left"
 
 
 def _start(stage: Stage, state: StageState, devices: list[str | None], at_once: int) -> _Running:
@@ -396,7 +406,11 @@ def _finish(one: _Running, state: StageState) -> str | None:
     log = folder / LOG_FILE
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if status == USER_ERROR:  # said in one line
-        return f"{stage.name}: {lines[-1]} (log: {log})"
+        return f"{stage.name}: {lines[-1]} (log: {log})\n{_command_line(stage)}"
     why = f"ended with status {status}" if status else f"left no {missing[0]}"
     last = (f"  {line}" for line in lines[-LAST_LINES:])
-    return "\n".join([f"{stage.name} {why}: see {log}", f"  $ {shlex.join(stage.command)}", *last])
+    return "\n".join([f"{stage.name} {why}: see {log}", _command_line(stage), *last])
+
+
+def _command_line(stage: Stage) -> str:
+    return f"  $ {shlex.join(stage.command)}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -168,11 +169,19 @@ def test_a_stage_that_fails_stops_only_those_that_need_it(tmp_path, how, why):
     assert ran(tmp_path)[3:] == ["train/a"]
 
 
-def test_of_input_that_is_refused_the_one_line_is_told(tmp_path):
-    lines = []
-    failed = run_stages([stage(tmp_path, "train/a", "refuse")], tmp_path, lines.append)
+def test_of_input_that_is_refused_one_line_and_the_command_are_told(tmp_path):
+    lines, refused = [], stage(tmp_path, "train/a", "refuse")
+    failed = run_stages([refused], tmp_path, lines.append)
     log = tmp_path / "train" / "a" / LOG_FILE
-    assert failed == {"train/a": f"train/a: error: no data: give some (log: {log})"} and lines[1:] == [*failed.values()]
+    assert failed == {"train/a": f"train/a: error: no data: give some (log: {log})"}
+    assert lines[1:] == [f"{failed['train/a']}\n  $ {shlex.join(refused.command)}"]
+
+
+def test_what_is_told_of_a_failure_is_kept_for_the_report(tmp_path):
+    lines = []
+    run_stages([stage(tmp_path, "train/a", "fail")], tmp_path, lines.append)
+    kept = json.loads((tmp_path / "train" / "a" / STAGE_FILE).read_text())["failed"]
+    assert kept == lines[-1] and "\n  $ " in kept and kept.endswith("\n  this is why")
 
 
 def test_of_a_long_stage_the_last_line_is_told_now_and_then(tmp_path, monkeypatch):
@@ -182,6 +191,21 @@ def test_of_a_long_stage_the_last_line_is_told_now_and_then(tmp_path, monkeypatc
     command = (sys.executable, "-c", code, str(tmp_path / "train" / "a"))
     assert run_stages([Stage("train/a", command, ("done",))], tmp_path, lines.append) == {}
     assert lines[0] == "[1/1] train/a" and "    train/a: update 7" in lines[1:]
+    assert not [line for line in lines if "minutes left" in line]  # nothing to tell it by
+
+
+def test_while_a_stage_runs_the_time_left_is_told_and_shrinks(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages_module, "PROGRESS_SECONDS", 0.3)
+    stages = [stage(tmp_path, "train/a"), stage(tmp_path, "train/b", seconds=1.5), stage(tmp_path, "train/c")]
+    state = StageState(stages, tmp_path)
+    state.begin("train/a")
+    state.set_done("train/a", 600.0)
+    assert state.expected_seconds({"train/b": 200.0, "train/c": 0.0}) == 1000.0
+    assert state.expected_seconds({"train/b": 900.0}) == 0.0
+    (tmp_path / "train" / "a" / "results.json").write_text("{}")
+    lines = []
+    assert run_stages(stages, tmp_path, lines.append) == {}
+    assert lines[1] == "[2/3] train/b, about 20 minutes left" and "    about 20 minutes left" in lines[2:]
 
 
 def test_on_several_devices_stages_run_at_once(tmp_path):
