@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.locking import sole_writer
     from speechbrain_bestrq.reproduction.cost import cost_table, estimate
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
-    from speechbrain_bestrq.reproduction.report import PROVENANCE, write_reproduction
+    from speechbrain_bestrq.reproduction.report import reproduction_text, write_reproduction
     from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, check_devices, run_stages
     from speechbrain_bestrq.reproduction.tables import write_plan
 
@@ -92,7 +93,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"files": {name: str(path) for name, path in files.items()}, "failed": failed}, indent=2))
     else:
-        print(files["markdown"].read_text(encoding="utf-8").split(f"## {PROVENANCE}")[0])
+        print(reproduction_text(folder, shutil.get_terminal_size((120, 40)).columns))
         print(f"Report: {files['html']}")
     broken = {name: why for name, why in failed.items() if not why.startswith(LEFT_OUT)}
     for why in broken.values():

@@ -40,6 +40,8 @@ CORPORA = tuple(task.corpus for task in TASKS.values())
 #: What a preset has to say, and may.
 KEYS = {"seeds", "updates", "pretraining", "baselines", "tasks"}, {"synthetic", "masking", "pretrain_each_seed"}
 FROZEN, FINE_TUNED = "frozen", "fine-tuned"
+#: What Table 3 is measured on.
+MASKING_SPLIT = "dev-clean"
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def read_preset(name: str) -> dict[str, Any]:
             f"untrained), not {', '.join(sorted(unknown))}."
         )
     for method, settings in preset["pretraining"].items():
+        _check_settings(path, method, settings)
         if "-" in method or "/" in method:
             raise InputError(f"{path}: {method}: name it without - and /.")
         limit = settings["options"].get("optimizer_step_limit")
@@ -91,7 +94,18 @@ def read_preset(name: str) -> dict[str, Any]:
             raise InputError(f"{path}: updates go to {max(preset['updates'])}, and {method} is trained for {limit}.")
     if unknown := preset["tasks"].keys() - TASKS.keys():
         raise InputError(f"{path}: tasks are {', '.join(TASKS)}, not {', '.join(sorted(unknown))}.")
+    for task, kinds in preset["tasks"].items():
+        if not isinstance(kinds, dict):
+            raise InputError(f"{path}: {task} has to have {FROZEN} or {FINE_TUNED}.")
+        for kind, settings in kinds.items():
+            if settings is not None:
+                _check_settings(path, f"{task}'s {kind}", settings)
     return preset
+
+
+def _check_settings(path: Path, name: str, settings: Any) -> None:
+    if not isinstance(settings, dict) or not {"yaml", "options"} <= settings.keys():
+        raise InputError(f"{path}: {name} has to have yaml and options, which may be {{}}.")
 
 
 def yaml_value(path: Path, key: str) -> Any:
@@ -321,13 +335,13 @@ class _Plan:
             # the first makes it, alone
             after = tuple(filter(None, [self.caches.get(given["cache_folder"])]))
             self.caches.setdefault(given["cache_folder"], name)
-        if task == "asr" and self.language_model is not None:
+        if task == "asr" and self.language_model is not None and not name.startswith("masking-"):
             given["language_model"] = str(self.language_model)
         recipe = TASKS[task]
         self._add(name, recipe.recipe, settings["yaml"], recipe.corpus, given, (recipe.results,), needs, after)
 
     def add_masking(self) -> None:
-        """Table 3: the same pre-training with other masks, each probed on the validation set."""
+        """Table 3: the same pre-training with other masks, each probed on the validation set without language model."""
         sweep, method = self.preset["masking"], self.preset["pretraining"]["bestrq"]
         if "asr" not in self.preset["tasks"]:
             return
@@ -338,6 +352,8 @@ class _Plan:
             self._add_pretraining(name, {"yaml": method["yaml"], "options": options}, [sweep["updates"]])
             source = str(self.folder / name / f"encoder@{sweep['updates']}")
             settings, seed = self.preset["tasks"]["asr"][FROZEN], self.preset["seeds"][0]
+            # tested where it is validated, as the paper's: for the interval
+            settings = {**settings, "options": {**settings["options"], "test_splits": f"[{MASKING_SPLIT}]"}}
             self._add_probe(f"masking-asr/{share}/{seed}", "asr", settings, source, seed, (name,))
 
     def _accumulation(self, hparams: str, given: Mapping[str, Any]) -> int:

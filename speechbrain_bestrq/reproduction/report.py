@@ -3,15 +3,15 @@
 import csv
 import io
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.report import summarise
+from speechbrain_bestrq.reproduction.curves import draw
 from speechbrain_bestrq.reproduction.document import (
     Block,
     Code,
@@ -23,6 +23,7 @@ from speechbrain_bestrq.reproduction.document import (
     Text,
     to_html,
     to_markdown,
+    to_text,
 )
 from speechbrain_bestrq.reproduction.plan import (
     CODEBOOK_CHECK,
@@ -33,7 +34,6 @@ from speechbrain_bestrq.reproduction.plan import (
 )
 from speechbrain_bestrq.reproduction.tables import (
     METHOD_NAMES,
-    PRETRAINING_CORPUS,
     Cell,
     Runs,
     Table,
@@ -44,19 +44,18 @@ from speechbrain_bestrq.reproduction.tables import (
     read_plan,
     row_name,
 )
-from speechbrain_bestrq.run_log import RunLog, curve, read_run
-from speechbrain_bestrq.writing import replacing, write_text
+from speechbrain_bestrq.run_log import LOG_FILE, RunLog, curve, read_run
+from speechbrain_bestrq.writing import write_text
 
 TITLE = "BEST-RQ and wav2vec 2.0: the tables of arXiv 2405.04296, and ours"
 #: Heading of the last part, which is long.
 PROVENANCE = "Where it comes from"
 #: Seconds for 500 updates of wav2vec 2.0 over those of BEST-RQ, in the logs of the paper.
 PAPER_RATIO = 2.4
-#: Updates and accuracy on LibriSpeech's dev-clean, from the logs of the paper: 42 epochs were 200,000 updates.
-PAPER_CURVE = tuple(
-    (round(200000 * epoch / 42), accuracy)
-    for epoch, accuracy in ((1, 0.125), (5, 0.155), (10, 0.172), (20, 0.183), (42, 0.186))
-)
+#: What the paper's pre-trainings came to (its Table 1): parameters, and hours of a V100 by updates.
+PAPER_COSTS = {"wav2vec2": ("90.9 M", {100000: 130, 200000: 262}), "bestrq": ("83.0 M", {100000: 54, 200000: 109})}
+#: What is left out in a terminal: pictures, and what is long.
+_PAGE_ONLY = ("Curves", "Weights of the layers", PROVENANCE)
 
 
 def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
@@ -78,9 +77,8 @@ def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
         If the folder is none of a reproduction.
     """
     folder = Path(folder)
-    plan = read_plan(folder)
-    found = Runs(folder, plan)
-    tables = {"table1": frozen_table(found), "table2": fine_tuned_table(found), "table3": masking_table(found)}
+    found = Runs(folder, read_plan(folder))
+    tables = _tables(found)
     runs = _pretrainings(found)
     files = {"markdown": folder / "report.md", "html": folder / "report.html"}
     blocks = _blocks(found, tables, runs)
@@ -90,6 +88,34 @@ def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
         files[name] = folder / f"{name}.csv"
         write_text(files[name], _csv(table))
     return files
+
+
+def reproduction_text(folder: str | os.PathLike, width: int) -> str:
+    """Tell in a terminal what the report of a reproduction says, but for pictures, layers and commands.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Of the reproduction.
+    width : int
+        Characters of a line.
+
+    Returns
+    -------
+    str
+    """
+    found = Runs(Path(folder), read_plan(Path(folder)))
+    kept, shown = [], True
+    for block in _blocks(found, _tables(found), _pretrainings(found)):
+        if isinstance(block, Heading):
+            shown = block.words not in _PAGE_ONLY
+        if shown and not isinstance(block, Picture):
+            kept.append(block)
+    return to_text(TITLE, kept, width)
+
+
+def _tables(found: Runs) -> dict[str, Table]:
+    return {"table1": frozen_table(found), "table2": fine_tuned_table(found), "table3": masking_table(found)}
 
 
 def _pretrainings(found: Runs) -> dict[str, RunLog]:
@@ -141,7 +167,7 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
     for table in tables.values():
         blocks += [Heading(table.title), _grid(table)]
     every = {**runs, **_masking_runs(found)}
-    blocks += [Heading("What it cost"), *_cost(every), Heading("Curves"), *_curves(folder, runs)]
+    blocks += [Heading("What it cost"), *_cost(found, every), Heading("Curves"), *_curves(folder, runs)]
     blocks += [Heading("Use of the codes"), *_codes(found, runs)]
     blocks += [Heading("Weights of the layers"), *_layers(found)]
     blocks += [Heading("Use an encoder"), *_usage(folder, preset)]
@@ -154,7 +180,11 @@ def _counts(updates: list[int]) -> str:
 
 def _failures(found: Runs) -> list[Block]:
     failures = found.failures()
-    return [Heading("What failed"), Items(tuple(failures))] if failures else []
+    blocks: list[Block] = [Heading("What failed")] if failures else []
+    for failure in failures:
+        first, _, rest = failure.partition("\n")
+        blocks += [Paragraph(first), *([Code(textwrap.dedent(rest))] if rest else [])]
+    return blocks
 
 
 def _corpora(plan: Mapping[str, Any], table: Table, runs: Mapping[str, RunLog]) -> list[Block]:
@@ -171,10 +201,12 @@ def _corpora(plan: Mapping[str, Any], table: Table, runs: Mapping[str, RunLog]) 
             items.append(f"in the place of {official[corpus]}: {ours}. Its figures do not compare with the paper's.")
         else:
             items.append(official[corpus])
+    heard: dict[str, list[str]] = {}
     for name, log in runs.items():
         hours = log.run.get("train_hours")
-        heard = f"{log.run.get('corpus')}" + (f", {hours:.1f} h" if hours else "")
-        items.append(f"{name} was pre-trained on: {heard}")
+        heard.setdefault(f"{log.run.get('corpus')}" + (f", {hours:.1f} h" if hours else ""), []).append(name)
+    for speech, names in heard.items():
+        items.append(f"{'; '.join(names)} {'was' if len(names) == 1 else 'were'} pre-trained on: {speech}")
     return [Heading("Speech"), Items(tuple(items))]
 
 
@@ -193,15 +225,12 @@ def _grid(table: Table) -> Grid:
         for number in range(len(table.columns))
         if any(cells[number].values or cells[number].paper is not None for cells in table.rows.values())
     ]
-    heads = [
-        f"{table.columns[number]} ({table.corpora[number]})" if table.corpora[number] else table.columns[number]
-        for number in kept
-    ]
+    heads, notes = ([names[number] for number in kept] for names in (table.columns, table.corpora))
     rows = tuple(
         ((Text(row_name(name)),), *(tuple(_texts(cells[number], table.corpora[number])) for number in kept))
         for name, cells in table.rows.items()
     )
-    return Grid(("", *heads), rows)
+    return Grid(("", *heads), rows, ("", *notes))
 
 
 def _texts(cell: Cell, corpus: str) -> list[Text]:
@@ -236,15 +265,16 @@ def _results_link(run: str) -> str:
     return f"{run}/{TASKS[task_of(run)].results}"
 
 
-def _cost(runs: dict[str, RunLog]) -> list[Block]:
-    if not runs:
-        return [Paragraph("No pre-training has begun.")]
-    rows = []
+def _log_link(found: Runs, run: RunLog) -> str:
+    return str((run.folder / LOG_FILE).relative_to(found.folder))
+
+
+def _cost(found: Runs, runs: dict[str, RunLog]) -> list[Block]:
+    rows: list[tuple[tuple[Text, ...], ...]] = []
     for name, run in runs.items():
         one = summarise(run)
         last = next((row for row in reversed(run.train) if row.get("utilisation") is not None), {})
         cells = [
-            name,
             _told(one["parameters"], lambda value: f"{value / 1e6:.1f} M"),
             f"{one['updates']:,}",
             _told(one["audio_hours"], lambda value: f"{value:,.1f}"),
@@ -254,11 +284,15 @@ def _cost(runs: dict[str, RunLog]) -> list[Block]:
             _told(one["peak_memory_gb"], lambda value: f"{value:.2f}"),
             _device(run.run),
         ]
-        rows.append(tuple((Text(cell),) for cell in cells))
+        rows.append(((Text(name, _log_link(found, run)),), *((Text(cell),) for cell in cells)))
+    for method, (parameters, hours) in PAPER_COSTS.items():
+        for updates, spent in hours.items():
+            cells = [parameters, f"{updates:,}", "", f"{spent}", "", "", "", "8 V100"]
+            name = Text(f"paper: {METHOD_NAMES[method]}", faint=True)
+            rows.append(((name,), *((Text(cell, faint=True),) for cell in cells)))
     heads = ("", "parameters", "updates", "audio-hours", "device-hours", "audio-hours in a device-hour")
     blocks: list[Block] = [Grid((*heads, "of the datasheet's FLOP/s", "peak GB", "device"), tuple(rows))]
-    blocks += _ratio(runs)
-    return blocks
+    return [*blocks, *(_ratio(runs) if runs else [Paragraph("No pre-training has begun.")])]
 
 
 def _device(run: Mapping[str, Any]) -> str:
@@ -295,11 +329,11 @@ def _codes(found: Runs, runs: Mapping[str, RunLog]) -> list[Block]:
     for name, log in runs.items():
         if log.valid:
             last = log.valid[-1]
-            cells = [name, f"{last['step']:,}"]
+            cells = [f"{last['step']:,}"]
             cells.append(_told(last.get("codes_used"), lambda value: f"{value:,.0f}"))
             cells.append(_told(last.get("code_perplexity"), lambda value: f"{value:,.0f}"))
             cells.append(_told(last.get("commonest_share"), lambda value: f"{value:.1%}"))
-            rows.append(tuple((Text(cell),) for cell in cells))
+            rows.append(((Text(name, _log_link(found, log)),), *((Text(cell),) for cell in cells)))
     if not rows:
         return [Paragraph("Nothing has been validated yet.")]
     blocks: list[Block] = [
@@ -324,30 +358,7 @@ def _curves(folder: Path, runs: dict[str, RunLog]) -> list[Block]:
     points = {name: curve(run.folder) for name, run in runs.items()}
     if not any(points.values()):
         return [Paragraph("Nothing has been validated yet.")]
-    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for name, found in points.items():
-        for axis, places in zip(axes, ([one.step for one in found], [one.audio_hours for one in found]), strict=True):
-            values = [100 * one.accuracy for one in found]
-            axis.plot(places, values, marker=".", label=name)
-    corpora = {run.run.get("corpus") for run in runs.values()}
-    longest = max(one.step for found in points.values() for one in found)
-    papers = [(step, 100 * accuracy) for step, accuracy in PAPER_CURVE if step <= longest]
-    if corpora == {PRETRAINING_CORPUS} and papers:
-        axes[0].plot(*zip(*papers, strict=True), "k--", marker="x", label="BEST-RQ in the paper, 8192 codes")
-    axes[0].set(xlabel="updates", ylabel="accuracy on the validation set, %")
-    axes[1].set(xlabel="audio-hours heard")
-    axes[0].legend()
-    for axis in axes:
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    path = folder / "curves.png"
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png", metadata={"Software": None})
-    words = (
-        "Accuracy of the pre-training's own task: BEST-RQ tells one of its codes, wav2vec 2.0 the true frame of 101."
-    )
-    return [Picture(path, words)]
+    return [Picture(*draw(points, {run.run.get("corpus") for run in runs.values()}, folder / "curves.png"))]
 
 
 def _layers(found: Runs) -> list[Block]:
@@ -424,7 +435,7 @@ def _csv(table: Table) -> str:
                 [
                     row_name(name),
                     title,
-                    cell.corpus or "",
+                    "; ".join(sorted(cell.corpora)),
                     _number(cell.value),
                     cell.spread,
                     _number(cell.paper),

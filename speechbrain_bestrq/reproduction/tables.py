@@ -10,7 +10,7 @@ from typing import Any
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import commit
 from speechbrain_bestrq.metrics import difference_over_seeds
-from speechbrain_bestrq.reproduction.plan import FINE_TUNED, FROZEN, TASKS, encoder_names
+from speechbrain_bestrq.reproduction.plan import FINE_TUNED, FROZEN, MASKING_SPLIT, TASKS, encoder_names
 from speechbrain_bestrq.reproduction.stages import STAGE_FILE
 from speechbrain_bestrq.results import read_results
 from speechbrain_bestrq.writing import write_text
@@ -82,7 +82,7 @@ PAPER_FINE_TUNED = {
 }
 #: Table 3: WER of dev-clean by the share of frames that begin a span (8192 codes; of 0.05 and 0.12 the only figure).
 PAPER_MASKING = {"0.01": 36.45, "0.05": 25.24, "0.1": 20.68, "0.12": 20.11}
-MASKING_COLUMN = Column("dev-clean WER", "asr", None, "wer", "LibriSpeech")
+MASKING_COLUMN = Column(f"{MASKING_SPLIT} WER", "asr", MASKING_SPLIT, "wer", "LibriSpeech")
 
 METHOD_NAMES = {_BESTRQ: "BEST-RQ", _W2V2: "wav2vec 2.0", "random": "untrained", "fbank": "filter banks"}
 
@@ -98,7 +98,8 @@ class Cell:
     """The 95 % interval, of a single seed."""
     paper: float | None = None
     paper_corpus: str = ""
-    corpus: str | None = None
+    corpora: set[str] = field(default_factory=set)
+    """Of ours, by their true names."""
     comparable: bool = False
     """Whether both encoders heard the paper's corpus, and both figures are of one."""
     seeds: int = 1
@@ -245,8 +246,9 @@ def masking_table(runs: Runs) -> Table:
         for seed in runs.preset["seeds"][:1]:
             run = f"masking-asr/{share}/{seed}"
             cell.missing = runs.why_missing(run)
-            if (results := runs.results(run, "asr")) is not None:
-                cell.values[seed] = 100 * results["validation"]["wer"]
+            results = runs.results(run, "asr")
+            if results is not None and MASKING_SPLIT in results["sets"]:
+                _fill(cell, seed, results["sets"][MASKING_SPLIT][MASKING_COLUMN.score])
                 _describe(cell, results, MASKING_COLUMN, run)
         rows[share] = [cell]
     title = "Table 3: share of frames that begin a masked span"
@@ -290,22 +292,27 @@ def _cell(
         found = next(iter(sets.values())) if column.test_set is None else sets.get(column.test_set, {})
         if column.score not in found:
             continue
-        score = found[column.score]
-        cell.values[seed] = 100 * score["value"]
-        cell.low, cell.high = 100 * score["low"], 100 * score["high"]
+        _fill(cell, seed, found[column.score])
         _describe(cell, results, column, run)
     return cell
 
 
+def _fill(cell: Cell, seed: int, score: Mapping[str, float]) -> None:
+    cell.values[seed] = 100 * score["value"]
+    cell.low, cell.high = 100 * score["low"], 100 * score["high"]
+
+
 def _describe(cell: Cell, results: Mapping[str, Any], column: Column, run: str) -> None:
     heard = results.get("encoder", {}).get("corpus")
-    cell.corpus = results["corpus"]
-    cell.comparable = cell.corpus == column.corpus and heard == PRETRAINING_CORPUS
+    # all of its runs have to compare: a folder's speech may be another by the next seed
+    comparable = results["corpus"] == column.corpus and heard == PRETRAINING_CORPUS
+    cell.comparable = comparable and (cell.comparable or not cell.runs)
+    cell.corpora |= {results["corpus"]}
     cell.runs = (*cell.runs, run)
 
 
 def _corpora(cells: Any) -> str:
-    return "; ".join(sorted({cell.corpus for cell in cells if cell.corpus is not None}))
+    return "; ".join(sorted(set().union(*(cell.corpora for cell in cells))))
 
 
 def row_name(encoder: str) -> str:

@@ -1,0 +1,71 @@
+"""What a reproduction will cost follows from a warm-up of what its commands train."""
+
+import re
+
+import pytest
+
+from speechbrain_bestrq import cli
+from speechbrain_bestrq.reproduction import cost
+from speechbrain_bestrq.reproduction.cost import Speed
+from speechbrain_bestrq.reproduction.plan import RECIPES, make_plan, read_preset
+
+
+def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
+    folder = tmp_path / "out"
+    assert cli.main(["reproduce", "--preset", "demo", "--output_folder", str(folder), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "pretraining/wav2vec2\n    " in printed and printed.rstrip().endswith(f"23 of 23 stages to run in {folder}")
+    assert not folder.exists()
+    # 200 updates of 2 x 20 s at 60 audio-seconds a second
+    assert re.search(r"^ +0\.04 +0\.22  pretraining/bestrq$", printed, re.MULTILINE)
+    assert re.search(r"^ +\? +\?  intent-frozen/fbank/1$", printed, re.MULTILINE)  # its speech is not there yet
+
+
+def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, monkeypatch):
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
+    noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
+    preset = {**read_preset("small"), "updates": [600]}
+    preset["tasks"] = {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}
+    preset["tasks"]["asr"] = {"frozen": {"yaml": "bestrq", "options": {"number_of_epochs": 5}}}
+    preset["tasks"]["asr"]["fine-tuned"] = {"yaml": "bestrq_finetune", "options": {"number_of_epochs": 5}}
+    preset["tasks"]["emotion"] = {"frozen": {"yaml": "bestrq_linear", "options": {"number_of_epochs": 5}}}
+    for split, seconds in {
+        "train-clean-100": 2.0,
+        "dev-clean": 1.0,
+        "test-other": 1.0,
+        "train-other-500": 50.0,
+    }.items():
+        toy.write_noise(tmp_path / "LibriSpeech" / split, [seconds])
+    corpora = {"librispeech": tmp_path / "LibriSpeech", "slurp": noise, "iemocap": noise}
+    costs = cost.estimate(make_plan(preset, corpora, tmp_path / "out"))
+    hours = cost.corpus_hours(noise)
+    assert hours == pytest.approx(4 / 3600)
+    cached, again = costs["intent-frozen/bestrq-600/1"], costs["intent-frozen/bestrq-600/2"]
+    assert cached.device_hours == pytest.approx(hours / 240) and cached.gigabytes == pytest.approx(4e5 / 1e9)
+    assert (again.device_hours, again.gigabytes) == (0, 0)  # the hidden states are there
+    assert costs["intent-frozen/random/2"] == costs["intent-frozen/random/1"] == cached  # others for each seed
+    assert costs["intent-frozen/fbank/1"].device_hours == 0
+    assert costs["asr-frozen/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 240)
+    assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 60)
+    assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours / 240)  # ten folds
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_pre_training_costs_the_same_device_hours_on_any_number_of_devices(tmp_path, monkeypatch, devices):
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
+    preset = {**read_preset("small"), "tasks": {}}
+    found = cost.estimate(make_plan(preset, {"librispeech": tmp_path}, tmp_path, pretraining_devices=devices))
+    assert found["pretraining/bestrq"].device_hours == pytest.approx(720 * 100 / 60 / 3600)
+
+
+def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hparams = RECIPES / "LibriSpeech" / "pretrain" / "hparams"
+    small = {"--d_model": "48", "--num_heads": "4", "--num_layers": "1", "--max_batch_seconds": "2"}
+    bestrq = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "64"})
+    wider = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "128"})
+    assert wider.parameters - bestrq.parameters == 64 * 48 + 64
+    assert bestrq.encoding > bestrq.training > 0
+    assert bestrq.state_bytes == pytest.approx(4 * 2 * 25 * 48, rel=0.1)  # two states, 25 frames of 48 a second
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,49 @@
+"""A preset that cannot be carried through is refused when it is read, in one line."""
+
+import json
+
+import pytest
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.plan import PRESETS, make_plan, read_preset
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"baselines": ["random", "mfcc"]}, "baselines can be fbank"),
+        ({"pretraining": {"wav2vec2": {"yaml": "wav2vec2", "options": {}}}}, "not random"),
+        ({"pretraining": {"my-bestrq": {"yaml": "bestrq", "options": {}}}, "baselines": []}, "name it without"),
+        ({"pretraining": {"bestrq": {"yaml": "bestrq_small"}}}, "bestrq has to have yaml and options"),
+        ({"tasks": {"asr": {"frozen": {"yaml": "bestrq"}}}}, "asr's frozen has to have yaml and options"),
+        ({"tasks": {"asr": None}}, "asr has to have frozen or fine-tuned"),
+    ],
+)
+def test_presets_that_would_fail_later_are_refused(tmp_path, change, said):
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps({**read_preset("small"), **change}))
+    with pytest.raises(InputError, match=said):
+        read_preset(str(path))
+
+
+def test_presets_that_are_none_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no preset 'large': give one of demo, paper, small, three_seeds"):
+        read_preset("large")
+    path = tmp_path / "own.yaml"
+    path.write_text("seeds: [1]\n")
+    with pytest.raises(InputError, match="has to have baselines, pretraining"):
+        read_preset(str(path))
+    path.write_text("a: [")
+    with pytest.raises(InputError, match="is no YAML"):
+        read_preset(str(path))
+    small = (PRESETS / "small.yaml").read_text()
+    path.write_text(small.replace("  intent:", "  translation:"))
+    with pytest.raises(InputError, match="not translation"):
+        read_preset(str(path))
+    with pytest.raises(InputError, match="give --librispeech"):
+        make_plan(read_preset("small"), {"slurp": tmp_path}, tmp_path)
+    with pytest.raises(InputError, match="makes its own speech: leave out --slurp"):
+        make_plan(read_preset("demo"), {"slurp": tmp_path}, tmp_path)
+    path.write_text(small.replace("updates: [720]", "updates: [720, 2000]"))
+    with pytest.raises(InputError, match="updates go to 2000, and bestrq is trained for 720"):
+        read_preset(str(path))
