@@ -1,0 +1,309 @@
+"""Parts of gpu_session.py that check: equal to a CPU, and every recipe runs."""
+
+import copy
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import RATE
+from contenders import BESTRQ, HEADS, WAV2VEC2, Ours
+from gpu_findings import REPOSITORY, Findings, Outcome, Settings, run_command
+from noise_corpora import noise, write_corpus
+from torch import Tensor, nn
+
+from speechbrain_bestrq.accounting import JsonLines
+from speechbrain_bestrq.bestrq import BestRQ
+from speechbrain_bestrq.contrastive import sample_negatives
+from speechbrain_bestrq.masking import MaskedFrames
+from speechbrain_bestrq.precision import full_precision
+from speechbrain_bestrq.results import RESULTS_FILE
+from speechbrain_bestrq.wav2vec2 import Wav2Vec2
+
+RECIPES = REPOSITORY / "recipes"
+#: Sizes of the rehearsal's models.
+TOY_SIZES = {
+    "bestrq": {**BESTRQ["small"], "num_heads": HEADS["small"]["rotary"]},
+    "wav2vec2": WAV2VEC2["small"],
+}
+#: Recipes that use an encoder: the folder, the layout of its data, and what keeps it short.
+DOWNSTREAM = {
+    "LibriSpeech/ASR": ("librispeech", ["--test_splits=[test-clean]"]),
+    "VoxCeleb/verification": ("voxceleb", ["--valid_trials=20"]),
+    "IEMOCAP/emotion": ("iemocap", ["--fold=Ses01F"]),
+    "SLURP/intent": ("slurp", []),
+}
+#: Labels of two devices agree on so many frames, and differ only where two codes are so near.
+LEAST_EQUAL, NEAR_TIE = 0.9999, 1e-5
+#: How far losses, and gradients as vectors, may be apart, as a share.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+UPDATES = 6
+
+
+def sizes(name: str, settings: Settings) -> dict[str, int]:
+    """What differs from the YAML."""
+    return TOY_SIZES[name] if settings.toy else {}
+
+
+# ---------------------------------------------------------------- equal to a CPU
+
+
+def equality(settings: Settings, findings: Findings, seconds: float) -> None:
+    """Compare labels as training computes them, and losses and gradients in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = {
+            name: Ours(name, "cpu", "fp32", Path(folder), False, sizes(name, settings)).model for name in TOY_SIZES
+        }
+    compare_labels(models["bestrq"], settings, findings)
+    for name, model in models.items():
+        compare_losses(name, model, settings, findings)
+
+
+def compare_labels(model: BestRQ, settings: Settings, findings: Findings) -> None:
+    """Labels under bf16 autocast on the device against those on the CPU, of statistics measured on that audio."""
+    utterances, length = (4, 3.0) if settings.toy else (64, 12.5)
+    waves = [noise(np.random.default_rng(number), round(length * RATE)) for number in range(utterances)]
+    wavs = torch.from_numpy(np.stack(waves))
+    with torch.no_grad():
+        model.speech_encoder.frontend.measure([(wavs, None)])
+        stacked = _frames(model, wavs)
+        model.quantizer.fit([stacked])
+        expected = model.quantizer.label(stacked)
+        on_device = copy.deepcopy(model).to(settings.device)
+        with torch.autocast(settings.device, dtype=torch.bfloat16):
+            found = on_device.quantizer.label(_frames(on_device, wavs.to(settings.device))).cpu()
+        apart = (found != expected)[..., 0]
+        gaps = _gaps(model, stacked[apart], expected[apart][:, 0], found[apart][:, 0])
+    share, gap = 1 - float(apart.double().mean()), float(gaps.max()) if len(gaps) else 0.0
+    findings.figures["labels"] = {"frames": apart.numel(), "equal": share, "widest_gap": gap}
+    findings.row(
+        "labels as on a CPU",
+        f"{apart.numel()} frames, {share:.4%} equal, {int(expected.unique().numel())} codes; "
+        f"products of the others' two codes at most {gap:.1e} apart",
+        share >= LEAST_EQUAL and gap <= NEAR_TIE,
+    )
+
+
+def _frames(model: BestRQ, wavs: Tensor) -> Tensor:
+    """What the quantizer labels, shape (B, T, D)."""
+    features, _ = model.speech_encoder.frontend(wavs)
+    return model.quantizer.prepare(features.unflatten(1, (-1, model.speech_encoder.subsampling.factor)).flatten(2))
+
+
+def _gaps(model: BestRQ, frames: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """How far the products of frames (K, D) with two codes are apart, in float64."""
+    quantizer = model.quantizer
+    projected = frames.double() @ quantizer.projection[0].double() - quantizer.offset[0].double()
+    projected = nn.functional.normalize(projected, dim=-1)
+    codes = quantizer.codebooks[0].double()
+    return ((projected * codes[first]).sum(-1) - (projected * codes[second]).sum(-1)).abs()
+
+
+@contextmanager
+def exact(device: str) -> Iterator[None]:
+    """Float32 throughout: no TF32, in convolutions neither."""
+    previous = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        with full_precision(device):
+            yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = previous
+
+
+def compare_losses(name: str, model: BestRQ | Wav2Vec2, settings: Settings, findings: Findings) -> None:
+    """Loss and gradient of a batch with the same mask and noise, without dropout."""
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    generator = torch.Generator().manual_seed(0)
+    wavs = torch.from_numpy(np.stack([noise(np.random.default_rng(number), 4 * RATE) for number in range(2)]))
+    frames = model.speech_encoder.num_frames(wavs.shape[1])
+    mask = model.masking(torch.full((2,), frames), frames, generator).mask
+    masked = MaskedFrames.from_mask(mask)
+    if isinstance(model, BestRQ):
+        filler = (2, frames * model.speech_encoder.subsampling.factor, model.speech_encoder.frontend.num_mels)
+        drawn = {"noise": model.noise_deviation * torch.randn(filler, generator=generator)}
+    else:
+        drawn = {
+            "negatives": sample_negatives(masked, model.num_negatives, generator),
+            "gumbel": model.quantizer.draw_noise(masked.count, generator),
+        }
+    losses, gradients = [], []
+    for device in ("cpu", settings.device):
+        one = copy.deepcopy(model).to(device)
+        with exact(device):
+            given = {key: value.to(device) for key, value in drawn.items()}
+            loss = one(wavs.to(device), mask=mask.to(device), **given).loss
+            loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten().cpu().double() for p in one.parameters() if p.grad is not None]))
+    loss_difference = abs(losses[1] / losses[0] - 1)
+    gradient_difference = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+    findings.figures[f"{name} losses"] = {"losses": losses, "gradients_apart": gradient_difference}
+    findings.row(
+        f"{name}: fp32 loss as on a CPU",
+        f"{losses[0]:.5f}, apart by {loss_difference:.1e} of it, gradients by {gradient_difference:.1e}",
+        loss_difference <= LOSS_TOLERANCE and gradient_difference <= GRADIENT_TOLERANCE,
+    )
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def command(recipe: str, name: str, settings: Settings, *more: str, launcher: Sequence[str] = ()) -> list[str]:
+    """The command of a recipe's YAML; run in the recipe's folder."""
+    device = ["--device=cpu"] if settings.device == "cpu" else []
+    return [sys.executable, *launcher, "train.py", f"hparams/{name}.yaml", "--noprogressbar", *device, *more]
+
+
+def pretraining_command(
+    name: str, settings: Settings, folder: Path, precision: str, *more: str, launcher: Sequence[str] = ()
+) -> list[str]:
+    """A pre-training of a few updates on noise."""
+    given = {
+        "data_folder": Path(settings.work) / "noise",
+        "max_batch_seconds": 8 if settings.toy else 100,
+        "output_folder": folder,
+        "train_splits": "[train-clean-100]",
+        "optimizer_step_limit": UPDATES,
+        "grad_accumulation_factor": 2,
+        "statistics_hours": 0.02,
+        "warmup_updates": 2,
+        "log_interval": 1,
+        "num_workers": 0 if settings.toy else 2,
+        "precision": precision,
+        **sizes(name, settings),
+    }
+    latest = {option.split("=")[0]: option for option in [*(f"--{key}={value}" for key, value in given.items()), *more]}
+    return command("LibriSpeech/pretrain", name, settings, *latest.values(), launcher=launcher)
+
+
+def pretraining(settings: Settings, findings: Findings, seconds: float) -> None:
+    """Every way to pre-train, on noise: precisions, compiled, under torchrun, stopped and resumed."""
+    work, ends = Path(settings.work), time.monotonic() + seconds
+    write_corpus(work / "noise", "librispeech", *((0.01, 2, 2.0) if settings.toy else (0.25, 8, 12.5)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    jobs: dict[str, Callable[[], None]] = {}
+
+    def add(title: str, name: str, precision: str, *more: str, launcher: Sequence[str] = ()) -> None:
+        folder = work / "runs" / title.replace(" ", "_").replace(",", "")
+        words = pretraining_command(name, settings, folder, precision, *more, launcher=launcher)
+        jobs[title] = lambda: _tell_run(title, words, folder, settings, findings, ends)
+
+    add("bestrq bf16, compiled", "bestrq", "bf16", "--compile")
+    add("wav2vec2 bf16, compiled", "wav2vec2", "bf16", "--compile")
+    add("bestrq bf16", "bestrq", "bf16")
+    add("wav2vec2 bf16", "wav2vec2", "bf16")
+    if settings.device == "cpu":
+        findings.row("fp16", "left out: SpeechBrain trains in it on GPUs only")
+    else:
+        add("bestrq fp16", "bestrq", "fp16")
+        add("wav2vec2 fp16", "wav2vec2", "fp16")
+    add("bestrq bf16, torchrun", "bestrq", "bf16", launcher=torchrun)
+    jobs["bestrq bf16, stopped"] = lambda: _stop_and_resume(settings, findings, ends)
+    _run_all(jobs, settings)
+
+
+def _run_all(jobs: dict[str, Callable[[], None]], settings: Settings) -> None:
+    """Several at a time on a GPU: nothing is timed here."""
+    with ThreadPoolExecutor(1 if settings.device == "cpu" else 4) as pool:
+        for running in [pool.submit(job) for job in jobs.values()]:
+            running.result()
+
+
+def _tell_run(
+    title: str, words: Sequence[str], folder: Path, settings: Settings, findings: Findings, ends: float
+) -> None:
+    outcome = _run(title, words, "LibriSpeech/pretrain", settings, ends)
+    lines = _train_lines(folder)
+    if outcome.status != 0 or not lines:
+        findings.row(title, outcome.failure(), False)
+        return
+    losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]  # JSON has no NaN
+    skipped = lines[-1]["skipped_updates"]
+    findings.row(
+        title,
+        f"{lines[-1]['step']} updates, loss {losses[0]:.3f} to {losses[-1]:.3f}, {skipped} skipped, "
+        f"peak {lines[-1]['peak_memory_gb']:.1f} GB, {outcome.seconds:.0f} s in all",
+        lines[-1]["step"] == UPDATES and math.isfinite(losses[-1]) and (folder / "encoder/model.safetensors").is_file(),
+    )
+
+
+def _run(title: str, words: Sequence[str], recipe: str, settings: Settings, ends: float, **options) -> Outcome:
+    log = Path(settings.output) / "logs" / f"{title.replace(' ', '_').replace(',', '').replace('/', '_')}.log"
+    return run_command(words, RECIPES / recipe, log, ends - time.monotonic(), **options)
+
+
+def _train_lines(folder: Path) -> list[dict]:
+    return [line for line in JsonLines(folder / "train_log.jsonl").read() if line["event"] == "train"]
+
+
+def _stop_and_resume(settings: Settings, findings: Findings, ends: float) -> None:
+    """A run that is asked to stop after its first log line goes on where it was."""
+    title, folder = "bestrq bf16, stopped", Path(settings.work) / "runs" / "stopped"
+
+    def stop(process: subprocess.Popen) -> None:
+        if not asked and _train_lines(folder):
+            asked.append(True)
+            process.send_signal(signal.SIGTERM)
+
+    asked: list[bool] = []
+    words = pretraining_command("bestrq", settings, folder, "bf16", "--optimizer_step_limit=1000000")
+    outcome = _run(title, words, "LibriSpeech/pretrain", settings, ends, watch=stop)
+    if outcome.status != 75:
+        findings.row("stopped and resumed", outcome.failure(), False)
+        return
+    before = _train_lines(folder)[-1]["step"]
+    words = pretraining_command("bestrq", settings, folder, "bf16", f"--optimizer_step_limit={before + 2}")
+    outcome = _run(title, words, "LibriSpeech/pretrain", settings, ends)
+    steps = [line["step"] for line in _train_lines(folder)]
+    if outcome.status != 0:
+        findings.row("stopped and resumed", outcome.failure(), False)
+        return
+    findings.row(
+        "stopped and resumed",
+        f"stopped after update {before} with status 75, resumed to {steps[-1]}",
+        steps == list(range(1, before + 3)),
+    )
+
+
+def downstream_command(recipe: str, settings: Settings, data: Path, encoder: str, folder: Path) -> list[str]:
+    """An epoch and a test of a recipe that uses an encoder."""
+    more = [f"--data_folder={data}", f"--encoder={encoder}", f"--output_folder={folder}", "--number_of_epochs=1"]
+    name = "probe_small" if settings.toy else "bestrq"
+    return command(recipe, name, settings, *more, "--num_workers=0", *DOWNSTREAM[recipe][1])
+
+
+def downstream(settings: Settings, findings: Findings, seconds: float) -> None:
+    """Every recipe that uses an encoder, one epoch on noise."""
+    work, ends = Path(settings.work), time.monotonic() + seconds
+    encoder = work / "runs" / "bestrq_bf16"
+    if not (encoder / "encoder" / "model.safetensors").is_file():
+        findings.row("recipes", "there is no encoder: the part pretraining did not write one", False)
+        return
+
+    def try_recipe(recipe: str) -> None:
+        layout = DOWNSTREAM[recipe][0]
+        data = write_corpus(work / layout, layout, 0.05, None if layout == "iemocap" else 4)
+        folder = work / "runs" / recipe
+        words = downstream_command(recipe, settings, data, str(encoder), folder)
+        outcome = _run(recipe, words, recipe, settings, ends)
+        if outcome.status != 0:
+            findings.row(recipe, outcome.failure(), False)
+            return
+        tested = any(folder.rglob(RESULTS_FILE))  # of emotion's one fold, in the fold's folder
+        findings.row(recipe, f"{words[2]}: an epoch and a test, {outcome.seconds:.0f} s", tested)
+
+    _run_all({recipe: partial(try_recipe, recipe) for recipe in DOWNSTREAM}, settings)
