@@ -32,6 +32,10 @@ class BestRQ(PretrainingModel):
         Draws the masks that :meth:`forward` is not given.
     noise_deviation : float
         Standard deviation of the filler, in normalised feature space.
+    codebook_states : sequence of int, optional
+        For each codebook, the number of the hidden state that predicts its labels, 1 to the number of layers,
+        which at least one has to have; the last one for all if left out. Labels of different kinds need not share
+        a state: what tells the speaker can be asked of a lower one than what is said.
 
     Example
     -------
@@ -61,6 +65,7 @@ class BestRQ(PretrainingModel):
         quantizer: FrameQuantizer,
         masking: SpanMasking,
         noise_deviation: float = 0.1,
+        codebook_states: Sequence[int] | None = None,
     ):
         super().__init__(speech_encoder, masking)
         frontend = speech_encoder.frontend
@@ -69,7 +74,14 @@ class BestRQ(PretrainingModel):
                 f"the quantizer's input_dim is {quantizer.input_dim}, but {frontend.stack} stacked frames of "
                 f"{frontend.num_mels} features are {frontend.stack * frontend.num_mels}."
             )
-        self.quantizer, self.noise_deviation = quantizer, noise_deviation
+        layers, books = len(speech_encoder.encoder.layers), quantizer.num_codebooks
+        states = [layers] * books if codebook_states is None else list(codebook_states)
+        if len(states) != books or not all(1 <= state <= layers for state in states) or layers not in states:
+            raise ValueError(
+                f"codebook_states names a hidden state, 1 to {layers}, for each of {books} codebooks, the last for one "
+                f"at least, so that every layer is trained; not {states}."
+            )
+        self.quantizer, self.noise_deviation, self.codebook_states = quantizer, noise_deviation, states
         self.head = nn.Linear(speech_encoder.encoder.d_model, quantizer.num_codebooks * quantizer.codebook_size)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -116,14 +128,26 @@ class BestRQ(PretrainingModel):
         if noise is None:
             noise = torch.randn(features.shape, generator=generator, device=wavs.device) * self.noise_deviation
         hidden_frames = mask.mask.repeat_interleave(factor, dim=1, output_size=long)[..., None]
-        hidden = self.speech_encoder.encode_features(torch.where(hidden_frames, noise, features), lengths)[-1]
+        states = self.speech_encoder.encode_features(torch.where(hidden_frames, noise, features), lengths)
 
-        logits = self.head(hidden.flatten(0, 1).index_select(0, mask.indices.clamp(min=0)))
-        logits = logits.view(-1, self.quantizer.codebook_size)
+        logits = self._logits(states, mask.indices.clamp(min=0)).flatten(0, 1)
         targets = max(mask.count, 1) * self.quantizer.num_codebooks
         loss = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum") / targets
         metrics = self._metrics(logits, labels, batch, frames, lengths)
         return PretrainingOutput(loss, mask.count, (batch, frames), metrics)
+
+    def _logits(self, states: Sequence[Tensor], indices: Tensor) -> Tensor:
+        """Scores of the codes for the frames at these indices, shape (K, num_codebooks, codebook_size)."""
+        frames = {state: states[state].flatten(0, 1).index_select(0, indices) for state in set(self.codebook_states)}
+        books = (self.quantizer.num_codebooks, self.quantizer.codebook_size)
+        if len(frames) == 1:
+            return self.head(frames[self.codebook_states[0]]).unflatten(1, books)
+        weights, biases = self.head.weight.unflatten(0, books), self.head.bias.unflatten(0, books)
+        scores = [
+            nn.functional.linear(frames[state], weight, bias)
+            for state, weight, bias in zip(self.codebook_states, weights, biases, strict=True)
+        ]
+        return torch.stack(scores, dim=1)
 
     def _label(self, features: Tensor, lengths: Tensor | None, mask: MaskedFrames, factor: int) -> Tensor:
         """Labels of the masked frames, int64, shape (K, num_codebooks); IGNORED where indices fill up."""
@@ -200,10 +224,14 @@ class BestRQ(PretrainingModel):
 
     def signature(self) -> dict[str, Any]:
         """Describe, as plain JSON, what a checkpoint must agree with to be loaded."""
+        layers = len(self.speech_encoder.encoder.layers)
+        # named only where it is a choice: checkpoints from before there was one stay what they are
+        chosen = {} if set(self.codebook_states) == {layers} else {"codebook_states": self.codebook_states}
         return {
             "model": type(self).__name__,
             **encoder_config(self.speech_encoder),
             "quantizer": self.quantizer.settings(),
+            **chosen,
         }
 
     def flops(self, utterances: int, frames: int, targets: int) -> float:

@@ -20,11 +20,11 @@ FRAMES = 25  # encoder frames of a second
 def make_model(make_speech_encoder):
     """Return a function that builds a tiny model in eval mode."""
 
-    def make(num_codebooks=1, normalize="feature", frontend="utterance", utterance_norm=False, **encoder):
+    def make(num_codebooks=1, normalize="feature", frontend="utterance", utterance_norm=False, states=None, **encoder):
         speech_encoder = make_speech_encoder(normalize=frontend, **encoder)
         settings = {"num_codebooks": num_codebooks, "normalize": normalize, "utterance_norm": utterance_norm}
         quantizer = RandomProjectionQuantizer(320, codebook_size=64, **settings)
-        return BestRQ(speech_encoder, quantizer, SpanMasking(prob=0.2, span=3)).eval()
+        return BestRQ(speech_encoder, quantizer, SpanMasking(prob=0.2, span=3), codebook_states=states).eval()
 
     return make
 
@@ -55,21 +55,23 @@ def naive(model, wavs, wav_lens, mask, noise):
         for frame in range(mask.shape[1]):
             if mask[row, frame]:
                 masked[row, 4 * frame : 4 * frame + 4] = noise[row, 4 * frame : 4 * frame + 4]
-    hidden = model.speech_encoder.encode_features(masked, None if lengths is None else lengths // 4)[-1]
-    logits = model.head(hidden)[mask].unflatten(-1, (model.quantizer.num_codebooks, -1))
+    states = model.speech_encoder.encode_features(masked, None if lengths is None else lengths // 4)
     books = range(model.quantizer.num_codebooks)
+    shape = (model.quantizer.num_codebooks, -1)
+    logits = [model.head(states[model.codebook_states[book]])[mask].unflatten(-1, shape)[:, book] for book in books]
+    logits = torch.stack(logits, 1)
     loss = torch.stack([nn.functional.cross_entropy(logits[:, book], labels[:, book]) for book in books]).mean()
     return loss, (logits.argmax(-1) == labels).sum(), labels
 
 
 @pytest.mark.parametrize("attention", ["rotary", "relative"])
-@pytest.mark.parametrize("num_codebooks", [1, 3])
+@pytest.mark.parametrize("num_codebooks, states", [(1, None), (3, None), (3, [2, 1, 2])])
 @pytest.mark.parametrize("normalize", ["feature", "time"])
 @pytest.mark.parametrize("utterance_norm", [False, True])
 def test_loss_gradients_and_metrics_equal_a_naive_computation(
-    attention, num_codebooks, normalize, utterance_norm, make_model, batch
+    attention, num_codebooks, states, normalize, utterance_norm, make_model, batch
 ):
-    model = make_model(num_codebooks, normalize, attention=attention)
+    model = make_model(num_codebooks, normalize, attention=attention, states=states)
     wavs, wav_lens, mask, noise = batch
     output = model(wavs, wav_lens, mask=mask, noise=noise)
     loss, correct, labels = naive(model, wavs, wav_lens, mask, noise)
@@ -227,6 +229,25 @@ def test_several_codebooks_share_one_head(make_model):
     assert model.labels_per_target == 3
 
 
+def test_a_codebook_that_asks_a_lower_state_trains_the_layers_below_it_only(make_model, batch):
+    model = make_model(num_codebooks=2, states=[2, 1])
+    wavs, wav_lens, mask, noise = batch
+    model(wavs, wav_lens, mask=mask, noise=noise)
+    captured = []
+    model._logits, plain = lambda *given: captured.append(plain(*given)) or captured[-1], model._logits
+    model(wavs, wav_lens, mask=mask, noise=noise)
+    captured[0][:, 1].square().sum().backward()
+    first, second = model.speech_encoder.encoder.layers
+    assert all(parameter.grad.abs().sum() > 0 for parameter in first.parameters() if parameter.ndim > 1)
+    assert not any(parameter.grad.any() for parameter in second.parameters())
+
+
+@pytest.mark.parametrize("states", [[2], [2, 3], [0, 2], [2, 2, 2], [1, 1]])
+def test_states_that_are_none_are_refused(states, make_model):
+    with pytest.raises(ValueError, match="codebook_states names a hidden state, 1 to 2, for each of 2 codebooks"):
+        make_model(num_codebooks=2, states=states)
+
+
 def test_encoding_is_the_speech_encoders_and_masks_nothing(make_model, batch):
     model = make_model()
     wavs, wav_lens, _, _ = batch
@@ -257,6 +278,9 @@ def test_the_signature_is_json_and_tells_models_apart(make_model):
     assert signature["model"] == "BestRQ"
     assert signature != make_model(num_codebooks=2).signature()
     assert signature != make_model(attention="relative").signature()
+    two = make_model(num_codebooks=2)
+    assert two.signature() == make_model(num_codebooks=2, states=[2, 2]).signature()
+    assert two.signature() != make_model(num_codebooks=2, states=[2, 1]).signature()
 
 
 def test_counted_operations_are_three_times_those_of_pytorchs_forward_pass(make_model):
