@@ -22,7 +22,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "pretrain"
 PARAMETERS = {
     "bestrq": 90_033_888,
     "bestrq_paper": 80_447_520,
-    "bestrq_small": 4_392_448,
+    "bestrq_small": 4_441_856,
     "bestrq_large": 390_674_400,
     "wav2vec2": 95_044_608,
     "wav2vec2_paper": 90_856_064,
