@@ -11,7 +11,8 @@ import subprocess
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ PROGRESS_SECONDS = 30
 #: How the reason begins of a stage that could not run.
 LEFT_OUT = "left out:"
 LANGUAGE_MODEL = "--language_model"
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -297,7 +299,9 @@ def run_stages(
                     report(f"[{number}/{len(stages)}] {stage.name}{left and f', {left}'}")
                     taken = [idle.pop(0) for _ in range(1 if own else stage.devices)]
                     try:
-                        running.append(_start(stage, state, taken, len(devices)))
+                        _wait_until_free(state.folder_of(stage.name))
+                        with _signals_waiting():
+                            running.append(_start(stage, state, taken, len(devices)))
                     except (InputError, OSError) as error:
                         failed[stage.name] = f"{stage.name}: {error}"
                         why = f"{failed[stage.name]}\n{_command_line(stage)}"
@@ -336,16 +340,28 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@contextmanager
+def _signals_waiting() -> Iterator[None]:
+    """Have signals wait: in the midst of a fork one gets lost, and a process that is not known yet is not ended."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _left(state: StageState, running: Iterable[_Running], waiting: Iterable[Stage], at_once: int) -> str:
     now = time.monotonic()
     spent = {one.stage.name: now - one.started for one in running} | {stage.name: 0.0 for stage in waiting}
     seconds = state.expected_seconds(spent)
-    return "" if seconds is None else f"about {seconds / at_once / 60:.0f} minutes left"
+    if seconds is None:
+        return ""
+    minutes = seconds / at_once / 60
+    return f"about {minutes:.0f} minutes left" if minutes >= 1.5 else "about a minute left"
 
 
 def _start(stage: Stage, state: StageState, devices: list[str | None], at_once: int) -> _Running:
     folder = state.folder_of(stage.name)
-    _wait_until_free(folder)
     state.begin(stage.name)
     environment = dict(os.environ)
     if CPU in devices:
@@ -372,6 +388,7 @@ def _start(stage: Stage, state: StageState, devices: list[str | None], at_once: 
 def _end_with_parent() -> None:
     """Have Linux send SIGTERM when the parent dies, also by SIGKILL: a stage that nobody waits for is in the way."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def _wait_until_free(folder: Path) -> None:
