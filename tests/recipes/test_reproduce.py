@@ -1,5 +1,7 @@
 """The whole of a small reproduction, by the command: real stages, stopped and killed, the same tables."""
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,23 +21,29 @@ TINY = {
     "num_layers": 1,
     "max_batch_seconds": 20,
     "grad_accumulation_factor": 1,
-    "valid_interval": 2,
+    "valid_interval": 10,
     "ckpt_interval_steps": 1,
 }
 PRESET = {
     "seeds": [1],
     "synthetic": {"librispeech": 0.02, "voxceleb": 0.05},
-    "updates": [2, 4],
+    "updates": [2, 30],
     "pretraining": {
         "bestrq": {
             "yaml": "bestrq_small",
-            "options": {**TINY, "optimizer_step_limit": 4, "codebook_size": 64, "statistics_hours": 0.01},
+            "options": {**TINY, "optimizer_step_limit": 30, "codebook_size": 64, "statistics_hours": 0.01},
         }
     },
     "baselines": ["fbank"],
     "tasks": {"verification": {"frozen": {"yaml": "probe_small", "options": {"number_of_epochs": 1}}}},
 }
 STAGES = 7
+#: Of stages that are stopped, what is there when they are at work and not yet done.
+AT_WORK = {
+    "speech/voxceleb": "voxceleb/wav/**/*.*",
+    "pretraining/bestrq": "save/CKPT*",
+    "verification-frozen/bestrq-30/1": "manifests/*.csv",
+}
 TABLES = ("table1.csv", "table2.csv", "table3.csv")
 
 
@@ -52,7 +60,7 @@ def run(tmp_path):
 
 
 def stop_at(tmp_path, stage, number):
-    """Begin, and send a signal while a stage runs; return the exit status and what was said."""
+    """Begin, and send a signal while a stage is at work; return the exit status and what was said."""
     command = words(tmp_path)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
     said = []
@@ -60,14 +68,14 @@ def stop_at(tmp_path, stage, number):
         said.append(line)
         if f"] {stage}" in line:
             break
-    log, deadline = tmp_path / "out" / stage / "stage.log", time.monotonic() + 100
-    begun = log.stat().st_size if log.exists() else 0
-    while (not log.exists() or log.stat().st_size <= begun + 200) and process.poll() is None:
-        assert time.monotonic() < deadline, "the stage says nothing"
-        time.sleep(0.05)
+    folder, deadline = tmp_path / "out" / stage, time.monotonic() + 100
+    while not any(folder.glob(AT_WORK[stage])) and process.poll() is None:
+        assert time.monotonic() < deadline, "the stage makes nothing"
+        time.sleep(0.01)
     assert process.poll() is None, said
     process.send_signal(number)
     _, error = process.communicate(timeout=100)
+    assert "made" not in json.loads((folder / "stage.json").read_text()), "it was over before it was stopped"
     return process.returncode, "".join(said) + error
 
 
@@ -86,9 +94,12 @@ def test_interrupted_it_goes_on_and_a_further_call_has_nothing_to_do(tmp_path):
     assert done.stderr.startswith(f"3 of {STAGES} stages are done already\n[4/{STAGES}] pretraining/bestrq")
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in done.stdout
     report = (tmp_path / "out" / "report.md").read_text()
-    assert done.stdout.startswith(report.split("## Where it comes from")[0]) and "train.py" not in done.stdout
+    assert all(f"\nTable {number}: " in done.stdout for number in (1, 2, 3)) and "train.py" not in done.stdout
+    figures = re.findall(r"\[(\d+\.\d+) \(", report.split("## Table 1")[1].split("## Table 2")[0])
+    assert len(figures) == 3 and all(f" {figure} (" in done.stdout for figure in figures)
+    assert "paper 16.42" in done.stdout and "not run" in done.stdout
     rows = {line.split("|")[1].strip(): line for line in report.splitlines() if line.startswith("| ")}
-    assert {"filter banks", "BEST-RQ, 2 updates", "BEST-RQ, 4 updates"} <= rows.keys()
+    assert {"filter banks", "BEST-RQ, 2 updates", "BEST-RQ, 30 updates"} <= rows.keys()
 
     lines = [
         line.strip()
@@ -116,7 +127,7 @@ def test_killed_at_three_stages_it_ends_with_the_tables_of_an_unbroken_run(tmp_p
         (tmp_path / name).mkdir()
     unbroken = run(tmp_path / "unbroken")
     assert unbroken.returncode == 0, unbroken.stderr
-    for stage in ("speech/voxceleb", "pretraining/bestrq", "verification-frozen/bestrq-4/1"):
+    for stage in AT_WORK:
         status, _ = stop_at(tmp_path / "killed", stage, signal.SIGKILL)
         assert status == -signal.SIGKILL
     done = run(tmp_path / "killed")
