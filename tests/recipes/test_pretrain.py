@@ -150,7 +150,7 @@ BAD_INPUT = {
     "unknown corpus": (["--corpus=tedlium"], r"corpus is librispeech or folder"),
     "missing split": (["--valid_splits=[dev-other]"], r"dev-other"),
     "unknown key": (["--peak_learning_rat=1"], r"--peak_learning_rat is no key .* --peak_learning_rate"),
-    "value out of range": (["--num_components=0"], r"bestrq_small.yaml: .*num_components is 1 to 320"),
+    "value out of range": (["--num_components=0"], r"bestrq_small.yaml: num_components times num_codebooks is 1 to 320"),
     "batch bound below the longest utterance": (["--max_batch_seconds=2"], r"max_batch_seconds"),
     "all too short": (["--min_seconds=20"], r"min_seconds"),
     "another cache": (["--cache=disk"], r"cache is memory, or null"),
@@ -217,8 +217,8 @@ def test_the_codebook_is_looked_at_once_at_the_start_of_a_new_run(train, librisp
     train.main(arguments("bestrq_small", librispeech, tmp_path))
     train.main(arguments("bestrq_small", librispeech, tmp_path, "--optimizer_step_limit=3"))
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("Codebook 1 of 1") == 1
-    assert log.index("Measuring the statistics") < log.index("Codebook 1 of 1") < log.index("train | step 1")
+    assert log.count("Codebook 1 of 2") == 1
+    assert log.index("Measuring the statistics") < log.index("Codebook 1 of 2") < log.index("train | step 1")
 
 
 def test_validation_amid_an_epoch_changes_nothing_in_training(train, librispeech, tmp_path):

@@ -11,7 +11,8 @@ from speechbrain_bestrq.reproduction.plan import RECIPES, make_plan, read_preset
 
 
 def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, (10, 100)))
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
     folder = tmp_path / "out"
     assert cli.main(["reproduce", "--preset", "demo", "--output_folder", str(folder), "--dry_run"]) == 0
     printed = capsys.readouterr().out
@@ -19,11 +20,15 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monke
     assert not folder.exists()
     # 200 updates of 2 x 20 s at 60 audio-seconds a second
     assert re.search(r"^ +0\.04 +0\.22  pretraining/bestrq$", printed, re.MULTILINE)
-    assert re.search(r"^ +\? +\?  intent-frozen/fbank/1$", printed, re.MULTILINE)  # its speech is not there yet
+    assert re.search(r"^ +\? +\?  speech/slurp$", printed, re.MULTILINE)
+    # 6 epochs of the 0.4 hours that are to be made, at 1200 audio-seconds a second; the encoder is heard once, at 240
+    assert re.search(r"^ +0\.00 +0\.00  intent-frozen/fbank/1$", printed, re.MULTILINE)
+    assert re.search(r"^ +0\.00 +0\.14  intent-frozen/bestrq-200/1$", printed, re.MULTILINE)
 
 
 def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, monkeypatch):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, (10, 100)))
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
     noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
     preset = {**read_preset("small"), "updates": [600]}
     preset["tasks"] = {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}
@@ -42,18 +47,20 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     hours = cost.corpus_hours(noise)
     assert hours == pytest.approx(4 / 3600)
     cached, again = costs["intent-frozen/bestrq-600/1"], costs["intent-frozen/bestrq-600/2"]
-    assert cached.device_hours == pytest.approx(hours / 240) and cached.gigabytes == pytest.approx(4e5 / 1e9)
-    assert (again.device_hours, again.gigabytes) == (0, 0)  # the hidden states are there
+    head = 20 * hours / 1200  # 20 epochs
+    assert cached.device_hours == pytest.approx(hours / 240 + head) and cached.gigabytes == pytest.approx(4e5 / 1e9)
+    assert (again.device_hours, again.gigabytes) == (pytest.approx(head), 0)  # the hidden states are there
     assert costs["intent-frozen/random/2"] == costs["intent-frozen/random/1"] == cached  # others for each seed
-    assert costs["intent-frozen/fbank/1"].device_hours == 0
-    assert costs["asr-frozen/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 240)
-    assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 60)
-    assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours / 240)  # ten folds
+    assert costs["intent-frozen/fbank/1"].device_hours == pytest.approx(head)
+    assert costs["asr-frozen/bestrq-600/1"].device_hours == pytest.approx(5 * hours * (1 / 240 + 1 / 1200))
+    assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours * (1 / 60 + 1 / 1200))
+    # ten folds
+    assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours * (1 / 240 + 1 / 1200))
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_pre_training_costs_the_same_device_hours_on_any_number_of_devices(tmp_path, monkeypatch, devices):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, 1e5))
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, (10, 100)))
     preset = {**read_preset("small"), "tasks": {}}
     found = cost.estimate(make_plan(preset, {"librispeech": tmp_path}, tmp_path, pretraining_devices=devices))
     assert found["pretraining/bestrq"].device_hours == pytest.approx(720 * 100 / 60 / 3600)
@@ -68,4 +75,13 @@ def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):
     assert wider.parameters - bestrq.parameters == 64 * 48 + 64
     assert bestrq.encoding > bestrq.training > 0
     assert bestrq.state_bytes == pytest.approx(4 * 2 * 25 * 48, rel=0.1)  # two states, 25 frames of 48 a second
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["LibriSpeech/ASR", "VoxCeleb/verification", "IEMOCAP/emotion", "SLURP/intent"])
+def test_a_heads_warm_up_trains_the_recipes_own_head(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = RECIPES / recipe / "hparams" / "probe_small.yaml"
+    options = {"--encoder": "random:/nowhere", "--max_batch_seconds": "5", "--max_batch_size": "1"}
+    assert 0 < cost.warm_up_head(path, options, (3, 16), 25.0) < float("inf")
     assert not list(tmp_path.iterdir())
