@@ -1,8 +1,9 @@
-"""What the stages of a plan will cost, from a short warm-up of each pre-training on noise."""
+"""What the stages of a plan will cost, from a short warm-up of each pre-training and each head on noise."""
 
 import json
 import math
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -38,9 +39,16 @@ NO_MATTER = {
     "--encoder_at_steps",
     "--mask_prob",
     "--seed",
+    "--encoder",
+    "--cache_folder",
+    "--number_of_epochs",
 }
 #: Folds of the recipe of emotions, each a run.
 FOLDS = {"speaker": 10, "session": 5}
+#: Of a probe's warm-up, and labels of its head.
+UTTERANCE_SECONDS, LABELS = 5.0, 30
+#: Before a stage trains: Python's own start, and reading the data.
+START_SECONDS = 15.0
 #: Bytes of a parameter: alone, and with a step of AdamW and its two moments in a checkpoint.
 ENCODER_BYTES, CHECKPOINT_BYTES = 4, 12
 #: Checkpoints that a run keeps at most.
@@ -54,8 +62,6 @@ class Cost:
     device_hours: float
     gigabytes: float
     """On the disk."""
-    whole: bool = True
-    """False: the encoder's part only; the head's comes on top."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,19 @@ class Speed:
     training: float
     encoding: float
     parameters: int
-    state_bytes: float
-    """Of all hidden states of a second of audio, in fp32."""
+    states: tuple[int, int]
+    """Number of hidden states, and their channels."""
+    frames: float = 25.0
+    """Of them in a second."""
+
+    @property
+    def state_bytes(self) -> float:
+        """Of all hidden states of a second of audio, in fp32."""
+        return 4 * self.states[0] * self.states[1] * self.frames
+
+
+#: Filter banks cost nothing that counts.
+FILTERBANK_SPEED = Speed(math.inf, math.inf, 0, (1, 320))
 
 
 def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
@@ -80,39 +97,70 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
     Returns
     -------
     dict
-        By stage. Those that make speech or look at labels are missing, minutes each, and those on
-        corpora that are not there yet.
+        By stage. Those that make speech or look at labels are missing, minutes each.
     """
     speeds: dict[str, Speed] = {}
-    measured: dict[str, Speed] = {}
-    hours: dict[tuple[Path, ...], float] = {}
+    measured: dict[str, Any] = {}
+    made: dict[str, float] = {}
+    hours: dict[Path, float] = {}
     caches: set[str | None] = set()
     costs = {}
+
+    def measure(what: Callable[..., Any], path: Path, options: dict[str, str], *more: Any) -> Any:
+        """What a warm-up finds, once for all stages that differ in nothing that matters."""
+        kept = {name: value for name, value in options.items() if name not in NO_MATTER}
+        key = json.dumps([str(path), kept, repr(more)])
+        if key not in measured:
+            measured[key] = what(path, options, *more)
+        return measured[key]
+
     for stage in stages:
+        words = list(stage.command)
+        if stage.kind == "speech":  # the hours that it will make
+            given = dict(zip(words, words[1:], strict=False))
+            made[given["--output_folder"]] = float(given["--hours"])
         if stage.kind in ("speech", CODEBOOK_CHECK):
             continue
-        words = list(stage.command)
         place = next(number for number, word in enumerate(words) if word.endswith("train.py"))
         path, options = Path(words[place + 1]), dict(zip(words[place + 3 :: 2], words[place + 4 :: 2], strict=True))
         if stage.kind in ("pretraining", "masking"):
-            key = json.dumps([str(path), {name: value for name, value in options.items() if name not in NO_MATTER}])
-            if key not in measured:
-                measured[key] = warm_up(path, options)
-            speeds[stage.name] = measured[key]
-            costs[stage.name] = _pretraining(path, options, measured[key], stage.devices)
+            speeds[stage.name] = measure(warm_up, path, options)
+            costs[stage.name] = _pretraining(path, options, speeds[stage.name], stage.devices)
             continue
-        if not Path(options["--data_folder"]).is_dir():
+        data = options["--data_folder"]
+        if data not in made and not Path(data).is_dir():
             continue
-        folders = _folders(path, options)
-        if folders not in hours:
-            hours[folders] = sum(corpus_hours(one) for one in folders)
-        speed = next((speeds[name] for name in stage.needs if name in speeds), None)
+        folders = [] if data in made else _folders(path, options)
+        hours |= {folder: corpus_hours(folder) for folder in folders if folder not in hours}
+        heard = made[data] if data in made else sum(hours[folder] for folder in folders)
+        speed = next((speeds[name] for name in stage.needs if name in speeds), FILTERBANK_SPEED)
+        head = measure(warm_up_head, path, options, speed.states, speed.frames)
         cache = options.get("--cache_folder")
-        if cache is not None and cache in caches:  # of another seed: computed already
-            speed = None
+        # of another seed the hidden states are there already
+        costs[stage.name] = _probe(path, options, speed, head, heard, cache is not None and cache in caches)
         caches.add(cache)
-        costs[stage.name] = _probe(path, options, speed, hours[folders])
     return costs
+
+
+def stage_seconds(stages: Sequence[Stage], costs: dict[str, Cost]) -> dict[str, float]:
+    """Seconds that stages will take, each on its devices.
+
+    Arguments
+    ---------
+    stages : sequence of Stage
+    costs : dict
+        As :func:`estimate` gives them.
+
+    Returns
+    -------
+    dict
+        By stage, as far as costs are known.
+    """
+    return {
+        stage.name: START_SECONDS + 3600 * costs[stage.name].device_hours / stage.devices
+        for stage in stages
+        if stage.name in costs
+    }
 
 
 def _value(path: Path, options: dict[str, str], key: str) -> Any:
@@ -140,16 +188,21 @@ def _pretraining(path: Path, options: dict[str, str], speed: Speed, devices: int
     return Cost(updates * update_seconds / speed.training / 3600, size / 1e9)
 
 
-def _probe(path: Path, options: dict[str, str], speed: Speed | None, hours: float) -> Cost:
-    if speed is None:  # filter banks, or hidden states that are there
-        return Cost(0.0, 0.0, whole=False)
-    cached = bool(_value(path, options, "cache_features"))
+def _probe(path: Path, options: dict[str, str], speed: Speed, head: float, hours: float, is_cached: bool) -> Cost:
     folds = FOLDS.get(_value(path, options, "folds"), 1)
-    epochs = 1 if cached else folds * _value(path, options, "number_of_epochs")
+    epochs = folds * _value(path, options, "number_of_epochs")
+    caches = bool(_value(path, options, "cache_features"))
     trained = _value(path, options, "encoder_start_update") is not None
-    seconds = hours * 3600 * epochs / (speed.training if trained else speed.encoding)
-    size = hours * 3600 * speed.state_bytes if cached else 0.0
-    return Cost(seconds / 3600, size / 1e9, whole=False)
+    encoded = 0 if is_cached else 1 if caches else epochs
+    own = hours / (speed.training if trained else speed.encoding)
+    size = hours * 3600 * speed.state_bytes if caches and not is_cached and speed is not FILTERBANK_SPEED else 0.0
+    return Cost(encoded * own + epochs * _label_hours(path, options, hours) / head, size / 1e9)
+
+
+def _label_hours(path: Path, options: dict[str, str], hours: float) -> float:
+    """Hours that an epoch of a head hears; what is validated counts as what is trained."""
+    limit = _value(path, options, "label_hours")
+    return hours if limit is None else min(hours, limit)
 
 
 def warm_up(path: Path, options: dict[str, str]) -> Speed:
@@ -199,7 +252,62 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
     model.eval()
     encoding = seconds / _median_seconds(encode, device)
     parameters = sum(one.numel() for one in model.parameters())
-    return Speed(training, encoding, parameters, 4 * states[0].numel() / seconds)
+    number, rows, frames, channels = states[0].shape
+    return Speed(training, encoding, parameters, (number, channels), rows * frames / seconds)
+
+
+def warm_up_head(path: Path, options: dict[str, str], states: tuple[int, int], frames: float) -> float:
+    """Take a few steps of a probe's head on noise in the place of hidden states, on a GPU if there is one.
+
+    Arguments
+    ---------
+    path : Path
+        The recipe's YAML.
+    options : dict
+        What the command gives, "--key" to text.
+    states : tuple of int
+        Number of hidden states, and their channels.
+    frames : float
+        Of them in a second.
+
+    Returns
+    -------
+    float
+        Audio-seconds a second.
+    """
+    given = {key.removeprefix("--"): yaml.safe_load(value) for key, value in options.items()}
+    stand_in = f"speech_encoder: !new:types.SimpleNamespace\n    num_states: {states[0]}\n    output_dim: {states[1]}\n"
+    text = re.sub(r"^speech_encoder: .*\n(?:    .*\n)*", stand_in, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():  # the YAML sets seeds and makes folders
+        given |= {"data_folder": folder, "output_folder": folder}
+        hparams = load_hyperpyyaml(text, {key: value for key, value in given.items() if key != "cache_folder"})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = float(hparams["max_batch_seconds"])
+    rows = max(min(hparams["max_batch_size"] or math.inf, seconds // UTTERANCE_SECONDS), 1)
+    length = round(UTTERANCE_SECONDS * frames)
+    hidden = torch.randn(states[0], int(rows), length, states[1], device=device)
+    lengths = torch.full((int(rows),), length, device=device)
+    modules = torch.nn.ModuleList()
+    if "mix" in hparams:
+        modules.append(hparams["mix"])
+    if "embedder" in hparams:
+        modules += [hparams["embedder"], hparams["classifier"](num_labels=LABELS)]
+    else:
+        modules.append(hparams["head"](num_labels=LABELS))
+    modules.to(device).train()
+    optimizer = hparams["head_optimizer"](list(modules.parameters()))
+
+    def train() -> None:
+        features, *heads = hidden[-1], *modules
+        if "mix" in hparams:
+            features = heads.pop(0)(hidden, lengths)
+        made = heads.pop(0)(features, lengths)
+        loss = heads[0](made, torch.zeros_like(lengths))[0] if heads else made.float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return rows * UTTERANCE_SECONDS / _median_seconds(train, device)
 
 
 def _median_seconds(step: Callable[[], None], device: torch.device) -> float:
@@ -253,10 +361,9 @@ def cost_table(stages: Sequence[Stage], costs: dict[str, Cost]) -> str:
             lines.append(f"{'?':>12} {'?':>8}  {stage.name}")
             continue
         cost = costs[stage.name]
-        more = "" if cost.whole else " + head"
-        lines.append(f"{cost.device_hours:>12.2f} {cost.gigabytes:>8.2f}  {stage.name}{more}")
+        lines.append(f"{cost.device_hours:>12.2f} {cost.gigabytes:>8.2f}  {stage.name}")
     hours, size = sum(one.device_hours for one in costs.values()), sum(one.gigabytes for one in costs.values())
     unknown = len(stages) - len(costs)
     more = f" and the {unknown} stages marked ?" if unknown else ""
-    lines.append(f"{hours:>12.2f} {size:>8.2f}  in all, without the heads{more}, by a warm-up on this machine")
+    lines.append(f"{hours:>12.2f} {size:>8.2f}  in all{more}, without tests, by a warm-up on this machine")
     return "\n".join(lines)

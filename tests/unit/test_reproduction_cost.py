@@ -72,7 +72,7 @@ def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):
     small = {"--d_model": "48", "--num_heads": "4", "--num_layers": "1", "--max_batch_seconds": "2"}
     bestrq = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "64"})
     wider = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "128"})
-    assert wider.parameters - bestrq.parameters == 64 * 48 + 64
+    assert wider.parameters - bestrq.parameters == 2 * (64 * 48 + 64)  # two codebooks
     assert bestrq.encoding > bestrq.training > 0
     assert bestrq.state_bytes == pytest.approx(4 * 2 * 25 * 48, rel=0.1)  # two states, 25 frames of 48 a second
     assert not list(tmp_path.iterdir())
