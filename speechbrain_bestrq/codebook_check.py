@@ -394,6 +394,7 @@ def check_codebook(
     """
     from speechbrain_bestrq.codebook_plot import draw_codebook_use
     from speechbrain_bestrq.corpora import prepare_corpus, read_manifest
+    from speechbrain_bestrq.corpora.manifest import corpus_name
     from speechbrain_bestrq.recipe import load_recipe
 
     if not minutes > 0.0:
@@ -431,7 +432,9 @@ def check_codebook(
             f"{corpus}: {use.frames} frames of speech in {heard:.1f} minutes are too few to judge a codebook of "
             f"{quantizer.codebook_size}, whose perplexity they bound: {use.frames_needed} are needed; {remedy}."
         )
-    title = f"{Path(hparams_file).name} on {corpus}: {heard:.1f} minutes, {use.frames:,} frames of speech"
+    # a picture is shown elsewhere: it bears what the recordings are, and no path of this machine
+    name = Path(manifest).name if data_folder is None else corpus_name(data_folder, Path(data_folder).resolve().name)
+    title = f"{Path(hparams_file).name} on {name}: {heard:.1f} minutes, {use.frames:,} frames of speech"
     return {
         "status": verdict.status,
         "reasons": list(verdict.reasons),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import soundfile
 import torch
 
+from speechbrain_bestrq import codebook_plot
 from speechbrain_bestrq.audio import AudioTable
 from speechbrain_bestrq.cli import main
 from speechbrain_bestrq.codebook_check import (
@@ -270,6 +272,22 @@ def test_the_command_passes_on_varied_audio_and_writes_into_its_folder_alone(cor
     assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["check"]
     assert {path.name for path in (tmp_path / "check").iterdir()} == {"codebook.png", "manifests"}
+
+
+def test_the_picture_bears_the_true_name_of_the_corpus_and_no_path(corpus, manifest, tmp_path, monkeypatch):
+    titles = []
+    draw = codebook_plot.draw_codebook_use
+    monkeypatch.setattr(
+        codebook_plot, "draw_codebook_use", lambda use, path, title: titles.append(title) or draw(use, path, title)
+    )
+    named = tmp_path / "named" / "LibriSpeech"
+    shutil.copytree(corpus, named)
+    (named / "CORPUS.json").write_text('{"name": "syllables"}')
+    for source in (["--data_folder", str(named)], ["--data_folder", str(corpus)], ["--manifest", str(manifest)]):
+        words = ["check-codebook", HPARAMS, *source, "--corpus", "folder", *SMALL]
+        main([*words, "--output_folder", str(tmp_path / "check")])
+    names = [title.partition(" on ")[2].partition(":")[0] for title in titles]
+    assert names == ["syllables", "audio", "manifest.csv"]
 
 
 def test_the_command_fails_on_tones_with_reason_and_remedy(tmp_path, capsys):
