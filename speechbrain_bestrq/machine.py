@@ -47,8 +47,8 @@ def package_versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, None where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of this checkout, "-dirty" behind it where tracked files have changed; None where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
