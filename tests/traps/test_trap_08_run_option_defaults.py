@@ -32,7 +32,7 @@ def test_the_yamls_settings_reach_the_brain(toy, tmp_path, monkeypatch, given):
     monkeypatch.setattr(recipe, "PretrainingBrain", Brain)
     yaml = (RECIPE / "hparams" / "bestrq_small.yaml").read_text(encoding="utf-8")
     settings = {"precision": "bf16", "grad_accumulation_factor": 2, "max_grad_norm": 7.0, "ckpt_interval_steps": 321}
-    for name, value in (settings | {" +num_layers": 1}).items():
+    for name, value in (settings | {"num_layers": 1}).items():
         yaml, found = re.subn(rf"(?m)^({name}): .*$", rf"\1: {value}", yaml)
         assert found == 1, name
     (tmp_path / "toy.yaml").write_text(yaml, encoding="utf-8")
