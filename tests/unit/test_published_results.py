@@ -52,7 +52,7 @@ EVIDENCE = sorted(path.parent for path in RESULTS.glob("*/evidence.json"))
 
 
 def test_all_evidence_is_there():
-    assert [folder.name for folder in EVIDENCE] == ["three_seeds_evidence"]
+    assert [folder.name for folder in EVIDENCE] == ["three_seeds_evidence", "two_kinds_evidence"]
 
 
 @pytest.mark.parametrize("folder", EVIDENCE, ids=lambda folder: folder.name)
