@@ -26,14 +26,9 @@ class CentroidQuantizer(FrameQuantizer):
     input_dim : int
         Size of a frame: stacked features (4 x 80).
     num_components : int
-        Principal components that a codebook sees.
+        Principal components kept.
     codebook_size : int
-        Centres of a codebook.
-    num_codebooks : int
-        The first codebook is of the ``num_components`` components of most variance, the second of as many next to
-        them, and so on: product quantization (Jegou et al., 2011). A head that tells the centres of D components from
-        each other needs no more than D directions of the hidden states, and training leaves no more of them
-        (docs/LOG.md): more codebooks keep more.
+        Centres.
     seed : int
         Of the frames that the centres start from.
     utterance_norm : bool
@@ -44,11 +39,11 @@ class CentroidQuantizer(FrameQuantizer):
     Attributes
     ----------
     projection : Tensor
-        The components, shape (num_codebooks, input_dim, num_components).
+        The components, shape (1, input_dim, num_components).
     offset : Tensor
-        The projected mean, subtracted after the projection, shape (num_codebooks, num_components).
+        The projected mean, subtracted after the projection, shape (1, num_components).
     codebooks : Tensor
-        The centres, shape (num_codebooks, codebook_size, num_components).
+        The centres, shape (1, codebook_size, num_components).
 
     Example
     -------
@@ -63,31 +58,22 @@ class CentroidQuantizer(FrameQuantizer):
         input_dim: int,
         num_components: int = 16,
         codebook_size: int = 256,
-        num_codebooks: int = 1,
         seed: int = 0,
         utterance_norm: bool = True,
         iterations: int = 30,
     ):
-        if not 1 <= num_components * num_codebooks <= input_dim:
-            raise ValueError(
-                f"num_components times num_codebooks is 1 to {input_dim}, the size of a frame, not "
-                f"{num_components} times {num_codebooks}."
-            )
-        super().__init__(input_dim, codebook_size, num_codebooks, utterance_norm, measured=False)
+        if not 1 <= num_components <= input_dim:
+            raise ValueError(f"num_components is 1 to {input_dim}, the size of a frame, not {num_components}.")
+        super().__init__(input_dim, codebook_size, 1, utterance_norm, measured=False)
         self.num_components, self.seed, self.iterations = num_components, seed, iterations
-        for name, shape in (
-            ("projection", (input_dim, num_components)),
-            ("offset", (num_components,)),
-            ("codebooks", (codebook_size, num_components)),
-        ):
-            self.register_buffer(name, torch.full((num_codebooks, *shape), torch.nan, device="cpu"))
+        self.register_buffer("projection", torch.full((1, input_dim, num_components), torch.nan, device="cpu"))
+        self.register_buffer("offset", torch.full((1, num_components), torch.nan, device="cpu"))
+        self.register_buffer("codebooks", torch.full((1, codebook_size, num_components), torch.nan, device="cpu"))
 
     def settings(self) -> dict[str, Any]:
         """What labels are a function of, beside the audio: plain values."""
         names = ("num_components", "codebook_size", "seed", "utterance_norm", "iterations")
-        settings = {"quantizer": type(self).__name__, **{name: getattr(self, name) for name in names}}
-        # named only where there are several: checkpoints from before there was a choice stay what they are
-        return {**settings, "num_codebooks": self.num_codebooks} if self.num_codebooks > 1 else settings
+        return {"quantizer": type(self).__name__, **{name: getattr(self, name) for name in names}}
 
     def _label(self, x: Tensor, book: int) -> Tensor:
         projected = (x @ self.projection[book] - self.offset[book]).flatten(0, -2)
@@ -116,12 +102,11 @@ class CentroidQuantizer(FrameQuantizer):
             )
         mean = frames.double().mean(0)
         centred = (frames - mean).double()
-        kept = torch.linalg.eigh(centred.t() @ centred)[1][:, -self.num_components * self.num_codebooks :]
-        # the components of most variance are last, and go to the first codebook
-        for book, components in enumerate(reversed(kept.split(self.num_components, dim=1))):
-            self.projection[book] = components
-            self.offset[book] = mean @ components
-            self.codebooks[book] = self._find_centres((centred @ components).float())
+        components = torch.linalg.eigh(centred.t() @ centred)[1][:, -self.num_components :]
+        projected = (centred @ components).float()
+        self.projection[0] = components
+        self.offset[0] = mean @ components
+        self.codebooks[0] = self._find_centres(projected)
         self.measured = True
 
     def _find_centres(self, frames: Tensor) -> Tensor:

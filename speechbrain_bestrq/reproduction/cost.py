@@ -47,8 +47,6 @@ NO_MATTER = {
 FOLDS = {"speaker": 10, "session": 5}
 #: Of a probe's warm-up, and labels of its head.
 UTTERANCE_SECONDS, LABELS = 5.0, 30
-#: Before a stage trains: Python's own start, and reading the data.
-START_SECONDS = 15.0
 #: Bytes of a parameter: alone, and with a step of AdamW and its two moments in a checkpoint.
 ENCODER_BYTES, CHECKPOINT_BYTES = 4, 12
 #: Checkpoints that a run keeps at most.
@@ -140,27 +138,6 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
         costs[stage.name] = _probe(path, options, speed, head, heard, cache is not None and cache in caches)
         caches.add(cache)
     return costs
-
-
-def stage_seconds(stages: Sequence[Stage], costs: dict[str, Cost]) -> dict[str, float]:
-    """Seconds that stages will take, each on its devices.
-
-    Arguments
-    ---------
-    stages : sequence of Stage
-    costs : dict
-        As :func:`estimate` gives them.
-
-    Returns
-    -------
-    dict
-        By stage, as far as costs are known.
-    """
-    return {
-        stage.name: START_SECONDS + 3600 * costs[stage.name].device_hours / stage.devices
-        for stage in stages
-        if stage.name in costs
-    }
 
 
 def _value(path: Path, options: dict[str, str], key: str) -> Any:
