@@ -2,12 +2,20 @@
 
 import argparse
 import json
+import multiprocessing
 import shlex
 import shutil
 import sys
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speechbrain_bestrq.commands import Command
+
+if TYPE_CHECKING:
+    from speechbrain_bestrq.reproduction.cost import Cost
+    from speechbrain_bestrq.reproduction.stages import Stage
 
 _CORPORA = ("librispeech", "voxceleb", "iemocap", "slurp")
 
@@ -44,10 +52,10 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.errors import InputError
     from speechbrain_bestrq.locking import sole_writer
-    from speechbrain_bestrq.reproduction.cost import cost_table, estimate
+    from speechbrain_bestrq.reproduction.cost import cost_table, estimate, expected_seconds
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
     from speechbrain_bestrq.reproduction.report import reproduction_text, write_reproduction
-    from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, check_devices, run_stages
+    from speechbrain_bestrq.reproduction.stages import CPU, LEFT_OUT, StageState, check_devices, run_stages
     from speechbrain_bestrq.reproduction.tables import write_plan
 
     preset = read_preset(arguments.preset)
@@ -68,16 +76,20 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options, extra_folders)
     devices = arguments.devices.split(",") if arguments.devices else [None]
     check_devices(stages, devices)
-    if arguments.dry_run:
-        state = StageState(stages, folder)
-        for stage in stages:
-            print(f"{stage.name}{' (done)' if state.is_done(stage.name) else ''}\n    {shlex.join(stage.command)}")
-        left = [stage for stage in stages if not state.is_done(stage.name)]
-        print(f"\n{cost_table(left, estimate(left))}\n{len(left)} of {len(stages)} stages to run in {folder}")
-        return 0
+    state = StageState(stages, folder)
+    done = {stage.name for stage in stages if state.is_done(stage.name)}
+    left = [stage for stage in stages if stage.name not in done]
+    on_cpu = devices.count(CPU)
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
+
+    if arguments.dry_run:
+        for stage in stages:
+            print(f"{stage.name}{' (done)' if stage.name in done else ''}\n    {shlex.join(stage.command)}")
+        print(f"\n{cost_table(left, estimate(stages, done, on_cpu))}")
+        print(f"{len(left)} of {len(stages)} stages to run in {folder}")
+        return 0
 
     with sole_writer(folder, "--output_folder"):
         write_plan(
@@ -86,9 +98,13 @@ def _reproduce(arguments: argparse.Namespace) -> int:
             preset,
             sorted({*corpora, *preset.get("synthetic", ())}),
             shlex.join(["sb-bestrq", *sys.argv[1:]]),
-            StageState(stages, folder).marks,
+            state.marks,
         )
-        failed = run_stages(stages, folder, tell, devices)
+        expected = {}
+        if left:
+            tell("trying how fast this machine is, to tell how long it will take")
+            expected = expected_seconds(stages, _estimate_apart(stages, done, on_cpu, tell))
+        failed = run_stages(stages, folder, tell, devices, expected)
         files = write_reproduction(folder)
     if arguments.json:
         print(json.dumps({"files": {name: str(path) for name, path in files.items()}, "failed": failed}, indent=2))
@@ -103,6 +119,20 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         also = f", and {others} that need {'it' if len(broken) == 1 else 'them'}" if others else ""
         tell(f"{len(broken)} of {len(stages)} stages failed{also}: mend what they say, and give the command again.")
     return 1 if failed else 0
+
+
+def _estimate_apart(
+    stages: "Sequence[Stage]", done: Collection[str], on_cpu: int, tell: Callable[[str], None]
+) -> "dict[str, Cost]":
+    """The costs, from a process of its own: this one will hold no GPU while the stages run."""
+    from speechbrain_bestrq.reproduction.cost import estimate
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(estimate, stages, done, on_cpu).result()
+        except Exception as error:  # the stages themselves will say what is wrong, each for itself
+            tell(f"no: {' '.join(str(error).split())[:200]}; the time left is told when a stage has ended")
+            return {}
 
 
 COMMAND = Command(

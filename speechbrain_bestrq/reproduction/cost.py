@@ -7,7 +7,8 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from speechbrain_bestrq.corpora import AUDIO_EXTENSIONS
 from speechbrain_bestrq.corpora._audio_files import walk_files
 from speechbrain_bestrq.pretraining_model import PretrainingModel
 from speechbrain_bestrq.reproduction.plan import CODEBOOK_CHECK, yaml_value
-from speechbrain_bestrq.reproduction.stages import Stage
+from speechbrain_bestrq.reproduction.stages import Stage, cpu_threads
 
 #: Seconds of the warm-up's batch, at most those of a run's own.
 WARM_UP_SECONDS = 20.0
@@ -49,6 +50,8 @@ FOLDS = {"speaker": 10, "session": 5}
 UTTERANCE_SECONDS, LABELS = 5.0, 30
 #: Bytes of a parameter: alone, and with a step of AdamW and its two moments in a checkpoint.
 ENCODER_BYTES, CHECKPOINT_BYTES = 4, 12
+#: For a recipe's program to start and to read its corpus.
+START_SECONDS = 10.0
 #: Checkpoints that a run keeps at most.
 CHECKPOINTS = 3
 
@@ -84,18 +87,23 @@ class Speed:
 FILTERBANK_SPEED = Speed(math.inf, math.inf, 0, (1, 320))
 
 
-def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
+def estimate(stages: Sequence[Stage], done: Collection[str] = (), on_cpu: int = 0) -> dict[str, Cost]:
     """Estimate the stages that train something.
 
     Arguments
     ---------
     stages : sequence of Stage
         Of a plan.
+    done : collection of str, optional
+        Names of those that cost nothing any more.
+    on_cpu : int, optional
+        So many stages will share the cores of the CPU, and leave GPUs alone. 0: each has a GPU, if
+        there is one, or all cores.
 
     Returns
     -------
     dict
-        By stage. Those that make speech or look at labels are missing, minutes each.
+        By stage. The done ones are missing, and those that make speech or look at labels, minutes each.
     """
     speeds: dict[str, Speed] = {}
     measured: dict[str, Any] = {}
@@ -103,13 +111,16 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
     hours: dict[Path, float] = {}
     caches: set[str | None] = set()
     costs = {}
+    device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+    needed = {name for stage in stages if stage.name not in done for name in (stage.name, *stage.needs)}
 
     def measure(what: Callable[..., Any], path: Path, options: dict[str, str], *more: Any) -> Any:
         """What a warm-up finds, once for all stages that differ in nothing that matters."""
         kept = {name: value for name, value in options.items() if name not in NO_MATTER}
         key = json.dumps([str(path), kept, repr(more)])
         if key not in measured:
-            measured[key] = what(path, options, *more)
+            with torch_threads(cpu_threads(on_cpu) if on_cpu else torch.get_num_threads()):
+                measured[key] = what(path, options, device, *more)
         return measured[key]
 
     for stage in stages:
@@ -122,8 +133,14 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
         place = next(number for number, word in enumerate(words) if word.endswith("train.py"))
         path, options = Path(words[place + 1]), dict(zip(words[place + 3 :: 2], words[place + 4 :: 2], strict=True))
         if stage.kind in ("pretraining", "masking"):
-            speeds[stage.name] = measure(warm_up, path, options)
-            costs[stage.name] = _pretraining(path, options, speeds[stage.name], stage.devices)
+            if stage.name in needed:
+                speeds[stage.name] = measure(warm_up, path, options)
+            if stage.name not in done:
+                costs[stage.name] = _pretraining(path, options, speeds[stage.name], stage.devices)
+            continue
+        cache = options.get("--cache_folder")
+        if stage.name in done:
+            caches.add(cache)
             continue
         data = options["--data_folder"]
         if data not in made and not Path(data).is_dir():
@@ -133,7 +150,6 @@ def estimate(stages: Sequence[Stage]) -> dict[str, Cost]:
         heard = made[data] if data in made else sum(hours[folder] for folder in folders)
         speed = next((speeds[name] for name in stage.needs if name in speeds), FILTERBANK_SPEED)
         head = measure(warm_up_head, path, options, speed.states, speed.frames)
-        cache = options.get("--cache_folder")
         # of another seed the hidden states are there already
         costs[stage.name] = _probe(path, options, speed, head, heard, cache is not None and cache in caches)
         caches.add(cache)
@@ -182,8 +198,19 @@ def _label_hours(path: Path, options: dict[str, str], hours: float) -> float:
     return hours if limit is None else min(hours, limit)
 
 
-def warm_up(path: Path, options: dict[str, str]) -> Speed:
-    """Take a few steps of a pre-training on noise, on a GPU if there is one.
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Let torch compute with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def warm_up(path: Path, options: dict[str, str], device: torch.device) -> Speed:
+    """Take a few steps of a pre-training on noise.
 
     Arguments
     ---------
@@ -191,6 +218,7 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
         Its YAML.
     options : dict
         What the command gives, "--key" to text.
+    device : torch.device
 
     Returns
     -------
@@ -202,7 +230,6 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
         tempfile.TemporaryDirectory() as folder,
     ):  # the YAML's objects make folders
         hparams = load_hyperpyyaml(file, {**given, "data_folder": folder, "output_folder": folder})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: PretrainingModel = hparams["model"].to(device)
     generator = torch.Generator().manual_seed(0)
     seconds = min(WARM_UP_SECONDS, float(hparams["max_batch_seconds"]))
@@ -233,8 +260,10 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
     return Speed(training, encoding, parameters, (number, channels), rows * frames / seconds)
 
 
-def warm_up_head(path: Path, options: dict[str, str], states: tuple[int, int], frames: float) -> float:
-    """Take a few steps of a probe's head on noise in the place of hidden states, on a GPU if there is one.
+def warm_up_head(
+    path: Path, options: dict[str, str], device: torch.device, states: tuple[int, int], frames: float
+) -> float:
+    """Take a few steps of a probe's head on noise in the place of hidden states.
 
     Arguments
     ---------
@@ -242,6 +271,7 @@ def warm_up_head(path: Path, options: dict[str, str], states: tuple[int, int], f
         The recipe's YAML.
     options : dict
         What the command gives, "--key" to text.
+    device : torch.device
     states : tuple of int
         Number of hidden states, and their channels.
     frames : float
@@ -258,7 +288,6 @@ def warm_up_head(path: Path, options: dict[str, str], states: tuple[int, int], f
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():  # the YAML sets seeds and makes folders
         given |= {"data_folder": folder, "output_folder": folder}
         hparams = load_hyperpyyaml(text, {key: value for key, value in given.items() if key != "cache_folder"})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = float(hparams["max_batch_seconds"])
     rows = max(min(hparams["max_batch_size"] or math.inf, seconds // UTTERANCE_SECONDS), 1)
     length = round(UTTERANCE_SECONDS * frames)
@@ -317,6 +346,27 @@ def corpus_hours(folder: Path) -> float:
     some = random.Random(0).sample(paths, min(SAMPLE, len(paths)))
     seconds = statistics.fmean(soundfile.info(path).duration for path in some)
     return len(paths) * seconds / 3600
+
+
+def expected_seconds(stages: Sequence[Stage], costs: Mapping[str, Cost]) -> dict[str, float]:
+    """How long stages will take, from their costs: their programs have to start, too.
+
+    Arguments
+    ---------
+    stages : sequence of Stage
+    costs : mapping
+        As :func:`estimate` gives them.
+
+    Returns
+    -------
+    dict
+        By stage.
+    """
+    return {
+        stage.name: START_SECONDS + 3600 * costs[stage.name].device_hours / stage.devices
+        for stage in stages
+        if stage.name in costs
+    }
 
 
 def cost_table(stages: Sequence[Stage], costs: dict[str, Cost]) -> str:

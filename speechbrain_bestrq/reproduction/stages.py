@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import time
 import uuid
@@ -21,6 +20,7 @@ import yaml
 from speechbrain_bestrq.errors import USER_ERROR, InputError
 from speechbrain_bestrq.locking import sole_writer
 from speechbrain_bestrq.machine import commit
+from speechbrain_bestrq.reproduction.time_left import left_text
 from speechbrain_bestrq.writing import write_text
 
 #: What a finished stage leaves in its folder.
@@ -158,25 +158,9 @@ class StageState:
         except (OSError, ValueError):
             return {}
 
-    def expected_seconds(self, spent: Mapping[str, float]) -> float | None:
-        """How long some stages will still take, by the mean of the finished ones of their kind.
-
-        Of a kind that has none, by the mean of all kinds; None if no stage is finished.
-
-        Arguments
-        ---------
-        spent : mapping
-            Of each stage, for how long it has been running.
-        """
-        known: dict[str, list[float]] = {}
-        for name, stage in self.stages.items():
-            if (seconds := self._record(name).get("seconds")) is not None:
-                known.setdefault(stage.kind, []).append(seconds)
-        if not known:
-            return None
-        means = {kind: statistics.fmean(seconds) for kind, seconds in known.items()}
-        usual = statistics.fmean(means.values())
-        return sum(max(means.get(self.stages[name].kind, usual) - gone, 0.0) for name, gone in spent.items())
+    def seconds(self, name: str) -> float | None:
+        """How long a stage took when it was done last; None if it never was."""
+        return self._record(name).get("seconds")
 
 
 def _governing(command: Sequence[str]) -> list[str]:
@@ -236,11 +220,17 @@ def check_devices(stages: Sequence[Stage], devices: Sequence[str | None]) -> Non
         raise InputError(f"{many[0].name} takes {many[0].devices} GPUs: give so many as --devices, or none.")
 
 
+def cpu_threads(at_once: int) -> int:
+    """How many threads each stage computes with where so many share the cores."""
+    return max(len(os.sched_getaffinity(0)) // at_once, 1)
+
+
 def run_stages(
     stages: Sequence[Stage],
     folder: Path,
     report: Callable[[str], None],
     devices: Sequence[str | None] = (None,),
+    expected: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
     """Run what is not done yet; a stage that fails keeps those that need it from running, and no others.
 
@@ -259,6 +249,8 @@ def run_stages(
         Values of ``CUDA_VISIBLE_DEVICES``: stages run at once, each on as many as it
         takes. (None,) runs one after another and leaves the variable as it is; "cpu" hides the
         GPUs, and stages at once share the cores: two that take all slow each other down.
+    expected : mapping, optional
+        Seconds that stages will take, for the time left.
 
     Returns
     -------
@@ -281,6 +273,15 @@ def run_stages(
     waiting, running = deque(stage for stage in stages if stage.name not in done), []
     failed: dict[str, str] = {}
     idle, told = list(devices), time.monotonic()
+
+    def left(next_ones: Iterable[Stage]) -> str:
+        now = time.monotonic()
+        spent = {one.stage.name: now - one.started for one in running} | dict.fromkeys(
+            (one.name for one in next_ones), 0.0
+        )
+        taken = {name: seconds for name in state.stages if (seconds := state.seconds(name)) is not None}
+        return left_text(stages, spent, taken, expected or {}, len(devices))
+
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or running:
@@ -295,8 +296,8 @@ def run_stages(
                 ):
                     waiting.remove(stage)
                     number = len(stages) - len(waiting)
-                    left = _left(state, running, [stage, *waiting], len(devices))
-                    report(f"[{number}/{len(stages)}] {stage.name}{left and f', {left}'}")
+                    minutes = left([stage, *waiting])
+                    report(f"[{number}/{len(stages)}] {stage.name}{minutes and f', {minutes}'}")
                     taken = [idle.pop(0) for _ in range(1 if own else stage.devices)]
                     try:
                         _wait_until_free(state.folder_of(stage.name))
@@ -313,8 +314,8 @@ def run_stages(
                 told = time.monotonic()
                 for one in running:
                     report(f"    {one.stage.name}: {_last_line(state.folder_of(one.stage.name) / LOG_FILE)}")
-                if left := _left(state, running, waiting, len(devices)):
-                    report(f"    {left}")
+                if minutes := left(waiting):
+                    report(f"    {minutes}")
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 idle += one.devices
@@ -350,23 +351,13 @@ def _signals_waiting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _left(state: StageState, running: Iterable[_Running], waiting: Iterable[Stage], at_once: int) -> str:
-    now = time.monotonic()
-    spent = {one.stage.name: now - one.started for one in running} | {stage.name: 0.0 for stage in waiting}
-    seconds = state.expected_seconds(spent)
-    if seconds is None:
-        return ""
-    minutes = seconds / at_once / 60
-    return f"about {minutes:.0f} minutes left" if minutes >= 1.5 else "about a minute left"
-
-
 def _start(stage: Stage, state: StageState, devices: list[str | None], at_once: int) -> _Running:
     folder = state.folder_of(stage.name)
     state.begin(stage.name)
     environment = dict(os.environ)
     if CPU in devices:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-        environment["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // at_once, 1))
+        environment["OMP_NUM_THREADS"] = str(cpu_threads(at_once))
     elif devices != [None]:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     with open(folder / LOG_FILE, "a", encoding="utf-8") as log:

@@ -3,16 +3,20 @@
 import re
 
 import pytest
+import torch
 
 from speechbrain_bestrq import cli
 from speechbrain_bestrq.reproduction import cost
 from speechbrain_bestrq.reproduction.cost import Speed
 from speechbrain_bestrq.reproduction.plan import RECIPES, make_plan, read_preset
+from speechbrain_bestrq.reproduction.stages import cpu_threads
+
+CPU = torch.device("cpu")
 
 
 def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, (10, 100)))
-    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
+    monkeypatch.setattr(cost, "warm_up", lambda path, options, device: Speed(60.0, 240.0, 5_000_000, (10, 100)))
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, device, states, frames: 1200.0)
     folder = tmp_path / "out"
     assert cli.main(["reproduce", "--preset", "demo", "--output_folder", str(folder), "--dry_run"]) == 0
     printed = capsys.readouterr().out
@@ -27,8 +31,8 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monke
 
 
 def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, monkeypatch):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, (10, 100)))
-    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
+    monkeypatch.setattr(cost, "warm_up", lambda path, options, device: Speed(60.0, 240.0, 5_000_000, (10, 100)))
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, device, states, frames: 1200.0)
     noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
     preset = {**read_preset("small"), "updates": [600]}
     preset["tasks"] = {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}
@@ -58,20 +62,60 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours * (1 / 240 + 1 / 1200))
 
 
+def test_what_is_done_costs_nothing_and_its_encoder_is_known_still(tmp_path, toy, monkeypatch):
+    warmed = []
+
+    def warm_up(path, options, device):
+        warmed.append(path.stem)
+        return Speed(60.0, 240.0, 5_000_000, (10, 100))
+
+    monkeypatch.setattr(cost, "warm_up", warm_up)
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, device, states, frames: 1200.0)
+    noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
+    preset = {**read_preset("small"), "tasks": {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}}
+    stages = make_plan(preset, {"librispeech": noise, "slurp": noise}, tmp_path / "out")
+    before = cost.estimate(stages)
+    done = {stage.name for stage in stages if stage.kind == "pretraining" or stage.name.startswith("intent-frozen/w")}
+    done |= {"intent-frozen/bestrq-720/1"}
+    warmed.clear()
+    after = cost.estimate(stages, done)
+    assert after == {name: costs for name, costs in before.items() if name not in done}
+    assert warmed == ["bestrq_small"]  # for the probes that listen with it; no one does with the other any more
+
+
+@pytest.mark.parametrize("on_cpu", [0, 1, 2])
+def test_the_warm_up_computes_with_the_threads_that_a_stage_will_have(tmp_path, monkeypatch, on_cpu):
+    seen = []
+
+    def warm_up(path, options, device):
+        seen.append((device.type, torch.get_num_threads()))
+        return Speed(60.0, 240.0, 5_000_000, (10, 100))
+
+    monkeypatch.setattr(cost, "warm_up", warm_up)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_num_threads()
+    cost.estimate(make_plan({**read_preset("small"), "tasks": {}}, {"librispeech": tmp_path}, tmp_path), (), on_cpu)
+    assert set(seen) == {("cpu", cpu_threads(on_cpu)) if on_cpu else ("cuda", before)}
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_pre_training_costs_the_same_device_hours_on_any_number_of_devices(tmp_path, monkeypatch, devices):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options: Speed(60.0, 240.0, 5_000_000, (10, 100)))
+    monkeypatch.setattr(cost, "warm_up", lambda path, options, device: Speed(60.0, 240.0, 5_000_000, (10, 100)))
     preset = {**read_preset("small"), "tasks": {}}
-    found = cost.estimate(make_plan(preset, {"librispeech": tmp_path}, tmp_path, pretraining_devices=devices))
+    stages = make_plan(preset, {"librispeech": tmp_path}, tmp_path, pretraining_devices=devices)
+    found = cost.estimate(stages)
     assert found["pretraining/bestrq"].device_hours == pytest.approx(720 * 100 / 60 / 3600)
+    seconds = cost.expected_seconds(stages, found)
+    assert seconds == {name: pytest.approx(cost.START_SECONDS + 1200 / devices) for name in found}
 
 
 def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hparams = RECIPES / "LibriSpeech" / "pretrain" / "hparams"
     small = {"--d_model": "48", "--num_heads": "4", "--num_layers": "1", "--max_batch_seconds": "2"}
-    bestrq = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "64"})
-    wider = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "128"})
+    bestrq = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "64"}, CPU)
+    wider = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "128"}, CPU)
     assert wider.parameters - bestrq.parameters == 2 * (64 * 48 + 64)  # two codebooks
     assert bestrq.encoding > bestrq.training > 0
     assert bestrq.state_bytes == pytest.approx(4 * 2 * 25 * 48, rel=0.1)  # two states, 25 frames of 48 a second
@@ -83,5 +127,5 @@ def test_a_heads_warm_up_trains_the_recipes_own_head(recipe, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     path = RECIPES / recipe / "hparams" / "probe_small.yaml"
     options = {"--encoder": "random:/nowhere", "--max_batch_seconds": "5", "--max_batch_size": "1"}
-    assert 0 < cost.warm_up_head(path, options, (3, 16), 25.0) < float("inf")
+    assert 0 < cost.warm_up_head(path, options, CPU, (3, 16), 25.0) < float("inf")
     assert not list(tmp_path.iterdir())

@@ -200,12 +200,17 @@ def test_while_a_stage_runs_the_time_left_is_told_and_shrinks(tmp_path, monkeypa
     state = StageState(stages, tmp_path)
     state.begin("train/a")
     state.set_done("train/a", 600.0)
-    assert state.expected_seconds({"train/b": 200.0, "train/c": 0.0}) == 1000.0
-    assert state.expected_seconds({"train/b": 900.0}) == 0.0
     (tmp_path / "train" / "a" / "results.json").write_text("{}")
     lines = []
     assert run_stages(stages, tmp_path, lines.append) == {}
     assert lines[1] == "[2/3] train/b, about 20 minutes left" and "    about 20 minutes left" in lines[2:]
+
+
+def test_what_is_expected_is_told_from_the_first_second(tmp_path):
+    lines = []
+    stages = [stage(tmp_path, "train/a"), stage(tmp_path, "probe/a", needs=("train/a",))]
+    run_stages(stages, tmp_path, lines.append, expected={"train/a": 240.0, "probe/a": 60.0})
+    assert lines[0] == "[1/2] train/a, about 5 minutes left"
 
 
 def test_on_several_devices_stages_run_at_once(tmp_path):
