@@ -1,4 +1,4 @@
-"""Where float32 has to stay float32."""
+"""Where float32 has to stay float32, and where bfloat16 is faster."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,3 +42,26 @@ def full_precision(device_type: str) -> Iterator[None]:
             torch.set_float32_matmul_precision(previous_of_old_name)
         for backend, precision in zip(backends, previous, strict=True):
             backend.fp32_precision = precision
+
+
+def native_precision() -> str:
+    """Say in which precision this machine trains fast: in bfloat16, if it multiplies in that.
+
+    GPUs do since Ampere, CPUs that have AVX512_BF16 or AMX; on others bfloat16 is emulated, and slower than
+    float32. For YAMLs of models that are trained on either (``precision: !apply:...``).
+
+    Returns
+    -------
+    str
+        "bf16" or "fp32".
+
+    Example
+    -------
+    >>> native_precision() in ("bf16", "fp32")
+    True
+    """
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # before PyTorch 2.11 the public way to ask is not there
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"

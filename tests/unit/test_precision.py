@@ -1,9 +1,9 @@
-"""Full precision begins and ends where it is asked for."""
+"""Full precision begins and ends where it is asked for; the fast one is what the machine has."""
 
 import pytest
 import torch
 
-from speechbrain_bestrq.precision import full_precision
+from speechbrain_bestrq.precision import full_precision, native_precision
 
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
@@ -70,3 +70,25 @@ def test_a_users_older_way_to_allow_reduced_products_still_reads_as_set():
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    "gpu, gpu_multiplies, avx512_bf16, amx, expected",
+    [
+        (True, True, False, False, "bf16"),
+        (True, False, True, True, "fp32"),  # a V100 in a new machine
+        (False, None, True, False, "bf16"),
+        (False, None, False, True, "bf16"),
+        (False, None, False, False, "fp32"),
+    ],
+)
+def test_bfloat16_is_chosen_where_the_machine_multiplies_in_it(
+    monkeypatch, gpu, gpu_multiplies, avx512_bf16, amx, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_multiplies or including_emulation
+    )
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert native_precision() == expected
