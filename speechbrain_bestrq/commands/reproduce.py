@@ -3,6 +3,7 @@
 import argparse
 import json
 import multiprocessing
+import os
 import shlex
 import shutil
 import sys
@@ -52,10 +53,10 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.errors import InputError
     from speechbrain_bestrq.locking import sole_writer
-    from speechbrain_bestrq.reproduction.cost import cost_table, estimate, expected_seconds
+    from speechbrain_bestrq.reproduction.cost import cost_table, expected_seconds
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
     from speechbrain_bestrq.reproduction.report import reproduction_text, write_reproduction
-    from speechbrain_bestrq.reproduction.stages import CPU, LEFT_OUT, StageState, check_devices, run_stages
+    from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, check_devices, run_stages
     from speechbrain_bestrq.reproduction.tables import write_plan
 
     preset = read_preset(arguments.preset)
@@ -79,7 +80,6 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     state = StageState(stages, folder)
     done = {stage.name for stage in stages if state.is_done(stage.name)}
     left = [stage for stage in stages if stage.name not in done]
-    on_cpu = devices.count(CPU)
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -87,7 +87,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         for stage in stages:
             print(f"{stage.name}{' (done)' if stage.name in done else ''}\n    {shlex.join(stage.command)}")
-        print(f"\n{cost_table(left, estimate(stages, done, on_cpu))}")
+        print(f"\n{cost_table(left, _estimate_apart(stages, done, devices, tell))}")
         print(f"{len(left)} of {len(stages)} stages to run in {folder}")
         return 0
 
@@ -103,7 +103,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         expected = {}
         if left:
             tell("trying how fast this machine is, to tell how long it will take")
-            expected = expected_seconds(stages, _estimate_apart(stages, done, on_cpu, tell))
+            expected = expected_seconds(stages, _estimate_apart(stages, done, devices, tell))
         failed = run_stages(stages, folder, tell, devices, expected)
         files = write_reproduction(folder)
     if arguments.json:
@@ -122,17 +122,23 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _estimate_apart(
-    stages: "Sequence[Stage]", done: Collection[str], on_cpu: int, tell: Callable[[str], None]
+    stages: "Sequence[Stage]", done: Collection[str], devices: Sequence[str | None], tell: Callable[[str], None]
 ) -> "dict[str, Cost]":
-    """The costs, from a process of its own: this one will hold no GPU while the stages run."""
+    """The costs, from a process that sees what a stage will see: this one will hold no GPU while the stages run."""
     from speechbrain_bestrq.reproduction.cost import estimate
+    from speechbrain_bestrq.reproduction.stages import device_environment, end_with_parent
 
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(estimate, stages, done, on_cpu).result()
-        except Exception as error:  # the stages themselves will say what is wrong, each for itself
-            tell(f"no: {' '.join(str(error).split())[:200]}; the time left is told when a stage has ended")
-            return {}
+    before = dict(os.environ)
+    os.environ |= device_environment(devices[:1], len(devices))
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent, (os.getpid(),)) as process:
+            return process.submit(estimate, stages, done).result()
+    except Exception as error:  # the stages themselves will say what is wrong, each for itself
+        tell(f"what it will cost cannot be told: {' '.join(str(error).split())[:200]}")
+        return {}
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 COMMAND = Command(

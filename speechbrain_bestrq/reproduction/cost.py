@@ -7,8 +7,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from speechbrain_bestrq.corpora import AUDIO_EXTENSIONS
 from speechbrain_bestrq.corpora._audio_files import walk_files
 from speechbrain_bestrq.pretraining_model import PretrainingModel
 from speechbrain_bestrq.reproduction.plan import CODEBOOK_CHECK, yaml_value
-from speechbrain_bestrq.reproduction.stages import Stage, cpu_threads
+from speechbrain_bestrq.reproduction.stages import Stage
 
 #: Seconds of the warm-up's batch, at most those of a run's own.
 WARM_UP_SECONDS = 20.0
@@ -67,15 +66,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a warm-up found, audio-seconds a second on one device, and the sizes that go with it."""
+    """What a warm-up found, and the sizes that go with it."""
 
     training: float
+    """Audio-seconds a second of a pre-training on one device."""
     encoding: float
+    """Audio-seconds a second of the encoder alone, in float32."""
     parameters: int
     states: tuple[int, int]
     """Number of hidden states, and their channels."""
     frames: float = 25.0
     """Of them in a second."""
+    fine_tuning: float = math.inf
+    """Audio-seconds a second, of the encoder alone, there and back."""
 
     @property
     def state_bytes(self) -> float:
@@ -87,7 +90,7 @@ class Speed:
 FILTERBANK_SPEED = Speed(math.inf, math.inf, 0, (1, 320))
 
 
-def estimate(stages: Sequence[Stage], done: Collection[str] = (), on_cpu: int = 0) -> dict[str, Cost]:
+def estimate(stages: Sequence[Stage], done: Collection[str] = ()) -> dict[str, Cost]:
     """Estimate the stages that train something.
 
     Arguments
@@ -96,9 +99,6 @@ def estimate(stages: Sequence[Stage], done: Collection[str] = (), on_cpu: int = 
         Of a plan.
     done : collection of str, optional
         Names of those that cost nothing any more.
-    on_cpu : int, optional
-        So many stages will share the cores of the CPU, and leave GPUs alone. 0: each has a GPU, if
-        there is one, or all cores.
 
     Returns
     -------
@@ -111,7 +111,6 @@ def estimate(stages: Sequence[Stage], done: Collection[str] = (), on_cpu: int = 
     hours: dict[Path, float] = {}
     caches: set[str | None] = set()
     costs = {}
-    device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     needed = {name for stage in stages if stage.name not in done for name in (stage.name, *stage.needs)}
 
     def measure(what: Callable[..., Any], path: Path, options: dict[str, str], *more: Any) -> Any:
@@ -119,8 +118,7 @@ def estimate(stages: Sequence[Stage], done: Collection[str] = (), on_cpu: int = 
         kept = {name: value for name, value in options.items() if name not in NO_MATTER}
         key = json.dumps([str(path), kept, repr(more)])
         if key not in measured:
-            with torch_threads(cpu_threads(on_cpu) if on_cpu else torch.get_num_threads()):
-                measured[key] = what(path, options, device, *more)
+            measured[key] = what(path, options, *more)
         return measured[key]
 
     for stage in stages:
@@ -187,7 +185,7 @@ def _probe(path: Path, options: dict[str, str], speed: Speed, head: float, hours
     caches = bool(_value(path, options, "cache_features"))
     trained = _value(path, options, "encoder_start_update") is not None
     encoded = 0 if is_cached else 1 if caches else epochs
-    own = hours / (speed.training if trained else speed.encoding)
+    own = hours / (speed.fine_tuning if trained else speed.encoding)
     size = hours * 3600 * speed.state_bytes if caches and not is_cached and speed is not FILTERBANK_SPEED else 0.0
     return Cost(encoded * own + epochs * _label_hours(path, options, hours) / head, size / 1e9)
 
@@ -198,19 +196,8 @@ def _label_hours(path: Path, options: dict[str, str], hours: float) -> float:
     return hours if limit is None else min(hours, limit)
 
 
-@contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Let torch compute with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def warm_up(path: Path, options: dict[str, str], device: torch.device) -> Speed:
-    """Take a few steps of a pre-training on noise.
+def warm_up(path: Path, options: dict[str, str]) -> Speed:
+    """Take a few steps of a pre-training on noise, on a GPU if one is seen.
 
     Arguments
     ---------
@@ -218,7 +205,6 @@ def warm_up(path: Path, options: dict[str, str], device: torch.device) -> Speed:
         Its YAML.
     options : dict
         What the command gives, "--key" to text.
-    device : torch.device
 
     Returns
     -------
@@ -230,40 +216,70 @@ def warm_up(path: Path, options: dict[str, str], device: torch.device) -> Speed:
         tempfile.TemporaryDirectory() as folder,
     ):  # the YAML's objects make folders
         hparams = load_hyperpyyaml(file, {**given, "data_folder": folder, "output_folder": folder})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: PretrainingModel = hparams["model"].to(device)
-    generator = torch.Generator().manual_seed(0)
-    seconds = min(WARM_UP_SECONDS, float(hparams["max_batch_seconds"]))
-    wavs = (0.1 * torch.randn(2, round(seconds / 2 * hparams["sample_rate"]), generator=generator)).to(device)
+    rate, seconds = hparams["sample_rate"], float(hparams["max_batch_seconds"])
+    if device.type == "cpu":  # where a part of a batch is as fast as the whole
+        seconds = min(WARM_UP_SECONDS, seconds)
     if not model.measured:
-        model.measure([(wavs, None)] * math.ceil(STATISTICS_SECONDS / seconds))
+        noise = _noise(min(WARM_UP_SECONDS, seconds), rate, device)
+        model.measure([(noise, None)] * math.ceil(STATISTICS_SECONDS * rate / noise.numel()))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(hparams["precision"])
-    context = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
-    def train() -> None:
-        with context:
-            loss = model(wavs, None).loss
-        loss.backward()
+    def training_speed(seconds: float) -> float:
+        wavs = _noise(seconds, rate, device)
+
+        def train() -> None:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                loss = model(wavs, None).loss
+            loss.backward()
+            model.zero_grad()
+
+        return wavs.numel() / rate / _median_seconds(train, device)
+
+    model.train()
+    training = _of_what_fits(training_speed, seconds)
+    wavs = _noise(min(WARM_UP_SECONDS, seconds), rate, device)
+
+    # what the recipes of the tasks do is in float32
+    def fine_tune() -> None:
+        model.speech_encoder(wavs)[0].square().mean().backward()
         model.zero_grad()
 
     states = []
 
+    @torch.no_grad()
     def encode() -> None:
-        with context, torch.no_grad():
-            states[:] = [model.speech_encoder(wavs)[0]]
+        states[:] = [model.speech_encoder(wavs)[0]]
 
-    model.train()
-    training = seconds / _median_seconds(train, device)
+    fine_tuning = wavs.numel() / rate / _median_seconds(fine_tune, device)
     model.eval()
-    encoding = seconds / _median_seconds(encode, device)
+    encoding = wavs.numel() / rate / _median_seconds(encode, device)
     parameters = sum(one.numel() for one in model.parameters())
     number, rows, frames, channels = states[0].shape
-    return Speed(training, encoding, parameters, (number, channels), rows * frames / seconds)
+    return Speed(training, encoding, parameters, (number, channels), rows * frames / (wavs.numel() / rate), fine_tuning)
 
 
-def warm_up_head(
-    path: Path, options: dict[str, str], device: torch.device, states: tuple[int, int], frames: float
-) -> float:
-    """Take a few steps of a probe's head on noise in the place of hidden states.
+def _of_what_fits(speed: Callable[[float], float], seconds: float) -> float:
+    """Of so many seconds of audio at once, or half as many, and again, where the memory ends."""
+    while True:
+        try:
+            return speed(seconds)
+        except torch.OutOfMemoryError:
+            seconds /= 2
+            if seconds < WARM_UP_SECONDS:
+                raise
+
+
+def _noise(seconds: float, rate: int, device: torch.device) -> torch.Tensor:
+    """Utterances of some ten seconds that are so long together."""
+    rows = max(round(seconds / 10), 1)
+    generator = torch.Generator().manual_seed(0)
+    return (0.1 * torch.randn(rows, round(seconds / rows * rate), generator=generator)).to(device)
+
+
+def warm_up_head(path: Path, options: dict[str, str], states: tuple[int, int], frames: float) -> float:
+    """Take a few steps of a probe's head on noise in the place of hidden states, on a GPU if one is seen.
 
     Arguments
     ---------
@@ -271,7 +287,6 @@ def warm_up_head(
         The recipe's YAML.
     options : dict
         What the command gives, "--key" to text.
-    device : torch.device
     states : tuple of int
         Number of hidden states, and their channels.
     frames : float
@@ -288,6 +303,7 @@ def warm_up_head(
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():  # the YAML sets seeds and makes folders
         given |= {"data_folder": folder, "output_folder": folder}
         hparams = load_hyperpyyaml(text, {key: value for key, value in given.items() if key != "cache_folder"})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = float(hparams["max_batch_seconds"])
     rows = max(min(hparams["max_batch_size"] or math.inf, seconds // UTTERANCE_SECONDS), 1)
     length = round(UTTERANCE_SECONDS * frames)

@@ -286,7 +286,7 @@ class _Plan:
 
     def _add_pretraining(self, name: str, settings: Mapping[str, Any], updates: Sequence[int]) -> None:
         # the preset may name more encoders, to look at with `sb-bestrq report --evidence`
-        steps = sorted({*updates, *yaml.safe_load(settings["options"].get("encoder_at_steps", "[]"))})
+        steps = sorted({*updates, *yaml.safe_load(str(settings["options"].get("encoder_at_steps", [])))})
         given = {**settings["options"], "encoder_at_steps": str(steps), **self._extra()}
         products = tuple(f"encoder@{number}" for number in updates)
         self._add(name, PRETRAINING, settings["yaml"], "librispeech", given, products, ())

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -137,12 +138,30 @@ class StageState:
             while (aside := folder.with_name(f"{folder.name}.before{number}")).exists():
                 number += 1
             folder.rename(aside)
+            record = {}
         folder.mkdir(parents=True, exist_ok=True)
-        self._write(name, {"mark": self.marks[name], "needed": needed, "commit": commit()})
+        begun = {"mark": self.marks[name], "needed": needed, "commit": commit()}
+        if record and "made" not in record:  # taken up again
+            begun["spent"] = record.get("spent")
+        self._write(name, begun)
+
+    def spent(self, name: str) -> float | None:
+        """Seconds that a stage ran before it was begun this time; None if it did, and they are not known."""
+        record = self._record(name)
+        return record.get("spent", 0.0) if record.get("mark") == self.marks[name] else 0.0
+
+    def set_spent(self, name: str, seconds: float) -> None:
+        """Remember for how long a stage ran that has not got to its end: it will go on from there."""
+        before = self.spent(name)
+        self._write(name, {**self._record(name), "spent": None if before is None else before + seconds})
 
     def set_done(self, name: str, seconds: float) -> None:
-        """Remember that a stage is done."""
-        known = {"made": uuid.uuid4().hex, "seconds": seconds, "command": list(self.stages[name].command)}
+        """Remember that a stage is done, after so many seconds this time."""
+        known = {
+            "made": uuid.uuid4().hex,
+            "seconds": (self.spent(name) or 0.0) + seconds,
+            "command": list(self.stages[name].command),
+        }
         self._write(name, {**self._record(name), **known})
 
     def set_failed(self, name: str, why: str) -> None:
@@ -159,8 +178,9 @@ class StageState:
             return {}
 
     def seconds(self, name: str) -> float | None:
-        """How long a stage took when it was done last; None if it never was."""
-        return self._record(name).get("seconds")
+        """How long a done stage took; None if it is not known."""
+        record = self._record(name)
+        return record["seconds"] if self.spent(name) is not None and "made" in record else None
 
 
 def _governing(command: Sequence[str]) -> list[str]:
@@ -220,9 +240,29 @@ def check_devices(stages: Sequence[Stage], devices: Sequence[str | None]) -> Non
         raise InputError(f"{many[0].name} takes {many[0].devices} GPUs: give so many as --devices, or none.")
 
 
-def cpu_threads(at_once: int) -> int:
-    """How many threads each stage computes with where so many share the cores."""
-    return max(len(os.sched_getaffinity(0)) // at_once, 1)
+def device_environment(devices: Sequence[str | None], at_once: int) -> dict[str, str]:
+    """Variables by which a process sees its devices, and no others.
+
+    Arguments
+    ---------
+    devices : sequence of str
+        Of the process: numbers of GPUs, or "cpu"; [None] leaves everything as it is.
+    at_once : int
+        How many processes share the cores, if it is "cpu".
+
+    Returns
+    -------
+    dict
+
+    Example
+    -------
+    >>> device_environment(["4", "7"], 2)
+    {'CUDA_VISIBLE_DEVICES': '4,7'}
+    """
+    if CPU in devices:
+        threads = max(len(os.sched_getaffinity(0)) // at_once, 1)
+        return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    return {} if list(devices) == [None] else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
 
 
 def run_stages(
@@ -276,10 +316,9 @@ def run_stages(
 
     def left(next_ones: Iterable[Stage]) -> str:
         now = time.monotonic()
-        spent = {one.stage.name: now - one.started for one in running} | dict.fromkeys(
-            (one.name for one in next_ones), 0.0
-        )
-        taken = {name: seconds for name in state.stages if (seconds := state.seconds(name)) is not None}
+        spent = {one.stage.name: now - one.started for one in running} | {one.name: 0.0 for one in next_ones}
+        spent = {name: seconds + (state.spent(name) or 0.0) for name, seconds in spent.items()}
+        taken = {name: seconds for name in done if (seconds := state.seconds(name)) is not None}
         return left_text(stages, spent, taken, expected or {}, len(devices))
 
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -324,6 +363,7 @@ def run_stages(
                     done.add(one.stage.name)
                 else:
                     failed[one.stage.name] = why.splitlines()[0]
+                    state.set_spent(one.stage.name, time.monotonic() - one.started)
                     state.set_failed(one.stage.name, why)
                     report(why)
     except KeyboardInterrupt:
@@ -331,6 +371,7 @@ def run_stages(
             one.process.send_signal(signal.SIGTERM)
         for one in running:
             one.process.wait()
+            state.set_spent(one.stage.name, time.monotonic() - one.started)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -354,12 +395,7 @@ def _signals_waiting() -> Iterator[None]:
 def _start(stage: Stage, state: StageState, devices: list[str | None], at_once: int) -> _Running:
     folder = state.folder_of(stage.name)
     state.begin(stage.name)
-    environment = dict(os.environ)
-    if CPU in devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-        environment["OMP_NUM_THREADS"] = str(cpu_threads(at_once))
-    elif devices != [None]:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    environment = {**os.environ, **device_environment(devices, at_once)}
     with open(folder / LOG_FILE, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(stage.command)}\n")
         log.flush()
@@ -371,15 +407,23 @@ def _start(stage: Stage, state: StageState, devices: list[str | None], at_once: 
             stderr=log,
             env=environment,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(end_with_parent, os.getpid()),
         )
     return _Running(stage, process, time.monotonic(), devices)
 
 
-def _end_with_parent() -> None:
-    """Have Linux send SIGTERM when the parent dies, also by SIGKILL: a stage that nobody waits for is in the way."""
+def end_with_parent(parent: int) -> None:
+    """Have Linux send SIGTERM when the parent dies, also by SIGKILL: a stage that nobody waits for is in the way.
+
+    Arguments
+    ---------
+    parent : int
+        Its number. It may have died already.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _wait_until_free(folder: Path) -> None:

@@ -33,7 +33,7 @@ def left_text(
     expected : mapping
         What was expected of stages before, seconds.
     at_once : int
-        How many run at a time.
+        How many devices there are: so many stages run at a time, or fewer that take several.
 
     Returns
     -------
@@ -50,12 +50,13 @@ def left_text(
     if not taken and not expected:
         return ""
     seconds = {name: max(whole - spent[name], 0.0) for name, whole in _whole(stages, spent, taken, expected).items()}
-    ends: dict[str, float] = {}
+    shared, ends = 0.0, dict[str, float]()
     for stage in stages:
+        shared += seconds.get(stage.name, 0.0) * min(stage.devices, at_once) / at_once
         before = max((ends.get(name, 0.0) for name in (*stage.needs, *stage.after)), default=0.0)
         ends[stage.name] = before + seconds.get(stage.name, 0.0)
     # as if all went on to the end without a gap, or, if that is later, one after the other what has to
-    minutes = max(sum(seconds.values()) / at_once, max(ends.values(), default=0.0)) / 60
+    minutes = max(shared, *ends.values()) / 60
     if minutes >= 90:
         return f"about {minutes / 60:.1f} hours left"
     return f"about {minutes:.0f} minutes left" if minutes >= 1.5 else "about a minute left"

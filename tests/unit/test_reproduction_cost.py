@@ -1,22 +1,30 @@
 """What a reproduction will cost follows from a warm-up of what its commands train."""
 
+import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from speechbrain_bestrq import cli
+from speechbrain_bestrq.commands import reproduce
 from speechbrain_bestrq.reproduction import cost
 from speechbrain_bestrq.reproduction.cost import Speed
 from speechbrain_bestrq.reproduction.plan import RECIPES, make_plan, read_preset
-from speechbrain_bestrq.reproduction.stages import cpu_threads
+from speechbrain_bestrq.reproduction.stages import device_environment
 
-CPU = torch.device("cpu")
+SPEED = Speed(60.0, 240.0, 5_000_000, (10, 100), fine_tuning=80.0)
 
 
 def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options, device: Speed(60.0, 240.0, 5_000_000, (10, 100)))
-    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, device, states, frames: 1200.0)
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: SPEED)
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
+    # in this process, where what was measured can be set
+    monkeypatch.setattr(reproduce, "_estimate_apart", lambda stages, done, devices, tell: cost.estimate(stages, done))
     folder = tmp_path / "out"
     assert cli.main(["reproduce", "--preset", "demo", "--output_folder", str(folder), "--dry_run"]) == 0
     printed = capsys.readouterr().out
@@ -31,8 +39,8 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monke
 
 
 def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, monkeypatch):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options, device: Speed(60.0, 240.0, 5_000_000, (10, 100)))
-    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, device, states, frames: 1200.0)
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: SPEED)
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
     noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
     preset = {**read_preset("small"), "updates": [600]}
     preset["tasks"] = {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}
@@ -57,7 +65,7 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     assert costs["intent-frozen/random/2"] == costs["intent-frozen/random/1"] == cached  # others for each seed
     assert costs["intent-frozen/fbank/1"].device_hours == pytest.approx(head)
     assert costs["asr-frozen/bestrq-600/1"].device_hours == pytest.approx(5 * hours * (1 / 240 + 1 / 1200))
-    assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours * (1 / 60 + 1 / 1200))
+    assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours * (1 / 80 + 1 / 1200))
     # ten folds
     assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours * (1 / 240 + 1 / 1200))
 
@@ -65,12 +73,12 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
 def test_what_is_done_costs_nothing_and_its_encoder_is_known_still(tmp_path, toy, monkeypatch):
     warmed = []
 
-    def warm_up(path, options, device):
+    def warm_up(path, options):
         warmed.append(path.stem)
-        return Speed(60.0, 240.0, 5_000_000, (10, 100))
+        return SPEED
 
     monkeypatch.setattr(cost, "warm_up", warm_up)
-    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, device, states, frames: 1200.0)
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
     noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
     preset = {**read_preset("small"), "tasks": {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}}
     stages = make_plan(preset, {"librispeech": noise, "slurp": noise}, tmp_path / "out")
@@ -83,25 +91,64 @@ def test_what_is_done_costs_nothing_and_its_encoder_is_known_still(tmp_path, toy
     assert warmed == ["bestrq_small"]  # for the probes that listen with it; no one does with the other any more
 
 
-@pytest.mark.parametrize("on_cpu", [0, 1, 2])
-def test_the_warm_up_computes_with_the_threads_that_a_stage_will_have(tmp_path, monkeypatch, on_cpu):
-    seen = []
+def test_where_memory_ends_the_warm_up_takes_half_a_batch_and_again():
+    def speed(seconds):
+        if seconds > 210:
+            raise torch.OutOfMemoryError("too little memory")
+        return seconds
 
-    def warm_up(path, options, device):
-        seen.append((device.type, torch.get_num_threads()))
-        return Speed(60.0, 240.0, 5_000_000, (10, 100))
+    assert cost._of_what_fits(speed, 800.0) == 200.0
+    with pytest.raises(torch.OutOfMemoryError):
+        cost._of_what_fits(lambda seconds: speed(1000.0), 800.0)
 
-    monkeypatch.setattr(cost, "warm_up", warm_up)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = torch.get_num_threads()
-    cost.estimate(make_plan({**read_preset("small"), "tasks": {}}, {"librispeech": tmp_path}, tmp_path), (), on_cpu)
-    assert set(seen) == {("cpu", cpu_threads(on_cpu)) if on_cpu else ("cuda", before)}
-    assert torch.get_num_threads() == before
+
+def test_the_estimate_sees_the_devices_of_a_stage_and_leaves_them(monkeypatch, tmp_path):
+    seen, lines, before = [], [], dict(os.environ)
+
+    class Process:
+        def __init__(self, *words):
+            seen.append((os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS")))
+
+        def __enter__(self):
+            raise RuntimeError("no\nmemory")
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", Process)
+    for devices in (["3", "5"], ["cpu", "cpu"], [None]):
+        assert reproduce._estimate_apart([], (), devices, lines.append) == {}
+    expected = [tuple(device_environment(one, 2).values()) for one in (["3"], ["cpu"])]
+    own = before.get("OMP_NUM_THREADS")
+    assert seen == [(*expected[0], own), expected[1], (before.get("CUDA_VISIBLE_DEVICES"), own)]
+    assert dict(os.environ) == before and lines == ["what it will cost cannot be told: no memory"] * 3
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_no_estimate_running(tmp_path):
+    words = [sys.executable, "-m", "speechbrain_bestrq", "reproduce", "--preset", "demo", "--dry_run"]
+    process = subprocess.Popen([*words, "--output_folder", str(tmp_path / "out")], stdout=subprocess.DEVNULL)
+    deadline, found = time.monotonic() + 120, []
+    while not found and time.monotonic() < deadline:
+        found = children(process.pid)
+        time.sleep(0.1)
+    assert found
+    process.terminate()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+
+
+def children(pid):
+    """Processes that one has started: not multiprocessing's tracker, which ends with its pipe."""
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [one for one in pids if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_pre_training_costs_the_same_device_hours_on_any_number_of_devices(tmp_path, monkeypatch, devices):
-    monkeypatch.setattr(cost, "warm_up", lambda path, options, device: Speed(60.0, 240.0, 5_000_000, (10, 100)))
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: SPEED)
     preset = {**read_preset("small"), "tasks": {}}
     stages = make_plan(preset, {"librispeech": tmp_path}, tmp_path, pretraining_devices=devices)
     found = cost.estimate(stages)
@@ -114,8 +161,8 @@ def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hparams = RECIPES / "LibriSpeech" / "pretrain" / "hparams"
     small = {"--d_model": "48", "--num_heads": "4", "--num_layers": "1", "--max_batch_seconds": "2"}
-    bestrq = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "64"}, CPU)
-    wider = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "128"}, CPU)
+    bestrq = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "64"})
+    wider = cost.warm_up(hparams / "bestrq_small.yaml", {**small, "--codebook_size": "128"})
     assert wider.parameters - bestrq.parameters == 2 * (64 * 48 + 64)  # two codebooks
     assert bestrq.encoding > bestrq.training > 0
     assert bestrq.state_bytes == pytest.approx(4 * 2 * 25 * 48, rel=0.1)  # two states, 25 frames of 48 a second
@@ -127,5 +174,5 @@ def test_a_heads_warm_up_trains_the_recipes_own_head(recipe, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     path = RECIPES / recipe / "hparams" / "probe_small.yaml"
     options = {"--encoder": "random:/nowhere", "--max_batch_seconds": "5", "--max_batch_size": "1"}
-    assert 0 < cost.warm_up_head(path, options, CPU, (3, 16), 25.0) < float("inf")
+    assert 0 < cost.warm_up_head(path, options, (3, 16), 25.0) < float("inf")
     assert not list(tmp_path.iterdir())

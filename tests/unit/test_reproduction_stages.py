@@ -206,6 +206,35 @@ def test_while_a_stage_runs_the_time_left_is_told_and_shrinks(tmp_path, monkeypa
     assert lines[1] == "[2/3] train/b, about 20 minutes left" and "    about 20 minutes left" in lines[2:]
 
 
+def test_of_a_stage_that_was_stopped_the_time_before_counts_too(tmp_path):
+    one = stage(tmp_path, "train/a")
+    state = StageState([one], tmp_path)
+    state.begin("train/a")
+    assert state.spent("train/a") == 0.0
+    state.set_spent("train/a", 100.0)  # stopped in order
+    state.begin("train/a")
+    state.set_spent("train/a", 20.0)
+    state.begin("train/a")
+    assert state.spent("train/a") == 120.0
+    state.set_done("train/a", 5.0)
+    assert state.seconds("train/a") == 125.0
+    state.begin("train/a")  # its product was deleted: anew
+    assert state.spent("train/a") == 0.0 and state.seconds("train/a") is None
+    state.begin("train/a")  # after a kill
+    state.set_done("train/a", 5.0)
+    assert state.seconds("train/a") is None  # nobody knows
+    changed = StageState([stage(tmp_path, "train/a", "longer")], tmp_path)
+    assert changed.spent("train/a") == 0.0
+
+
+def test_what_another_plan_took_tells_nothing_of_this_one(tmp_path):
+    run_stages([stage(tmp_path, "train/a"), stage(tmp_path, "train/b")], tmp_path, print)
+    lines = []
+    stages = [stage(tmp_path, "train/a", "longer"), stage(tmp_path, "train/b", "longer")]
+    run_stages(stages, tmp_path, lines.append, expected={"train/a": 600.0, "train/b": 600.0})
+    assert lines[0] == "[1/2] train/a, about 20 minutes left"
+
+
 def test_what_is_expected_is_told_from_the_first_second(tmp_path):
     lines = []
     stages = [stage(tmp_path, "train/a"), stage(tmp_path, "probe/a", needs=("train/a",))]

@@ -52,5 +52,12 @@ def test_stages_at_once_share_the_time_but_not_what_has_to_come_one_after_anothe
     assert minutes(left_text(stages, dict.fromkeys(expected, 0.0), {}, expected, 2)) == left
 
 
+def test_what_takes_several_devices_leaves_fewer_for_others():
+    stages = [Stage(f"train/{name}", (), (), devices=4) for name in "ab"]
+    expected = {"train/a": 36000.0, "train/b": 36000.0}
+    assert left_text(stages, dict.fromkeys(expected, 0.0), {}, expected, 4) == "about 20.0 hours left"
+    assert left_text(stages, {"train/b": 0.0}, {}, expected, 1) == "about 10.0 hours left"
+
+
 def test_long_times_are_told_in_hours():
     assert left_text(stages_of("train/a"), {"train/a": 0.0}, {}, {"train/a": 9000.0}, 1) == "about 2.5 hours left"
