@@ -57,6 +57,8 @@ class Measure:
     """Shown in per cent."""
     is_score: bool = True
     """Whether one can be better at it than another; else it describes."""
+    is_of_states: bool = True
+    """Whether each hidden state has its own; else there is one score."""
 
 
 MEASURES = {
@@ -65,7 +67,7 @@ MEASURES = {
     "intents_5": Measure("intents, 5 examples a class"),
     "intents_20": Measure("intents, 20 examples a class"),
     "intents_all": Measure("intents, all labels"),
-    "emotions": Measure("emotions, all labels"),
+    "emotions": Measure("emotions, all labels", is_of_states=False),
     "emotions_of_states": Measure("emotions, of each hidden state", is_score=False),
     "characters_few": Measure(f"characters of frames, {60 * FEW_HOURS:.0f} minutes of labels"),
     "characters_all": Measure("characters of frames, all labels"),
@@ -89,7 +91,7 @@ class Corpus(ABC):
         Where manifests and alignments are kept.
     hours : float
         Most of the training, the validation and the test set that is used; sets are taken whole where
-        trials name their utterances.
+        trials name their utterances, or each speaker is left out in turn.
     device : torch.device
     """
 

@@ -115,7 +115,7 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
     blocks: list[Block] = [
         Paragraph(
             f"Linear probes on frozen hidden states, per cent on the test sets of {corpora}; at most "
-            f"{found['hours']:g} hours of a set are used, but all of the trials. "
+            f"{found['hours']:g} hours of a set are used, and all of one with trials or folds. "
             "Hours in rows are of audio heard in pre-training, repeats counted. "
             "In brackets: least and most over untrained encoders of different weights."
         ),
@@ -139,6 +139,8 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
         ]
     blocks += [Heading("Along the pre-training"), Picture(curves, "Against hours of audio, and of the device.")]
     for name in (*scores, *_measured(found, DESCRIPTIONS)):
+        if not MEASURES[name].is_of_states:
+            continue
         blocks += [Heading(f"By hidden state: {MEASURES[name].title}"), _layers(rows, name)]
     known = found["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
@@ -243,5 +245,7 @@ def _csv(found: Mapping[str, Any]) -> str:
         facts = [record[key] for key in ("run", "seed", "updates", "audio_hours", "device_hours")]
         for name, states in record["measures"].items():
             for state, (valid, test) in enumerate(states):
-                writer.writerow([*("" if fact is None else fact for fact in facts), name, state, valid, test])
+                number = state if MEASURES[name].is_of_states else None
+                line = [*facts, name, number, valid, test]
+                writer.writerow(["" if fact is None else fact for fact in line])
     return file.getvalue()

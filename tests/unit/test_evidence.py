@@ -258,6 +258,21 @@ def test_the_gain_of_several_pre_trainings_is_their_mean_less_that_of_the_untrai
     assert {cell.strip() for cell in rows[0].split("|")[2:-1]} == set(cells)
 
 
+def test_a_score_of_no_single_state_is_in_no_table_of_states(tmp_path):
+    found = {
+        "sources": [record("BEST-RQ", None, 400, emotions=0.7, intents_5=0.4)],
+        "corpora": {},
+        "hours": 0.5,
+        "chances": {},
+        "provenance": {"versions": {}, "device": "cpu", "commit": None},
+    }
+    files = write_evidence(found, tmp_path)
+    text = files["markdown"].read_text()
+    assert "## By hidden state: intents, 5 examples a class" in text and "## By hidden state: emotions" not in text
+    with open(files["csv"], newline="") as file:
+        assert {row["measure"]: row["state"] for row in csv.DictReader(file)} == {"emotions": "", "intents_5": "0"}
+
+
 def test_one_pre_training_of_a_method_says_nothing_of_gains(tmp_path):
     sources = [record("BEST-RQ", 1, 0, intents_5=0.2), record("BEST-RQ", 2, 0, intents_5=0.3)]
     found = {
