@@ -409,6 +409,8 @@ def check_codebook(
     with tempfile.TemporaryDirectory() as scratch:
         # the YAML makes its checkpoint folder, and clears a running training's unfinished checkpoints
         _, _, _, hparams = load_recipe([hparams_file, *given, "--output_folder", scratch, *overrides])
+    if corpus is None:  # the YAML names its own
+        corpus = data_folder = hparams["data_folder"]
     model = hparams["model"]
     quantizer = getattr(model, "quantizer", None)
     if not isinstance(quantizer, FrameQuantizer):

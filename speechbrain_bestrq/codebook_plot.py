@@ -57,7 +57,8 @@ def draw_codebook_use(use: CodebookUse, path: str | Path, title: str) -> Path:
         named = len(use.speech) <= _MOST_NAMED or book == 1
         name = "speech" if len(use.speech) == 1 else f"codebook {book}" if len(use.speech) <= _MOST_NAMED else "each"
         lines.append((counts, {"color": color, "label": name if named else None, "lw": 1.6}))
-    lines.append((use.everything[0].numpy(), {"color": "tab:orange", "label": "with silence", "lw": 1.2, "ls": "--"}))
+    label = "with silence" if len(use.speech) == 1 else "codebook 1, with silence"
+    lines.append((use.everything[0].numpy(), {"color": "tab:orange", "label": label, "lw": 1.2, "ls": "--"}))
     for counts, style in lines:
         shares = np.sort(counts)[::-1] / max(counts.sum(), 1.0)
         left.plot(ranks, np.where(shares > 0, shares, np.nan), **style)

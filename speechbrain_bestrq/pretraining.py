@@ -28,6 +28,8 @@ from speechbrain_bestrq.pretraining_data import PretrainingBatch
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
 from speechbrain_bestrq.progress_log import ProgressLog
 from speechbrain_bestrq.resuming import check_ranks_agree, check_resumable, digest, load_state, save_state
+from speechbrain_bestrq.run_log import RUN_FILE
+from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 
 logger = logging.getLogger(__name__)
@@ -218,6 +220,19 @@ class PretrainingBrain(sb.Brain):
             updates=(self.grad_accumulation_factor, self.optimizer_step_limit),
         )
 
+    def _tell_of_another_precision(self, path: Path) -> None:
+        """Warn where the run was trained in another one before, on another machine perhaps."""
+        try:
+            facts = read_json(path)
+        except (InputError, OSError):
+            return
+        before = facts.get("precision") if isinstance(facts, dict) else None
+        if self.optimizer_step and before not in (None, self.precision):
+            logger.warning(
+                "%s was trained in %s until update %d and goes on in %s: give --precision %s to stay with it.",
+                *(self.folder, before, self.optimizer_step, self.precision, before),
+            )
+
     def on_fit_start(self) -> None:
         """Refuse a foreign checkpoint, else load the newest; open the logs."""
         check_resumable(self.checkpointer, self.model, self.sampler)
@@ -226,8 +241,9 @@ class PretrainingBrain(sb.Brain):
             raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")
         self.optimizer_parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if if_main_process():
-            facts = json.dumps(self.run_facts, indent=2)
-            (self.folder / "run.json").write_text(facts + "\n", encoding="utf-8")
+            path = self.folder / RUN_FILE
+            self._tell_of_another_precision(path)
+            path.write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
         self.log.open(self.optimizer_step, self.optimizer_step_limit, show_bar=not self.noprogressbar)
         ddp_barrier()
         self.started = time.perf_counter()

@@ -251,6 +251,18 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on(toy, tmp_path, corpus):
     assert same_run(toy, tmp_path / "unbroken", tmp_path / "resumed")
 
 
+def test_a_run_that_goes_on_in_another_precision_says_so(toy, tmp_path, corpus, caplog):
+    settings = {**corpus, "updates": 4, "checkpoint_every": 1}
+    toy.train(tmp_path, **settings, precision="bf16", stop_after=2)
+    toy.train(tmp_path, **settings, precision="bf16", stop_after=3)
+    assert "trained in" not in caplog.text
+    toy.train(tmp_path, **settings, precision="fp32")
+    assert "was trained in bf16 until update 2 and goes on in fp32: give --precision bf16" in caplog.text
+    (tmp_path / "run.json").write_text("no JSON")  # is written anew, and hinders nothing
+    toy.train(tmp_path, **{**settings, "updates": 5}, precision="fp32")
+    assert toy.losses(tmp_path)[-1][0] == 5
+
+
 @pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (1, 2)])
 def test_two_ranks_resume_in_new_processes(toy, tmp_path, corpus, workers, accumulation):
     settings = {**corpus, **STOCHASTIC, "accumulation": accumulation, "updates": 5, "workers": workers}
