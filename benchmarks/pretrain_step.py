@@ -206,15 +206,27 @@ def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str],
                 measurement.peak_memory_gb = (torch.cuda.max_memory_allocated() - held) / 1e9
             running.append((contender, measurement))
         for _ in range(arguments.repeats):
-            for contender, measurement in running:
-                measurement.block_seconds.append(run_block(contender, arguments.device))
+            for one in list(running):
+                contender, measurement = one
+                try:
+                    measurement.block_seconds.append(run_block(contender, arguments.device))
+                except torch.OutOfMemoryError:  # with the others' memory held
+                    report(f"{measurement.contender}: out of memory at {step_seconds:.0f} s in a later block")
+                    running.remove(one)
+                    del one, contender
+                    gc.collect()
+                    torch.cuda.empty_cache()
         for contender, measurement in running:
-            if cuda:
-                measurement.kernels_per_step, measurement.idle_share = trace(contender, arguments.device)
-            if not measurement.contender.endswith("compile"):
-                traffic = count_traffic(partial(run_block, contender, arguments.device))
-                measurement.operators_per_step = traffic.kernels / len(waveforms)
-                measurement.megabytes_per_audio_second = traffic.bytes / 1e6 / contender.seconds
+            try:
+                if cuda:
+                    measurement.kernels_per_step, measurement.idle_share = trace(contender, arguments.device)
+                if not measurement.contender.endswith("compile"):
+                    traffic = count_traffic(partial(run_block, contender, arguments.device))
+                    measurement.operators_per_step = traffic.kernels / len(waveforms)
+                    measurement.megabytes_per_audio_second = traffic.bytes / 1e6 / contender.seconds
+            except torch.OutOfMemoryError:  # its times are good
+                report(f"{measurement.contender}: out of memory at {step_seconds:.0f} s while its kernels were counted")
+                torch.cuda.empty_cache()
         measurements += [measurement for _, measurement in running]
         contender = None
         running.clear()

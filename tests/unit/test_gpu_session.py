@@ -140,7 +140,7 @@ def test_every_command_has_options_that_its_recipe_knows(load, toys, monkeypatch
         words = checks.pretraining_command(name, settings, tmp_path / name, "bf16", "--optimizer_step_limit=9")
         hparams = load_recipe(words[2:])[3]
         assert (hparams["optimizer_step_limit"], hparams["precision"], hparams["log_interval"]) == (9, "bf16", 1)
-        options = quality.pretraining_options(name, 60, data, tmp_path / "quality" / name, settings)
+        options = quality.pretraining_options(name, 60, data, tmp_path / "quality" / name, settings, "memory")
         hparams = load_recipe([f"hparams/{name}.yaml", *options])[3]
         assert (hparams["train_splits"], hparams["warmup_updates"]) == (["train-clean-100"], 5)
         assert hparams["extra_folders"] == [str(tmp_path)]
