@@ -126,12 +126,12 @@ def _estimate_apart(
 ) -> "dict[str, Cost]":
     """The costs, from a process that sees what a stage will see: this one will hold no GPU while the stages run."""
     from speechbrain_bestrq.reproduction.cost import estimate
-    from speechbrain_bestrq.reproduction.stages import device_environment, end_with_parent
+    from speechbrain_bestrq.reproduction.stages import device_environment
 
     before = dict(os.environ)
     os.environ |= device_environment(devices[:1], len(devices))
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent, (os.getpid(),)) as process:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin_apart, (os.getpid(),)) as process:
             return process.submit(estimate, stages, done).result()
     except Exception as error:  # the stages themselves will say what is wrong, each for itself
         tell(f"what it will cost cannot be told: {' '.join(str(error).split())[:200]}")
@@ -139,6 +139,16 @@ def _estimate_apart(
     finally:
         os.environ.clear()
         os.environ |= before
+
+
+def _begin_apart(parent: int) -> None:
+    """End with the parent, and print nothing: what went wrong is raised there."""
+    from speechbrain_bestrq.reproduction.stages import end_with_parent
+
+    end_with_parent(parent)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
 
 
 COMMAND = Command(
