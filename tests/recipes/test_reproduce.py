@@ -91,7 +91,10 @@ def test_interrupted_it_goes_on_and_a_further_call_has_nothing_to_do(tmp_path):
 
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith(f"3 of {STAGES} stages are done already\n[4/{STAGES}] pretraining/bestrq")
+    trying, already, first = done.stderr.splitlines()[:3]
+    assert trying.startswith("trying how fast") and already == f"3 of {STAGES} stages are done already"
+    # to tell the time left, it was tried
+    assert first.startswith(f"[4/{STAGES}] pretraining/bestrq, about ") and first.endswith(" left")
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in done.stdout
     report = (tmp_path / "out" / "report.md").read_text()
     assert all(f"\nTable {number}: " in done.stdout for number in (1, 2, 3)) and "train.py" not in done.stdout
