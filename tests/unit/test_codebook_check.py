@@ -286,8 +286,11 @@ def test_the_picture_bears_the_true_name_of_the_corpus_and_no_path(corpus, manif
     for source in (["--data_folder", str(named)], ["--data_folder", str(corpus)], ["--manifest", str(manifest)]):
         words = ["check-codebook", HPARAMS, *source, "--corpus", "folder", *SMALL]
         main([*words, "--output_folder", str(tmp_path / "check")])
+    own = tmp_path / "own.yaml"
+    own.write_text(Path(HPARAMS).read_text().replace("data_folder: !PLACEHOLDER", f"data_folder: {named}"))
+    main(["check-codebook", str(own), "--corpus", "folder", *SMALL, "--output_folder", str(tmp_path / "check")])
     names = [title.partition(" on ")[2].partition(":")[0] for title in titles]
-    assert names == ["syllables", "audio", "manifest.csv"]
+    assert names == ["syllables", "audio", "manifest.csv", "syllables"]
 
 
 def test_the_command_fails_on_tones_with_reason_and_remedy(tmp_path, capsys):

@@ -359,6 +359,16 @@ def test_the_report_tells_of_codes_commits_and_seeds(reproduction):
     assert "(codebook-check/bestrq/codebook.png)" in write_reproduction(reproduction)["markdown"].read_text()
 
 
+@pytest.mark.parametrize("given", ["[400, 100]", [400, 100]], ids=["as an option", "as a list"])
+def test_a_preset_may_name_more_encoders_to_look_at(tmp_path, given):
+    preset = read_preset("small")
+    method = preset["pretraining"]["bestrq"]
+    method["options"]["encoder_at_steps"] = given
+    stages = make_plan({**preset, "tasks": {}}, {"librispeech": tmp_path}, tmp_path)
+    command = next(stage.command for stage in stages if stage.name == "pretraining/bestrq")
+    assert command[command.index("--encoder_at_steps") + 1] == "[100, 400, 720]"
+
+
 def test_seeds_may_be_those_of_the_pre_trainings_too(tmp_path):
     preset, stages = everything("three_seeds", tmp_path)
     by_name = {stage.name: stage for stage in stages}
