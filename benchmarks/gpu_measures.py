@@ -60,16 +60,16 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
     compiled = [pretrain_step.ROTARY]
     if not settings.toy:
         compiled += ["ours, wav2vec 2.0", "ours, relative", pretrain_step.SPEECHBRAIN]
-    stages = [["--seconds", length, "--steps", "4", "--repeats", repeats]]
-    stages += [
-        ["--seconds", length, "--steps", "4", "--repeats", repeats, "--compile", "--only", f"{name} + compile"]
-        for name in compiled
-    ]
-    stages.insert(2, ["--seconds", "mix", "--steps", "1" if settings.toy else "4", "--repeats", repeats])
+    alike = ["--seconds", length, "--micro_batches", micro_batch, "--steps", "4", "--repeats", repeats]
+    stages = [alike, *([*alike, "--compile", "--only", f"{name} + compile"] for name in compiled)]
+    mix = (
+        ["--micro_batches", "30", "--steps", "1"] if settings.toy else ["--micro_batches", micro_batch, "--steps", "4"]
+    )
+    stages.insert(2, ["--seconds", "mix", *mix, "--repeats", repeats])
     measurements: list[pretrain_step.Measurement] = []
     base: dict[str, float] = {}
     for stage in stages:
-        arguments = pretrain_step.parse(step_words(settings, "--micro_batches", micro_batch, *stage))
+        arguments = pretrain_step.parse(step_words(settings, *stage))
         with tempfile.TemporaryDirectory() as folder:
             found = pretrain_step.measure(arguments, Path(folder), say)
         measurements += found
