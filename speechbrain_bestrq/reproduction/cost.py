@@ -407,6 +407,6 @@ def cost_table(stages: Sequence[Stage], costs: dict[str, Cost]) -> str:
         lines.append(f"{cost.device_hours:>12.2f} {cost.gigabytes:>8.2f}  {stage.name}")
     hours, size = sum(one.device_hours for one in costs.values()), sum(one.gigabytes for one in costs.values())
     unknown = len(stages) - len(costs)
-    more = f" and the {unknown} stages marked ?" if unknown else ""
+    more = f" and the {unknown} marked ?" if unknown else ""
     lines.append(f"{hours:>12.2f} {size:>8.2f}  in all{more}, without tests, by a warm-up on this machine")
     return "\n".join(lines)
