@@ -206,16 +206,15 @@ def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str],
                 measurement.peak_memory_gb = (torch.cuda.max_memory_allocated() - held) / 1e9
             running.append((contender, measurement))
         for _ in range(arguments.repeats):
-            for one in list(running):
-                contender, measurement = one
+            for _ in range(len(running)):
+                contender, measurement = running.pop(0)
                 try:
                     measurement.block_seconds.append(run_block(contender, arguments.device))
+                    running.append((contender, measurement))
                 except torch.OutOfMemoryError:  # with the others' memory held
                     report(f"{measurement.contender}: out of memory at {step_seconds:.0f} s in a later block")
-                    running.remove(one)
-                    del one, contender
-                    gc.collect()
-                    torch.cuda.empty_cache()
+                contender = None
+                gc.collect()  # what ran out of memory is gone before the next block
         for contender, measurement in running:
             try:
                 if cuda:
@@ -226,7 +225,6 @@ def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str],
                     measurement.megabytes_per_audio_second = traffic.bytes / 1e6 / contender.seconds
             except torch.OutOfMemoryError:  # its times are good
                 report(f"{measurement.contender}: out of memory at {step_seconds:.0f} s while its kernels were counted")
-                torch.cuda.empty_cache()
         measurements += [measurement for _, measurement in running]
         contender = None
         running.clear()

@@ -409,8 +409,7 @@ def check_codebook(
     with tempfile.TemporaryDirectory() as scratch:
         # the YAML makes its checkpoint folder, and clears a running training's unfinished checkpoints
         _, _, _, hparams = load_recipe([hparams_file, *given, "--output_folder", scratch, *overrides])
-    if corpus is None:  # the YAML names its own
-        corpus = data_folder = hparams["data_folder"]
+    corpus = corpus or hparams["data_folder"]  # the YAML may name its own
     model = hparams["model"]
     quantizer = getattr(model, "quantizer", None)
     if not isinstance(quantizer, FrameQuantizer):
@@ -435,7 +434,7 @@ def check_codebook(
             f"{quantizer.codebook_size}, whose perplexity they bound: {use.frames_needed} are needed; {remedy}."
         )
     # a picture is shown elsewhere: it bears what the recordings are, and no path of this machine
-    name = Path(manifest).name if data_folder is None else corpus_name(data_folder, Path(data_folder).resolve().name)
+    name = corpus_name(corpus, Path(corpus).resolve().name)
     title = f"{Path(hparams_file).name} on {name}: {heard:.1f} minutes, {use.frames:,} frames of speech"
     return {
         "status": verdict.status,

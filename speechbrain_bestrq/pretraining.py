@@ -230,7 +230,11 @@ class PretrainingBrain(sb.Brain):
         if self.optimizer_step and before not in (None, self.precision):
             logger.warning(
                 "%s was trained in %s until update %d and goes on in %s: give --precision %s to stay with it.",
-                *(self.folder, before, self.optimizer_step, self.precision, before),
+                self.folder,
+                before,
+                self.optimizer_step,
+                self.precision,
+                before,
             )
 
     def on_fit_start(self) -> None:

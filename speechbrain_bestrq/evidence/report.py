@@ -246,6 +246,5 @@ def _csv(found: Mapping[str, Any]) -> str:
         for name, states in record["measures"].items():
             for state, (valid, test) in enumerate(states):
                 number = state if MEASURES[name].is_of_states else None
-                line = [*facts, name, number, valid, test]
-                writer.writerow(["" if fact is None else fact for fact in line])
+                writer.writerow([*facts, name, number, valid, test])  # None leaves a cell empty
     return file.getvalue()

@@ -72,13 +72,13 @@ class Speed:
     """Audio-seconds a second of a pre-training on one device."""
     encoding: float
     """Audio-seconds a second of the encoder alone, in float32."""
+    fine_tuning: float
+    """The same, there and back."""
     parameters: int
     states: tuple[int, int]
     """Number of hidden states, and their channels."""
     frames: float = 25.0
     """Of them in a second."""
-    fine_tuning: float = math.inf
-    """Audio-seconds a second, of the encoder alone, there and back."""
 
     @property
     def state_bytes(self) -> float:
@@ -87,7 +87,7 @@ class Speed:
 
 
 #: Filter banks cost nothing that counts.
-FILTERBANK_SPEED = Speed(math.inf, math.inf, 0, (1, 320))
+FILTERBANK_SPEED = Speed(math.inf, math.inf, math.inf, 0, (1, 320))
 
 
 def estimate(stages: Sequence[Stage], done: Collection[str] = ()) -> dict[str, Cost]:
@@ -240,6 +240,7 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
     model.train()
     training = _of_what_fits(training_speed, seconds)
     wavs = _noise(min(WARM_UP_SECONDS, seconds), rate, device)
+    heard = wavs.numel() / rate
 
     # what the recipes of the tasks do is in float32
     def fine_tune() -> None:
@@ -252,12 +253,12 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
     def encode() -> None:
         states[:] = [model.speech_encoder(wavs)[0]]
 
-    fine_tuning = wavs.numel() / rate / _median_seconds(fine_tune, device)
+    fine_tuning = heard / _median_seconds(fine_tune, device)
     model.eval()
-    encoding = wavs.numel() / rate / _median_seconds(encode, device)
+    encoding = heard / _median_seconds(encode, device)
     parameters = sum(one.numel() for one in model.parameters())
     number, rows, frames, channels = states[0].shape
-    return Speed(training, encoding, parameters, (number, channels), rows * frames / (wavs.numel() / rate), fine_tuning)
+    return Speed(training, encoding, fine_tuning, parameters, (number, channels), rows * frames / heard)
 
 
 def _of_what_fits(speed: Callable[[float], float], seconds: float) -> float:

@@ -50,7 +50,8 @@ def left_text(
     if not taken and not expected:
         return ""
     seconds = {name: max(whole - spent[name], 0.0) for name, whole in _whole(stages, spent, taken, expected).items()}
-    shared, ends = 0.0, dict[str, float]()
+    shared = 0.0
+    ends: dict[str, float] = {}
     for stage in stages:
         shared += seconds.get(stage.name, 0.0) * min(stage.devices, at_once) / at_once
         before = max((ends.get(name, 0.0) for name in (*stage.needs, *stage.after)), default=0.0)

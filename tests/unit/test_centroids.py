@@ -111,8 +111,9 @@ def test_many_frames_are_thinned_out_over_all_the_audio(monkeypatch):
 
 
 def test_bad_sizes_are_refused():
-    with pytest.raises(ValueError, match="num_components is 1 to 32"):
-        CentroidQuantizer(DIM, 33)
+    for number in (33, 0):
+        with pytest.raises(ValueError, match="num_components is 1 to 32"):
+            CentroidQuantizer(DIM, number)
     with pytest.raises(ValueError, match="10 frames are too few to find 16 centres"):
         CentroidQuantizer(DIM, 4, codebook_size=16).fit([clusters(10)[0]])
 

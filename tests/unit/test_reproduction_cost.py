@@ -17,7 +17,7 @@ from speechbrain_bestrq.reproduction.cost import Speed
 from speechbrain_bestrq.reproduction.plan import RECIPES, make_plan, read_preset
 from speechbrain_bestrq.reproduction.stages import device_environment
 
-SPEED = Speed(60.0, 240.0, 5_000_000, (10, 100), fine_tuning=80.0)
+SPEED = Speed(60.0, 240.0, 80.0, 5_000_000, (10, 100))
 
 
 def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
