@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pretrain_step
 import torch
@@ -186,11 +185,11 @@ def cost(settings: Settings, findings: Findings, seconds: float) -> None:
 def _largest_that_fits(name: str, settings: Settings) -> Timed:
     """The paper's update in one piece, or half, or a quarter..."""
     utterances, length = (1, 4.0) if settings.toy else (64, 12.5)
-    arguments = SimpleNamespace(device=settings.device, precision=precision(settings))
     while True:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                return Timed(name, resident(utterances, length, settings), arguments, Path(folder))
+                waveforms = resident(utterances, length, settings)
+                return Timed(name, waveforms, settings.device, precision(settings), Path(folder))
         except torch.OutOfMemoryError:
             if utterances == 1:
                 raise

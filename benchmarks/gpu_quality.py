@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
 from gpu_checks import RECIPES, command, sizes
 from gpu_findings import Findings, Settings, run_command
@@ -87,8 +86,8 @@ def quality(settings: Settings, findings: Findings, seconds: float) -> None:
 
 def planned_updates(name: str, seconds: float, settings: Settings) -> int:
     """Updates that a time is enough for, by a short measurement."""
-    arguments = SimpleNamespace(device=settings.device, precision=precision(settings))
-    timed = Timed(name, resident(MICRO_BATCH_SECONDS // 10, 10.0, settings), arguments, Path(settings.work))
+    waveforms = resident(MICRO_BATCH_SECONDS // 10, 10.0, settings)
+    timed = Timed(name, waveforms, settings.device, precision(settings), Path(settings.work))
     for _ in range(3):
         timed.block()
     speed = timed.speed

@@ -1,15 +1,17 @@
 """Cost of pre-training: BEST-RQ against wav2vec 2.0, on the same audio in the same run.
 
     python benchmarks/pretraining_cost.py
-    python benchmarks/pretraining_cost.py --device cuda --precision bf16 --utterances 64 --blocks 20
+    python benchmarks/pretraining_cost.py --sizes small --precisions fp32 bf16
+    python benchmarks/pretraining_cost.py --device cuda --precisions bf16 --utterances 64 --blocks 20
     python benchmarks/pretraining_cost.py --sizes small --seconds 5 --utterances 2
 
 Models, optimizers and masks are those of the recipe's YAMLs (bestrq.yaml and wav2vec2.yaml, and their small ones). An
 update is one batch: forward, backward, clipping and optimizer, through the Brain's own fit_batch. All hear the same
 waveforms (noise: speed does not depend on what is said), which lie on the device already. Blocks of updates
-alternate between the two, so that whatever else the machine does falls on both alike; medians over the blocks are
-given with the range. FLOPs are counted analytically (model.flops). "of product" is the rate as a share of what one
-large matrix product reached in the same run and precision; "utilisation" that of the datasheet, where one is known.
+alternate between the two, and between precisions where several are asked for, so that whatever else the machine does
+falls on all alike; medians over the blocks are given with the range. FLOPs are counted analytically (model.flops).
+"of product" is the rate as a share of what one large matrix product reached in the same run and precision;
+"utilisation" that of the datasheet, where one is known.
 Peak memory is that of the model with its optimizer over its first updates: allocated on a GPU; without one, what the
 process came to hold more than before.
 """
@@ -35,12 +37,12 @@ PAPER_RATIO = 2.4
 
 
 class Timed:
-    """The updates of one YAML, and what they took."""
+    """The updates of one YAML in one precision, and what they took."""
 
-    def __init__(self, name: str, waveforms: list[Tensor], arguments: argparse.Namespace, folder: Path):
-        self.name, self.device = name, arguments.device
+    def __init__(self, name: str, waveforms: list[Tensor], device: str, precision: str, folder: Path):
+        self.name, self.device, self.precision = name, device, precision
         held = held_gigabytes(self.device)
-        self.contender = Ours(name, self.device, arguments.precision, folder)
+        self.contender = Ours(name, self.device, precision, folder)
         self.contender.start(waveforms)
         self.parameters = sum(parameter.numel() for parameter in self.contender.model.parameters())
         self.flops, _ = self.contender.count()
@@ -87,32 +89,46 @@ def peak_gigabytes(device: str) -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else status_gigabytes("VmHWM")
 
 
-def compare(size: str, waveforms: list[Tensor], arguments: argparse.Namespace) -> list[str]:
-    """Measure the two of a size: the rows of a table, and a line on their ratio."""
+def compare(size: str, waveforms: list[Tensor], arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Measure the two of a size in each precision: rows of a table, and lines on the ratios."""
+    device, precisions = arguments.device, arguments.precisions
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [Timed(name, waveforms, arguments, Path(folder)) for name in YAMLS[size]]
+        contenders = {
+            precision: [Timed(name, waveforms, device, precision, Path(folder)) for name in YAMLS[size]]
+            for precision in precisions
+        }
         for _ in range(arguments.blocks):
-            for contender in contenders:
-                contender.block()
-    product = matrix_product_flops(arguments.device, arguments.precision)
-    peak = None
-    if arguments.device == "cuda":
-        peak = datasheet_flops(torch.cuda.get_device_name(), arguments.precision)
-    rows = []
-    for one in contenders:
-        slowest, fastest = (one.audio_seconds / seconds for seconds in (max(one.seconds), min(one.seconds)))
-        rate = one.flops / statistics.median(one.seconds)
-        rows.append(
-            f"| {one.name} | {one.parameters / 1e6:.1f} M | {one.speed:.1f} ({slowest:.1f} - {fastest:.1f}) | "
-            f"{one.flops / one.audio_seconds / 1e9:.2f} | {rate / 1e9:.0f} | {100 * rate / product:.0f} % | "
-            f"{'-' if peak is None else f'{100 * rate / peak:.1f} %'} | {one.memory:.2f} |"
+            for pair in contenders.values():
+                for contender in pair:
+                    contender.block()
+    rows = [row(one, matrix_product_flops(device, one.precision)) for pair in contenders.values() for one in pair]
+    lines = []
+    for precision, (ours, theirs) in contenders.items():
+        lines.append(
+            f"{size}, {precision}: BEST-RQ hears {ours.speed / theirs.speed:.2f} times the audio of wav2vec 2.0 in the "
+            f"same time, with {theirs.flops / ours.flops:.2f} times fewer FLOPs; {PAPER_RATIO} times in the paper."
         )
-    ours, theirs = contenders
-    return [
-        *rows,
-        f"{size}: BEST-RQ hears {ours.speed / theirs.speed:.2f} times the audio of wav2vec 2.0 in the same time, with "
-        f"{theirs.flops / ours.flops:.2f} times fewer FLOPs; {PAPER_RATIO} times in the paper.",
-    ]
+    first = precisions[0]
+    for precision in precisions[1:]:
+        faster = [one.speed / slow.speed for one, slow in zip(contenders[precision], contenders[first], strict=True)]
+        lines.append(
+            f"{size}, {precision} against {first}: {faster[0]:.2f} times the speed for BEST-RQ, {faster[1]:.2f} times "
+            "for wav2vec 2.0."
+        )
+    return rows, lines
+
+
+def row(one: Timed, product: float) -> str:
+    """Put what was measured of one into a row."""
+    peak = datasheet_flops(torch.cuda.get_device_name(), one.precision) if one.device == "cuda" else None
+    slowest, fastest = (one.audio_seconds / seconds for seconds in (max(one.seconds), min(one.seconds)))
+    rate = one.flops / statistics.median(one.seconds)
+    return (
+        f"| {one.name} | {one.precision} | {one.parameters / 1e6:.1f} M | "
+        f"{one.speed:.1f} ({slowest:.1f} - {fastest:.1f}) | {one.flops / one.audio_seconds / 1e9:.2f} | "
+        f"{rate / 1e9:.0f} | {100 * rate / product:.0f} % | {'-' if peak is None else f'{100 * rate / peak:.1f} %'} | "
+        f"{one.memory:.2f} |"
+    )
 
 
 def table(arguments: argparse.Namespace) -> str:
@@ -122,15 +138,15 @@ def table(arguments: argparse.Namespace) -> str:
     waveforms = [(0.1 * torch.randn(shape, generator=generator)).to(arguments.device) for _ in range(arguments.updates)]
     lines = [
         f"{arguments.utterances} x {arguments.seconds:g} s an update, {arguments.blocks} blocks of {arguments.updates} "
-        f"updates in turns, {arguments.precision}; "
-        f"{describe_machine(arguments.device)}",
+        f"updates in turns; {describe_machine(arguments.device)}",
         "",
-        "| YAML | parameters | audio-s/s (range) | GFLOP/audio-s | GFLOP/s | of product | utilisation | peak GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| YAML | precision | parameters | audio-s/s (range) | GFLOP/audio-s | GFLOP/s | of product | utilisation "
+        "| peak GB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     results = [compare(size, waveforms, arguments) for size in arguments.sizes]
-    lines += [row for result in results for row in result[:-1]]
-    return "\n".join([*lines, "", *(result[-1] for result in results)]) + "\n"
+    lines += [row for rows, _ in results for row in rows]
+    return "\n".join([*lines, "", *(line for _, told in results for line in told)]) + "\n"
 
 
 def main(words: list[str] | None = None) -> None:
@@ -142,8 +158,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=1, help="in a block (%(default)s)")
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (%(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="(%(default)s)")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32"], help="(fp32)")
     arguments = parser.parse_args(words)
+    arguments.precisions = list(dict.fromkeys(arguments.precisions))
     if min(arguments.utterances, arguments.updates, arguments.blocks) < 1 or arguments.seconds < 1.0:
         parser.error("give at least one utterance, update and block, and one second.")
     if arguments.device == "cuda" and not torch.cuda.is_available():

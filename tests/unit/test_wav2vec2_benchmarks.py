@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,10 +44,34 @@ def test_the_two_methods_are_compared_on_the_same_audio(capsys, monkeypatch):
     torch.set_rng_state(generator)
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows[1:]] == ["bestrq_small", "wav2vec2_small"]
-    assert [row[1] for row in rows[1:]] == ["4.4 M", "5.7 M"]
-    assert float(rows[2][3]) > 2 * float(rows[1][3]) > 0
-    assert re.search(r"^small: BEST-RQ hears [\d.]+ times .* 2.4 times in the paper\.$", printed, re.MULTILINE)
+    assert [row[:3] for row in rows[1:]] == [["bestrq_small", "fp32", "4.4 M"], ["wav2vec2_small", "fp32", "5.7 M"]]
+    assert float(rows[2][4]) > 2 * float(rows[1][4]) > 0
+    assert re.search(r"^small, fp32: BEST-RQ hears [\d.]+ times .* 2.4 times in the paper\.$", printed, re.MULTILINE)
+
+
+def test_precisions_are_compared_in_turns(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    cost, turns = load("pretraining_cost"), []
+    speeds = {("bestrq", "fp32"): 6, ("wav2vec2", "fp32"): 2, ("bestrq", "bf16"): 12, ("wav2vec2", "bf16"): 3}
+
+    class Timed(SimpleNamespace):
+        def __init__(self, name, waveforms, device, precision, folder):
+            speed = speeds[name, precision]
+            super().__init__(name=name, device=device, precision=precision, speed=speed, parameters=1, memory=0.0)
+            self.flops, self.audio_seconds, self.seconds = 60.0 / speed, 6.0, [6.0 / speed]
+
+        def block(self):
+            turns.append((self.name, self.precision))
+
+    monkeypatch.setattr(cost, "Timed", Timed)
+    monkeypatch.setattr(cost, "matrix_product_flops", lambda device, precision: 20.0)
+    rows, lines = cost.compare("base", [], SimpleNamespace(device="cpu", precisions=["fp32", "bf16"], blocks=2))
+    assert turns == 2 * list(speeds)
+    told = [row.split(" | ")[3] for row in rows]
+    assert told == [f"{speed:.1f} ({speed:.1f} - {speed:.1f})" for speed in speeds.values()]
+    assert lines[0].startswith("base, fp32: BEST-RQ hears 3.00 times the audio")
+    assert lines[1].startswith("base, bf16: BEST-RQ hears 4.00 times the audio")
+    assert lines[2:] == ["base, bf16 against fp32: 2.00 times the speed for BEST-RQ, 1.50 times for wav2vec 2.0."]
 
 
 @pytest.mark.parametrize("name", ["wav2vec2_loss", "pretraining_cost"])
