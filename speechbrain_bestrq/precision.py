@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+
+_device: ContextVar[str | None] = ContextVar("device", default=None)
 
 
 @contextmanager
@@ -44,11 +47,34 @@ def full_precision(device_type: str) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+@contextmanager
+def loading_for(device: str) -> Iterator[None]:
+    """Let YAMLs that are loaded here ask of the device that they will train on.
+
+    Arguments
+    ---------
+    device : str
+        "cpu", "cuda:0"...: on a machine with a GPU, ``--device cpu`` makes a difference.
+
+    Example
+    -------
+    >>> with loading_for("cpu"):
+    ...     native_precision() in ("bf16", "fp32")
+    True
+    """
+    token = _device.set(device)
+    try:
+        yield
+    finally:
+        _device.reset(token)
+
+
 def native_precision() -> str:
     """Say in which precision this machine trains fast: in bfloat16, if it multiplies in that.
 
     GPUs do since Ampere, CPUs that have AVX512_BF16 or AMX; on others bfloat16 is emulated, and slower than
-    float32. For YAMLs of models that are trained on either (``precision: !apply:...``).
+    float32. For YAMLs of models that are trained on either (``precision: !apply:...``). The GPU is asked where there
+    is one, unless the recipe was told to train on the CPU (:func:`loading_for`).
 
     Returns
     -------
@@ -60,7 +86,7 @@ def native_precision() -> str:
     >>> native_precision() in ("bf16", "fp32")
     True
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.device(_device.get() or "cuda").type != "cpu":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # before PyTorch 2.11 the public way to ask is not there
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

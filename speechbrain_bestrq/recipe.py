@@ -19,6 +19,7 @@ from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError
 from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.precision import loading_for
 from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
 from speechbrain_bestrq.stopping import StoppedError
 
@@ -66,7 +67,8 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     options = {name: str(run_opts[name]) for name in run_opts.overridden_args - {"device", "local_rank"}}
     check_ranks_agree(yaml=text_digest(text), options=overrides, run_options=options)
     try:
-        return hparams_file, run_opts, overrides, load_hyperpyyaml(text, overrides)
+        with loading_for(run_opts["device"]):
+            return hparams_file, run_opts, overrides, load_hyperpyyaml(text, overrides)
     except InputError:
         raise
     except (ValueError, TypeError) as error:  # a module's own refusal of a value, after HyperPyYAML's account of it

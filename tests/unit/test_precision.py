@@ -1,9 +1,12 @@
 """Full precision begins and ends where it is asked for; the fast one is what the machine has."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from speechbrain_bestrq.precision import full_precision, native_precision
+from speechbrain_bestrq.precision import full_precision, loading_for, native_precision
+from speechbrain_bestrq.recipe import load_recipe
 
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 
@@ -73,17 +76,20 @@ def test_a_users_older_way_to_allow_reduced_products_still_reads_as_set():
 
 
 @pytest.mark.parametrize(
-    "gpu, gpu_multiplies, avx512_bf16, amx, expected",
+    "gpu, told, gpu_multiplies, avx512_bf16, amx, expected",
     [
-        (True, True, False, False, "bf16"),
-        (True, False, True, True, "fp32"),  # a V100 in a new machine
-        (False, None, True, False, "bf16"),
-        (False, None, False, True, "bf16"),
-        (False, None, False, False, "fp32"),
+        (True, None, True, False, False, "bf16"),
+        (True, "cuda:0", True, False, False, "bf16"),
+        (True, "cuda", False, True, True, "fp32"),  # a V100 in a new machine
+        (True, "cpu", True, False, False, "fp32"),
+        (True, "cpu", False, True, False, "bf16"),
+        (False, "cpu", None, True, False, "bf16"),
+        (False, None, None, False, True, "bf16"),
+        (False, None, None, False, False, "fp32"),
     ],
 )
-def test_bfloat16_is_chosen_where_the_machine_multiplies_in_it(
-    monkeypatch, gpu, gpu_multiplies, avx512_bf16, amx, expected
+def test_bfloat16_is_chosen_where_the_device_multiplies_in_it(
+    monkeypatch, gpu, told, gpu_multiplies, avx512_bf16, amx, expected
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(
@@ -91,4 +97,16 @@ def test_bfloat16_is_chosen_where_the_machine_multiplies_in_it(
     )
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert native_precision() == expected
+    with nullcontext() if told is None else loading_for(told):
+        assert native_precision() == expected
+
+
+def test_a_recipe_asks_the_device_it_was_told_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("precision: !apply:speechbrain_bestrq.precision.native_precision\n")
+    assert load_recipe([str(recipe), "--device", "cpu"])[3]["precision"] == "fp32"
+    assert load_recipe([str(recipe)])[3]["precision"] == "bf16"
