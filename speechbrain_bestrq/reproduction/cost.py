@@ -20,7 +20,7 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain_bestrq.corpora import AUDIO_EXTENSIONS
 from speechbrain_bestrq.corpora._audio_files import walk_files
 from speechbrain_bestrq.pretraining_model import PretrainingModel
-from speechbrain_bestrq.reproduction.plan import CODEBOOK_CHECK, yaml_value
+from speechbrain_bestrq.reproduction.plan import CODEBOOK_CHECK, TASKS, yaml_value
 from speechbrain_bestrq.reproduction.stages import Stage
 
 #: Seconds of the warm-up's batch, at most those of a run's own.
@@ -31,7 +31,7 @@ STATISTICS_SECONDS = 400.0
 WARM_UP_STEPS = 3
 #: Audio files whose headers are read to tell the hours of a corpus.
 SAMPLE = 200
-#: Options of a pre-training that do not change how fast a step is.
+#: Options that do not change how fast a step is.
 NO_MATTER = {
     "--output_folder",
     "--data_folder",
@@ -42,6 +42,8 @@ NO_MATTER = {
     "--encoder",
     "--cache_folder",
     "--number_of_epochs",
+    "--label_seed",
+    *(f"--{task.few_option}" for task in TASKS.values()),
 }
 #: Folds of the recipe of emotions, each a run.
 FOLDS = {"speaker": 10, "session": 5}

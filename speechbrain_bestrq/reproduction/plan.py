@@ -23,23 +23,30 @@ CODEBOOK_CHECK, CODEBOOK_PICTURE = "codebook-check", "codebook.png"
 
 @dataclass(frozen=True)
 class Task:
-    """A downstream task: its recipe, the corpus it needs, where its results lie."""
+    """A downstream task: its recipe, the corpus it needs, its option for few labels and in words, its results."""
 
     recipe: str
     corpus: str
+    few_option: str
+    few_words: str
     results: str = RESULTS_FILE
 
 
 TASKS = {
-    "asr": Task("LibriSpeech/ASR", "librispeech"),
-    "verification": Task("VoxCeleb/verification", "voxceleb"),
-    "emotion": Task("IEMOCAP/emotion", "iemocap", f"all/{RESULTS_FILE}"),
-    "intent": Task("SLURP/intent", "slurp"),
+    "asr": Task("LibriSpeech/ASR", "librispeech", "label_hours", "{} h of labels"),
+    "verification": Task("VoxCeleb/verification", "voxceleb", "train_speakers", "{} training speakers"),
+    "emotion": Task("IEMOCAP/emotion", "iemocap", "examples_per_class", "{} examples a class", f"all/{RESULTS_FILE}"),
+    "intent": Task("SLURP/intent", "slurp", "examples_per_class", "{} examples a class"),
 }
 CORPORA = tuple(task.corpus for task in TASKS.values())
 #: What a preset has to say, and may.
-KEYS = {"seeds", "updates", "pretraining", "baselines", "tasks"}, {"synthetic", "masking", "pretrain_each_seed"}
+KEYS = (
+    {"seeds", "updates", "pretraining", "baselines", "tasks"},
+    {"few_labels", "fine_tune_untrained", "synthetic", "masking", "pretrain_each_seed"},
+)
 FROZEN, FINE_TUNED = "frozen", "fine-tuned"
+#: Where a preset has the tasks with all of their labels, and with few.
+ALL_LABELS, FEW_LABELS = "tasks", "few_labels"
 #: What Table 3 is measured on.
 MASKING_SPLIT = "dev-clean"
 
@@ -92,15 +99,28 @@ def read_preset(name: str) -> dict[str, Any]:
         limit = settings["options"].get("optimizer_step_limit")
         if limit is not None and max(preset["updates"]) > limit:
             raise InputError(f"{path}: updates go to {max(preset['updates'])}, and {method} is trained for {limit}.")
-    if unknown := preset["tasks"].keys() - TASKS.keys():
+    if preset.get("fine_tune_untrained") and "random" not in preset["baselines"]:
+        raise InputError(f"{path}: fine_tune_untrained needs random among the baselines.")
+    for labels in (ALL_LABELS, FEW_LABELS):
+        _check_tasks(path, labels, preset.get(labels, {}))
+    return preset
+
+
+def _check_tasks(path: Path, labels: str, tasks: Any) -> None:
+    if not isinstance(tasks, dict):
+        raise InputError(f"{path}: {labels} has to have tasks: {', '.join(TASKS)}.")
+    if unknown := tasks.keys() - TASKS.keys():
         raise InputError(f"{path}: tasks are {', '.join(TASKS)}, not {', '.join(sorted(unknown))}.")
-    for task, kinds in preset["tasks"].items():
+    for task, kinds in tasks.items():
         if not isinstance(kinds, dict):
             raise InputError(f"{path}: {task} has to have {FROZEN} or {FINE_TUNED}.")
         for kind, settings in kinds.items():
-            if settings is not None:
-                _check_settings(path, f"{task}'s {kind}", settings)
-    return preset
+            if settings is None:
+                continue
+            _check_settings(path, f"{task}'s {kind}", settings)
+            few = TASKS[task].few_option
+            if labels == FEW_LABELS and settings["options"].get(few) is None:
+                raise InputError(f"{path}: {labels}: {task}'s {kind} does not say how few: give {few} in its options.")
 
 
 def _check_settings(path: Path, name: str, settings: Any) -> None:
@@ -185,7 +205,7 @@ def make_plan(
     if "librispeech" not in plan.corpora:
         raise InputError("there is nothing to pre-train on: give --librispeech.")
     plan.add_pretraining()
-    for task in preset["tasks"]:
+    for task in TASKS:
         if TASKS[task].corpus in plan.corpora:
             plan.add_task(task)
     if preset.get("masking"):
@@ -204,6 +224,32 @@ def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     methods = sorted(preset["pretraining"], reverse=True)
     trained = [f"{method}-{updates}" for method in methods for updates in preset["updates"]]
     return [*sorted(preset["baselines"]), *trained]
+
+
+def probe_name(task: str, kind: str, labels: str, encoder: str, seed: int) -> str:
+    """Name the stage of a probe.
+
+    Example
+    -------
+    >>> probe_name("asr", FROZEN, ALL_LABELS, "fbank", 1), probe_name("asr", FROZEN, FEW_LABELS, "fbank", 1)
+    ('asr-frozen/fbank/1', 'asr-frozen-few/fbank/1')
+    """
+    return f"{task}-{kind}{'-few' if labels == FEW_LABELS else ''}/{encoder}/{seed}"
+
+
+def probed_encoders(preset: Mapping[str, Any], kind: str) -> list[str]:
+    """Of :func:`encoder_names`, those that a kind of probe listens with.
+
+    Example
+    -------
+    >>> probed_encoders(read_preset("small"), FINE_TUNED)
+    ['wav2vec2-720', 'bestrq-720']
+    """
+    names = encoder_names(preset)
+    if kind == FROZEN:
+        return names
+    untrained = {"random"} if preset.get("fine_tune_untrained") else set()
+    return [name for name in names if name not in set(preset["baselines"]) - untrained]
 
 
 def pretraining_names(preset: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
@@ -293,19 +339,24 @@ class _Plan:
 
     def add_task(self, task: str) -> None:
         for seed in self.preset["seeds"]:
-            for encoder in encoder_names(self.preset):
-                for kind in (FROZEN, FINE_TUNED):
-                    settings = self.preset["tasks"][task].get(kind)
-                    trained = encoder not in self.preset["baselines"]
-                    if settings is None or kind == FINE_TUNED and not trained:
-                        continue
-                    name = f"{task}-{kind}/{encoder}/{seed}"
-                    source, needs = self._source(encoder, seed)
-                    cache = None
-                    if kind == FROZEN:  # another seed is another untrained encoder, and may be another trained one
-                        own = encoder == "random" or trained and self.preset.get("pretrain_each_seed")
-                        cache = f"{encoder}-{seed}" if own else encoder
-                    self._add_probe(name, task, settings, source, seed, needs, cache)
+            for kind in (FROZEN, FINE_TUNED):
+                for encoder in probed_encoders(self.preset, kind):
+                    for labels in (ALL_LABELS, FEW_LABELS):
+                        self._add_task(task, seed, kind, encoder, labels)
+
+    def _add_task(self, task: str, seed: int, kind: str, encoder: str, labels: str) -> None:
+        settings = self.preset.get(labels, {}).get(task, {}).get(kind)
+        if settings is None:
+            return
+        if labels == FEW_LABELS:  # another seed is another draw of them
+            settings = {**settings, "options": {**settings["options"], "label_seed": seed}}
+        source, needs = self._source(encoder, seed)
+        cache = None
+        if kind == FROZEN:  # another seed is another untrained encoder, and may be another trained one
+            trained = encoder not in self.preset["baselines"]
+            own = encoder == "random" or trained and self.preset.get("pretrain_each_seed")
+            cache = f"{encoder}-{seed}" if own else encoder
+        self._add_probe(probe_name(task, kind, labels, encoder, seed), task, settings, source, seed, needs, cache)
 
     def _source(self, encoder: str, seed: int) -> tuple[str, tuple[str, ...]]:
         """The source of an encoder for a seed of the tasks, and the stage that makes it."""

@@ -29,6 +29,9 @@ from speechbrain_bestrq.reproduction.plan import (
     CODEBOOK_CHECK,
     CODEBOOK_PICTURE,
     CORPORA,
+    FEW_LABELS,
+    FINE_TUNED,
+    FROZEN,
     TASKS,
     pretraining_names,
 )
@@ -115,7 +118,13 @@ def reproduction_text(folder: str | os.PathLike, width: int) -> str:
 
 
 def _tables(found: Runs) -> dict[str, Table]:
-    return {"table1": frozen_table(found), "table2": fine_tuned_table(found), "table3": masking_table(found)}
+    tables = {"table1": frozen_table(found), "table2": fine_tuned_table(found)}
+    kinds = {kind for task in found.preset.get(FEW_LABELS, {}).values() for kind in task if task[kind]}
+    if FROZEN in kinds:
+        tables["table1_few"] = frozen_table(found, FEW_LABELS)
+    if FINE_TUNED in kinds:
+        tables["table2_few"] = fine_tuned_table(found, FEW_LABELS)
+    return {**tables, "table3": masking_table(found)}
 
 
 def _pretrainings(found: Runs) -> dict[str, RunLog]:
@@ -162,7 +171,7 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
         *_failures(found),
         *_corpora(plan, tables["table1"], runs),
         Heading("Does pre-training pay?"),
-        *_judgement(tables["table1"]),
+        *_judgements(tables),
     ]
     for table in tables.values():
         blocks += [Heading(table.title), _grid(table)]
@@ -193,7 +202,7 @@ def _corpora(plan: Mapping[str, Any], table: Table, runs: Mapping[str, RunLog]) 
     official = dict(zip(CORPORA, ("LibriSpeech", "VoxCeleb", "IEMOCAP", "SLURP"), strict=True))
     items = []
     for corpus, title in named.items():
-        ours = table.corpora[table.columns.index(title)]
+        ours = next(of for of, column in zip(table.corpora, table.columns, strict=True) if column.title == title)
         if not ours:
             why = "not run" if corpus in plan["corpora"] else "not run: no corpus was given"
             items.append(f"in the place of {official[corpus]}: {why}")
@@ -210,12 +219,18 @@ def _corpora(plan: Mapping[str, Any], table: Table, runs: Mapping[str, RunLog]) 
     return [Heading("Speech"), Items(tuple(items))]
 
 
-def _judgement(table: Table) -> list[Block]:
-    sentences = judge(table)
-    if not sentences:
+def _judgements(tables: Mapping[str, Table]) -> list[Block]:
+    judged = {name: sentences for name, table in tables.items() if (sentences := judge(table))}
+    if not judged:
         return [Paragraph("Not known yet: it takes the untrained encoder and a pre-trained one on the same task.")]
-    words = "The untrained encoder is that of BEST-RQ with random weights, others for each seed."
-    return [Paragraph(words), Items(tuple(sentences))]
+    blocks: list[Block] = [
+        Paragraph("The untrained encoder is that of BEST-RQ with random weights, others for each seed.")
+    ]
+    for name, sentences in judged.items():
+        if name != "table1":
+            blocks.append(Paragraph(f"{tables[name].title}:"))
+        blocks.append(Items(tuple(sentences)))
+    return blocks
 
 
 def _grid(table: Table) -> Grid:
@@ -225,7 +240,7 @@ def _grid(table: Table) -> Grid:
         for number in range(len(table.columns))
         if any(cells[number].values or cells[number].paper is not None for cells in table.rows.values())
     ]
-    heads, notes = ([names[number] for number in kept] for names in (table.columns, table.corpora))
+    heads, notes = [table.columns[number].title for number in kept], [table.corpora[number] for number in kept]
     rows = tuple(
         ((Text(row_name(name)),), *(tuple(_texts(cells[number], table.corpora[number])) for number in kept))
         for name, cells in table.rows.items()
@@ -430,11 +445,11 @@ def _csv(table: Table) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["row", "score", "corpus", "ours", "deviation_or_interval", "paper", "difference", "seeds", "runs"])
     for name, cells in table.rows.items():
-        for title, cell in zip(table.columns, cells, strict=True):
+        for column, cell in zip(table.columns, cells, strict=True):
             writer.writerow(
                 [
                     row_name(name),
-                    title,
+                    column.title,
                     "; ".join(sorted(cell.corpora)),
                     _number(cell.value),
                     cell.spread,

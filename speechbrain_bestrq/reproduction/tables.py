@@ -10,7 +10,16 @@ from typing import Any
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import commit
 from speechbrain_bestrq.metrics import difference_over_seeds
-from speechbrain_bestrq.reproduction.plan import FINE_TUNED, FROZEN, MASKING_SPLIT, TASKS, encoder_names
+from speechbrain_bestrq.reproduction.plan import (
+    ALL_LABELS,
+    FEW_LABELS,
+    FINE_TUNED,
+    FROZEN,
+    MASKING_SPLIT,
+    TASKS,
+    probe_name,
+    probed_encoders,
+)
 from speechbrain_bestrq.reproduction.stages import STAGE_FILE
 from speechbrain_bestrq.results import read_results
 from speechbrain_bestrq.writing import write_text
@@ -130,10 +139,10 @@ class Cell:
 
 @dataclass
 class Table:
-    """One of the paper's tables."""
+    """One of the paper's tables, or one like them."""
 
     title: str
-    columns: list[str]
+    columns: list[Column]
     corpora: list[str]
     """Of each column, the corpora of our figures by their true names."""
     rows: dict[str, list[Cell]]
@@ -227,14 +236,16 @@ class Runs:
         return read_results(path.parent) if self.is_done(run) and path.is_file() else None
 
 
-def frozen_table(runs: Runs) -> Table:
-    """Table 1: frozen encoders on four tasks."""
-    return _table("Table 1: frozen encoders", runs, FROZEN, FROZEN_COLUMNS, PAPER_FROZEN)
+def frozen_table(runs: Runs, labels: str = ALL_LABELS) -> Table:
+    """Table 1: frozen encoders on four tasks; or the same with few labels, which the paper has not."""
+    title = "Table 1: frozen encoders" if labels == ALL_LABELS else "Frozen encoders, few labels"
+    return _table(title, runs, FROZEN, labels, PAPER_FROZEN)
 
 
-def fine_tuned_table(runs: Runs) -> Table:
-    """Table 2: recognition by fine-tuned encoders."""
-    return _table("Table 2: fine-tuned encoders", runs, FINE_TUNED, RECOGNITION, PAPER_FINE_TUNED)
+def fine_tuned_table(runs: Runs, labels: str = ALL_LABELS) -> Table:
+    """Table 2: recognition by fine-tuned encoders, and other tasks where they were run; or with few labels."""
+    title = "Table 2: fine-tuned encoders" if labels == ALL_LABELS else "Fine-tuned encoders, few labels"
+    return _table(title, runs, FINE_TUNED, labels, PAPER_FINE_TUNED)
 
 
 def masking_table(runs: Runs) -> Table:
@@ -252,30 +263,36 @@ def masking_table(runs: Runs) -> Table:
                 _describe(cell, results, MASKING_COLUMN, run)
         rows[share] = [cell]
     title = "Table 3: share of frames that begin a masked span"
-    return Table(title, [MASKING_COLUMN.title], [_corpora(row[0] for row in rows.values())], rows)
+    return Table(title, [MASKING_COLUMN], [_corpora(row[0] for row in rows.values())], rows)
 
 
-def _table(
-    title: str,
-    runs: Runs,
-    kind: str,
-    columns: Sequence[Column],
-    paper: Mapping[str, Mapping[str, float]],
-) -> Table:
-    preset = runs.preset
-    names = [name for name in encoder_names(preset) if kind == FROZEN or name not in preset["baselines"]]
+def _table(title: str, runs: Runs, kind: str, labels: str, paper: Mapping[str, Mapping[str, float]]) -> Table:
+    names = probed_encoders(runs.preset, kind)
+    if labels == FEW_LABELS:
+        paper = {}
+    columns = _columns(runs.preset, kind, labels)
     # the paper's rows are shown also when they were not run
     rows = {
-        name: [_cell(runs, kind, name, column, paper) for column in columns]
+        name: [_cell(runs, kind, labels, name, column, paper) for column in columns]
         for name in (*names, *(name for name in paper if name not in names))
     }
     corpora = [_corpora(cells[number] for cells in rows.values()) for number in range(len(columns))]
-    return Table(title, [column.title for column in columns], corpora, rows)
+    return Table(title, columns, corpora, rows)
+
+
+def _columns(preset: Mapping[str, Any], kind: str, labels: str) -> list[Column]:
+    """The paper's, and those of other tasks that the preset has; few labels say how few."""
+    settings = {task: kinds[kind] for task, kinds in preset.get(labels, {}).items() if kinds.get(kind)}
+    if labels == ALL_LABELS:
+        return [one for one in FROZEN_COLUMNS if kind == FROZEN or one in RECOGNITION or one.task in settings]
+    few = {task: TASKS[task].few_words.format(one["options"][TASKS[task].few_option]) for task, one in settings.items()}
+    return [replace(one, title=f"{one.title}, {few[one.task]}") for one in FROZEN_COLUMNS if one.task in few]
 
 
 def _cell(
     runs: Runs,
     kind: str,
+    labels: str,
     encoder: str,
     column: Column,
     paper: Mapping[str, Mapping[str, float]],
@@ -283,7 +300,7 @@ def _cell(
     seeds = runs.preset["seeds"]
     cell = Cell(paper=paper.get(encoder, {}).get(column.title), paper_corpus=column.corpus, seeds=len(seeds))
     for seed in seeds:
-        run = f"{column.task}-{kind}/{encoder}/{seed}"
+        run = probe_name(column.task, kind, labels, encoder, seed)
         results = runs.results(run, column.task)
         if results is None:
             cell.missing = max(cell.missing, runs.why_missing(run), key=MISSING.index)
@@ -330,15 +347,12 @@ def row_name(encoder: str) -> str:
     return f"{name}, {int(updates):,} updates" if updates else name
 
 
-def judge(table: Table, columns: Sequence[Column] = FROZEN_COLUMNS, against: str = "random") -> list[str]:
+def judge(table: Table, against: str = "random") -> list[str]:
     """Say of each score and each pre-trained row whether it beats the untrained encoder.
 
     Arguments
     ---------
     table : Table
-        :func:`frozen_table`'s.
-    columns : sequence of Column
-        Its columns.
     against : str
         The row to compare with.
 
@@ -348,7 +362,7 @@ def judge(table: Table, columns: Sequence[Column] = FROZEN_COLUMNS, against: str
         Sentences; none of scores that were not run for both.
     """
     sentences = []
-    for number, column in enumerate(columns):
+    for number, column in enumerate(table.columns):
         if against not in table.rows:
             continue
         for encoder, cells in table.rows.items():

@@ -132,6 +132,33 @@ def test_hidden_states_are_made_by_one_stage_for_the_others(tmp_path):
     assert by_name["intent-frozen/random/2"].after == ()  # others for each seed
 
 
+FEW = {
+    "intent": {"frozen": {"yaml": "probe_small", "options": {"examples_per_class": 20}}, "fine-tuned": None},
+    "verification": {"fine-tuned": {"yaml": "bestrq_finetune", "options": {"train_speakers": 7}}},
+}
+
+
+def test_few_labels_are_drawn_by_the_seed_and_share_the_hidden_states(tmp_path):
+    preset = {**read_preset("small"), "few_labels": FEW, "fine_tune_untrained": True}
+    stages = make_plan(preset, dict.fromkeys(CORPORA, Path("/data")), tmp_path)
+    by_name = {stage.name: stage for stage in stages}
+    expected = [("intent-frozen", name) for name in encoder_names(preset)]
+    expected += [("verification-fine-tuned", name) for name in encoder_names(preset) if name != "fbank"]
+    few = {name for name in by_name if "-few/" in name}
+    assert few == {f"{kind}-few/{encoder}/{seed}" for kind, encoder in expected for seed in (1, 2)}
+    probes = [stage for stage in stages if stage.kind.split("-")[0] in preset["tasks"]]
+    options = {stage.name: dict(zip(stage.command[4::2], stage.command[5::2], strict=True)) for stage in probes}
+    for seed in ("1", "2"):
+        given = options[f"intent-frozen-few/bestrq-720/{seed}"]
+        assert (given["--examples_per_class"], given["--label_seed"], given["--seed"]) == ("20", seed, seed)
+        assert given["--cache_folder"] == options[f"intent-frozen/bestrq-720/{seed}"]["--cache_folder"]
+        untrained = options[f"verification-fine-tuned-few/random/{seed}"]
+        assert untrained["--encoder"] == f"random:{tmp_path}/pretraining/bestrq/encoder@720"
+    assert "--label_seed" not in options["intent-frozen/bestrq-720/1"]
+    # the hidden states of all are made once, and those of few are among them
+    assert by_name["intent-frozen-few/bestrq-720/1"].after == ("intent-frozen/bestrq-720/1",)
+
+
 def test_a_preset_may_say_that_it_has_no_masking(tmp_path):
     preset = {**read_preset("small"), "masking": None}
     write_plan(tmp_path, "own", preset, list(CORPORA), "reproduce", marks_of(preset, tmp_path))
@@ -305,6 +332,39 @@ def test_one_seed_is_not_enough_to_beat_anything(reproduction):
         "intent accuracy: BEST-RQ, 2,000 updates is ahead of the untrained encoder by 8.00 points with the one seed "
         "that was tried."
     )
+
+
+def test_few_labels_have_a_table_of_their_own(reproduction):
+    plan = read_plan(reproduction)
+    preset = {**plan["preset"], "few_labels": FEW, "fine_tune_untrained": True}
+    corpora = ["librispeech", "slurp", "voxceleb"]
+    write_plan(reproduction, "own", preset, corpora, "reproduce", marks_of(preset, reproduction, corpora))
+    for seed in (1, 2):
+        for encoder, accuracy, error in (("random", 0.2, 0.3), ("bestrq-2000", 0.4, 0.1)):
+            sets = {"test": {"accuracy": score(accuracy + 0.01 * seed)}}
+            write_probe(reproduction, f"intent-frozen-few/{encoder}/{seed}", sets, "Speech Commands")
+            sets = {"vox1": {"eer": score(error + 0.01 * seed)}}
+            write_probe(reproduction, f"verification-fine-tuned-few/{encoder}/{seed}", sets, "VoxCeleb")
+    files = write_reproduction(reproduction)
+    column = "intent accuracy, 20 examples a class (Speech Commands)"
+    rows = rows_of(files["markdown"], "Frozen encoders, few labels")
+    assert list(rows) == ["filter banks", "untrained", *(row for row in rows if "updates" in row)]
+    assert rows["BEST-RQ, 2,000 updates"][column].startswith("[41.50 ± 0.71](intent-frozen-few/bestrq-2000/1/")
+    assert rows["filter banks"][column] == "not yet run"
+    rows = rows_of(files["markdown"], "Fine-tuned encoders, few labels")
+    column = "speaker EER, 7 training speakers (VoxCeleb)"
+    assert rows["untrained"][column].startswith("[31.50 ± 0.71]") and "filter banks" not in rows
+    text = files["markdown"].read_text()
+    for verdict in (
+        "intent accuracy, 20 examples a class: BEST-RQ, 2,000 updates beats the untrained encoder by 20.00 points.",
+        "speaker EER, 7 training speakers: BEST-RQ, 2,000 updates beats the untrained encoder by 20.00 points.",
+    ):
+        assert verdict in text
+    with open(files["table1_few"], newline="") as file:
+        ours = {row["row"]: row["ours"] for row in csv.DictReader(file)}
+    assert ours["BEST-RQ, 2,000 updates"] == "41.500" and ours["BEST-RQ, 1,000 updates"] == ""
+    # what is of few labels is nowhere among all labels
+    assert rows_of(files["markdown"])["untrained"]["intent accuracy (Speech Commands)"].startswith("[53.50")
 
 
 def test_a_changed_result_changes_its_cell_and_nothing_else(reproduction):

@@ -17,6 +17,13 @@ from speechbrain_bestrq.reproduction.plan import PRESETS, make_plan, read_preset
         ({"pretraining": {"bestrq": {"yaml": "bestrq_small"}}}, "bestrq has to have yaml and options"),
         ({"tasks": {"asr": {"frozen": {"yaml": "bestrq"}}}}, "asr's frozen has to have yaml and options"),
         ({"tasks": {"asr": None}}, "asr has to have frozen or fine-tuned"),
+        ({"few_labels": ["asr"]}, "few_labels has to have tasks"),
+        ({"few_labels": {"translation": {}}}, "not translation"),
+        (
+            {"few_labels": {"asr": {"frozen": {"yaml": "probe_small", "options": {}}}}},
+            "give label_hours in its options",
+        ),
+        ({"fine_tune_untrained": True, "baselines": ["fbank"]}, "needs random among the baselines"),
     ],
 )
 def test_presets_that_would_fail_later_are_refused(tmp_path, change, said):
