@@ -38,11 +38,14 @@ from speechbrain_bestrq.reproduction.plan import (
 from speechbrain_bestrq.reproduction.tables import (
     METHOD_NAMES,
     Cell,
+    Lead,
     Runs,
     Table,
     fine_tuned_table,
     frozen_table,
+    is_trained,
     judge,
+    lead,
     masking_table,
     read_plan,
     row_name,
@@ -229,8 +232,32 @@ def _judgements(tables: Mapping[str, Table]) -> list[Block]:
     for name, sentences in judged.items():
         if name != "table1":
             blocks.append(Paragraph(f"{tables[name].title}:"))
-        blocks.append(Items(tuple(sentences)))
-    return blocks
+        blocks += [Items(tuple(sentences)), _leads(tables[name])]
+    words = "In these tables: points by which an encoder is ahead, positive where it is better, ± half of the 95 % "
+    words += "interval, of the utterances and of the seeds; of a single seed, of the utterances alone."
+    return [*blocks, Paragraph(words)]
+
+
+def _leads(table: Table) -> Grid:
+    """How far each pre-trained encoder is ahead of each row that was not trained."""
+    found: dict[str, list[Lead | None]] = {}
+    for encoder in filter(is_trained, table.rows):
+        for base in table.rows:
+            if not is_trained(base):
+                pairs = zip(table.columns, table.rows[encoder], table.rows[base], strict=True)
+                leads = [lead(cell, other, column.lower_is_better) for column, cell, other in pairs]
+                found[f"{row_name(encoder)}, ahead of {row_name(base)}"] = leads
+    rows = {name: leads for name, leads in found.items() if any(leads)}
+    kept = [number for number in range(len(table.columns)) if any(leads[number] for leads in rows.values())]
+    heads = tuple(table.columns[number].title for number in kept)
+    cells = {name: [_lead_text(leads[number]) for number in kept] for name, leads in rows.items()}
+    return Grid(("", *heads), tuple(((Text(name),), *((Text(one),) for one in row)) for name, row in cells.items()))
+
+
+def _lead_text(one: Lead | None) -> str:
+    if one is None:
+        return ""
+    return f"{one.points:+.2f} ± {one.doubt:.2f}" + (", 1 seed" if one.seeds == 1 else "")
 
 
 def _grid(table: Table) -> Grid:

@@ -347,6 +347,46 @@ def row_name(encoder: str) -> str:
     return f"{name}, {int(updates):,} updates" if updates else name
 
 
+@dataclass(frozen=True)
+class Lead:
+    """By how much an encoder is ahead of another in a column."""
+
+    points: float
+    """Positive where it is better."""
+    doubt: float
+    """Half the width of the 95 % interval: of the utterances and, where there are several, of the seeds."""
+    seeds: int
+    """That both have."""
+
+
+def lead(cell: Cell, base: Cell, lower_is_better: bool) -> Lead | None:
+    """Compare two cells of a column over the seeds that both have.
+
+    Arguments
+    ---------
+    cell, base : Cell
+    lower_is_better : bool
+        As the column says.
+
+    Returns
+    -------
+    Lead or None
+        None if they have no seed in common.
+
+    Example
+    -------
+    >>> error, other = Cell({1: 20.0}, 19.0, 21.0), Cell({1: 25.0, 2: 9.0}, 24.0, 26.0)
+    >>> found = lead(error, other, lower_is_better=True)
+    >>> f"{found.points:+.1f} ± {found.doubt:.1f}, {found.seeds} seed"
+    '+5.0 ± 1.4, 1 seed'
+    """
+    cell, base = _of_common_seeds(cell, base)
+    if cell.value is None or base.value is None:
+        return None
+    points = (base.value - cell.value) * (1 if lower_is_better else -1)
+    return Lead(points, _doubt(cell, base), len(cell.values))
+
+
 def judge(table: Table, against: str = "random") -> list[str]:
     """Say of each score and each pre-trained row whether it beats the untrained encoder.
 
@@ -366,22 +406,29 @@ def judge(table: Table, against: str = "random") -> list[str]:
         if against not in table.rows:
             continue
         for encoder, cells in table.rows.items():
-            if "-" not in encoder:
+            if not is_trained(encoder):
                 continue
             cell, base = _of_common_seeds(cells[number], table.rows[against][number])
-            if cell.value is None or base.value is None:
+            found = lead(cell, base, column.lower_is_better)
+            if found is None:
                 continue
-            gain = (base.value - cell.value) * (1 if column.lower_is_better else -1)
-            if gain <= 0:
+            if found.points <= 0:
                 verdict = f"does not beat the untrained encoder ({cell.value:.2f} against {base.value:.2f} %)"
-            elif gain <= _doubt(cell, base):
-                verdict = f"is ahead of the untrained encoder by {gain:.2f} points, which may be chance"
-            elif len(cell.values) < 2:  # the interval knows nothing of other seeds
-                verdict = f"is ahead of the untrained encoder by {gain:.2f} points with the one seed that was tried"
+            elif found.points <= found.doubt:
+                verdict = f"is ahead of the untrained encoder by {found.points:.2f} points, which may be chance"
+            elif found.seeds < 2:  # the interval knows nothing of other seeds
+                verdict = (
+                    f"is ahead of the untrained encoder by {found.points:.2f} points with the one seed that was tried"
+                )
             else:
-                verdict = f"beats the untrained encoder by {gain:.2f} points"
+                verdict = f"beats the untrained encoder by {found.points:.2f} points"
             sentences.append(f"{column.title}: {row_name(encoder)} {verdict}.")
     return sentences
+
+
+def is_trained(row: str) -> bool:
+    """Whether a row is of a pre-trained encoder, and not of what it is compared with."""
+    return "-" in row
 
 
 def _of_common_seeds(*cells: Cell) -> list[Cell]:

@@ -324,6 +324,21 @@ def test_where_pre_training_does_not_pay_the_report_says_so(reproduction):
     assert all(sentence in (write_reproduction(reproduction)["markdown"]).read_text() for sentence in sentences)
 
 
+def test_the_report_tells_how_far_each_is_ahead(reproduction):
+    # accuracies of 61 and 62 against 53 and 54, each ± 2
+    rows = rows_of(write_reproduction(reproduction)["markdown"], "Does pre-training pay?")
+    assert list(rows) == [
+        f"{encoder}, ahead of {base}"
+        for encoder in ("wav2vec 2.0, 2,000 updates", "BEST-RQ, 1,000 updates", "BEST-RQ, 2,000 updates")
+        for base in ("filter banks", "untrained")
+    ]
+    ahead = rows["BEST-RQ, 2,000 updates, ahead of untrained"]
+    welch = 4.302653 * 0.5**0.5  # two degrees of freedom; deviations of 0.5 ** 0.5, of two seeds each
+    assert ahead["intent accuracy"] == f"+8.00 ± {(welch**2 + 8) ** 0.5:.2f}"
+    assert rows["BEST-RQ, 1,000 updates, ahead of filter banks"]["intent accuracy"].startswith("+1.00 ± ")
+    assert list(ahead) == ["", "intent accuracy"]  # recognition was not run on both sides
+
+
 def test_one_seed_is_not_enough_to_beat_anything(reproduction):
     plan = read_plan(reproduction)
     plan["preset"]["seeds"] = [1]
