@@ -188,8 +188,8 @@ def _largest_that_fits(name: str, settings: Settings) -> Timed:
     while True:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                waveforms = resident(utterances, length, settings)
-                return Timed(name, waveforms, settings.device, precision(settings), Path(folder))
+                where = (settings.device, precision(settings), Path(folder))
+                return Timed(name, resident(utterances, length, settings), *where)
         except torch.OutOfMemoryError:
             if utterances == 1:
                 raise

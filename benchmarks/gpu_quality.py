@@ -86,8 +86,8 @@ def quality(settings: Settings, findings: Findings, seconds: float) -> None:
 
 def planned_updates(name: str, seconds: float, settings: Settings) -> int:
     """Updates that a time is enough for, by a short measurement."""
-    waveforms = resident(MICRO_BATCH_SECONDS // 10, 10.0, settings)
-    timed = Timed(name, waveforms, settings.device, precision(settings), Path(settings.work))
+    where = (settings.device, precision(settings), Path(settings.work))
+    timed = Timed(name, resident(MICRO_BATCH_SECONDS // 10, 10.0, settings), *where)
     for _ in range(3):
         timed.block()
     speed = timed.speed

@@ -101,7 +101,8 @@ def compare(size: str, waveforms: list[Tensor], arguments: argparse.Namespace) -
             for pair in contenders.values():
                 for contender in pair:
                     contender.block()
-    rows = [row(one, matrix_product_flops(device, one.precision)) for pair in contenders.values() for one in pair]
+    products = {precision: matrix_product_flops(device, precision) for precision in precisions}
+    rows = [row(one, products[one.precision]) for pair in contenders.values() for one in pair]
     lines = []
     for precision, (ours, theirs) in contenders.items():
         lines.append(

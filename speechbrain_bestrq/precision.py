@@ -48,13 +48,13 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 
 @contextmanager
-def loading_for(device: str) -> Iterator[None]:
+def loading_for(device: str | None) -> Iterator[None]:
     """Let YAMLs that are loaded here ask of the device that they will train on.
 
     Arguments
     ---------
-    device : str
-        "cpu", "cuda:0"...: on a machine with a GPU, ``--device cpu`` makes a difference.
+    device : str or None
+        "cpu", "cuda:0"...: on a machine with a GPU, ``--device cpu`` makes a difference. None: a GPU, if there is one.
 
     Example
     -------

@@ -186,14 +186,18 @@ def _probe(path: Path, options: dict[str, str], speed: Speed, head: float, hours
     epochs = folds * _value(path, options, "number_of_epochs")
     caches = bool(_value(path, options, "cache_features"))
     trained = _value(path, options, "encoder_start_update") is not None
-    encoded = 0 if is_cached else 1 if caches else epochs
-    own = hours / (speed.fine_tuning if trained else speed.encoding)
+    labelled = epochs * _label_hours(path, options, hours)
+    encoded = 0.0 if is_cached else hours if caches else labelled
+    own = encoded / (speed.fine_tuning if trained else speed.encoding)
     size = hours * 3600 * speed.state_bytes if caches and not is_cached and speed is not FILTERBANK_SPEED else 0.0
-    return Cost(encoded * own + epochs * _label_hours(path, options, hours) / head, size / 1e9)
+    return Cost(own + labelled / head, size / 1e9)
 
 
 def _label_hours(path: Path, options: dict[str, str], hours: float) -> float:
-    """Hours that an epoch of a head hears; what is validated counts as what is trained."""
+    """Hours that an epoch of a head hears; what is validated counts as what is trained.
+
+    Where few labels are a number of speakers or examples nobody knows yet how long these are: all hours, then.
+    """
     limit = _value(path, options, "label_hours")
     return hours if limit is None else min(hours, limit)
 

@@ -102,7 +102,7 @@ def read_preset(name: str) -> dict[str, Any]:
     if preset.get("fine_tune_untrained") and "random" not in preset["baselines"]:
         raise InputError(f"{path}: fine_tune_untrained needs random among the baselines.")
     for labels in (ALL_LABELS, FEW_LABELS):
-        _check_tasks(path, labels, preset.get(labels, {}))
+        _check_tasks(path, labels, preset.get(labels) or {})
     return preset
 
 
@@ -112,8 +112,8 @@ def _check_tasks(path: Path, labels: str, tasks: Any) -> None:
     if unknown := tasks.keys() - TASKS.keys():
         raise InputError(f"{path}: tasks are {', '.join(TASKS)}, not {', '.join(sorted(unknown))}.")
     for task, kinds in tasks.items():
-        if not isinstance(kinds, dict):
-            raise InputError(f"{path}: {task} has to have {FROZEN} or {FINE_TUNED}.")
+        if not isinstance(kinds, dict) or not kinds.keys() <= {FROZEN, FINE_TUNED}:
+            raise InputError(f"{path}: {task} has to have {FROZEN} or {FINE_TUNED}, and nothing else.")
         for kind, settings in kinds.items():
             if settings is None:
                 continue
@@ -124,7 +124,7 @@ def _check_tasks(path: Path, labels: str, tasks: Any) -> None:
 
 
 def _check_settings(path: Path, name: str, settings: Any) -> None:
-    if not isinstance(settings, dict) or not {"yaml", "options"} <= settings.keys():
+    if not isinstance(settings, dict) or "yaml" not in settings or not isinstance(settings.get("options"), dict):
         raise InputError(f"{path}: {name} has to have yaml and options, which may be {{}}.")
 
 
@@ -224,6 +224,17 @@ def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     methods = sorted(preset["pretraining"], reverse=True)
     trained = [f"{method}-{updates}" for method in methods for updates in preset["updates"]]
     return [*sorted(preset["baselines"]), *trained]
+
+
+def settings_of(preset: Mapping[str, Any], labels: str, task: str, kind: str) -> Mapping[str, Any] | None:
+    """What a preset says of a kind of probe: its YAML and options; None if it has none.
+
+    Example
+    -------
+    >>> settings_of(read_preset("small"), ALL_LABELS, "intent", FROZEN)
+    {'yaml': 'probe_small', 'options': {'number_of_epochs': 10}}
+    """
+    return (preset.get(labels) or {}).get(task, {}).get(kind)
 
 
 def probe_name(task: str, kind: str, labels: str, encoder: str, seed: int) -> str:
@@ -345,18 +356,29 @@ class _Plan:
                         self._add_task(task, seed, kind, encoder, labels)
 
     def _add_task(self, task: str, seed: int, kind: str, encoder: str, labels: str) -> None:
-        settings = self.preset.get(labels, {}).get(task, {}).get(kind)
+        settings = settings_of(self.preset, labels, task, kind)
         if settings is None:
             return
-        if labels == FEW_LABELS:  # another seed is another draw of them
-            settings = {**settings, "options": {**settings["options"], "label_seed": seed}}
         source, needs = self._source(encoder, seed)
         cache = None
         if kind == FROZEN:  # another seed is another untrained encoder, and may be another trained one
             trained = encoder not in self.preset["baselines"]
             own = encoder == "random" or trained and self.preset.get("pretrain_each_seed")
             cache = f"{encoder}-{seed}" if own else encoder
+        if labels == FEW_LABELS:  # another seed is another draw of them
+            settings = {**settings, "options": {"label_seed": seed, **settings["options"]}}
+            if cache is not None and not self._caches_all(task):
+                cache = f"{encoder}-few-{seed}"
         self._add_probe(probe_name(task, kind, labels, encoder, seed), task, settings, source, seed, needs, cache)
+
+    def _caches_all(self, task: str) -> bool:
+        """Whether the hidden states of all of a task's audio are kept anyway, those for few labels among them."""
+        settings = settings_of(self.preset, ALL_LABELS, task, FROZEN)
+        return (
+            settings is not None
+            and settings["yaml"] == "probe_small"
+            and TASKS[task].few_option not in settings["options"]
+        )
 
     def _source(self, encoder: str, seed: int) -> tuple[str, tuple[str, ...]]:
         """The source of an encoder for a seed of the tasks, and the stage that makes it."""

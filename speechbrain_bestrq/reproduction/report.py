@@ -25,6 +25,7 @@ from speechbrain_bestrq.reproduction.document import (
     to_markdown,
     to_text,
 )
+from speechbrain_bestrq.reproduction.leads import judgements
 from speechbrain_bestrq.reproduction.plan import (
     CODEBOOK_CHECK,
     CODEBOOK_PICTURE,
@@ -34,18 +35,16 @@ from speechbrain_bestrq.reproduction.plan import (
     FROZEN,
     TASKS,
     pretraining_names,
+    settings_of,
 )
 from speechbrain_bestrq.reproduction.tables import (
     METHOD_NAMES,
+    NOT_RUN,
     Cell,
-    Lead,
     Runs,
     Table,
     fine_tuned_table,
     frozen_table,
-    is_trained,
-    judge,
-    lead,
     masking_table,
     read_plan,
     row_name,
@@ -93,6 +92,8 @@ def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
     for name, table in tables.items():
         files[name] = folder / f"{name}.csv"
         write_text(files[name], _csv(table))
+    for name in {"table1_few", "table2_few"} - tables.keys():  # of a preset that had few labels before
+        (folder / f"{name}.csv").unlink(missing_ok=True)
     return files
 
 
@@ -122,7 +123,8 @@ def reproduction_text(folder: str | os.PathLike, width: int) -> str:
 
 def _tables(found: Runs) -> dict[str, Table]:
     tables = {"table1": frozen_table(found), "table2": fine_tuned_table(found)}
-    kinds = {kind for task in found.preset.get(FEW_LABELS, {}).values() for kind in task if task[kind]}
+    few = found.preset.get(FEW_LABELS) or {}
+    kinds = {kind for task in few for kind in (FROZEN, FINE_TUNED) if settings_of(found.preset, FEW_LABELS, task, kind)}
     if FROZEN in kinds:
         tables["table1_few"] = frozen_table(found, FEW_LABELS)
     if FINE_TUNED in kinds:
@@ -172,9 +174,9 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
             "LibriSpeech and both are of one corpus. What was not run says so."
         ),
         *_failures(found),
-        *_corpora(plan, tables["table1"], runs),
+        *_corpora(plan, tables, runs),
         Heading("Does pre-training pay?"),
-        *_judgements(tables),
+        *judgements(found, tables),
     ]
     for table in tables.values():
         blocks += [Heading(table.title), _grid(table)]
@@ -199,13 +201,11 @@ def _failures(found: Runs) -> list[Block]:
     return blocks
 
 
-def _corpora(plan: Mapping[str, Any], table: Table, runs: Mapping[str, RunLog]) -> list[Block]:
-    named = {"librispeech": "test-clean WER", "voxceleb": "speaker EER", "iemocap": "emotion accuracy"}
-    named["slurp"] = "intent accuracy"
+def _corpora(plan: Mapping[str, Any], tables: Mapping[str, Table], runs: Mapping[str, RunLog]) -> list[Block]:
     official = dict(zip(CORPORA, ("LibriSpeech", "VoxCeleb", "IEMOCAP", "SLURP"), strict=True))
     items = []
-    for corpus, title in named.items():
-        ours = next(of for of, column in zip(table.corpora, table.columns, strict=True) if column.title == title)
+    for task, corpus in ((name, one.corpus) for name, one in TASKS.items()):
+        ours = _corpora_of(task, tables)
         if not ours:
             why = "not run" if corpus in plan["corpora"] else "not run: no corpus was given"
             items.append(f"in the place of {official[corpus]}: {why}")
@@ -222,57 +222,32 @@ def _corpora(plan: Mapping[str, Any], table: Table, runs: Mapping[str, RunLog]) 
     return [Heading("Speech"), Items(tuple(items))]
 
 
-def _judgements(tables: Mapping[str, Table]) -> list[Block]:
-    judged = {name: sentences for name, table in tables.items() if (sentences := judge(table))}
-    if not judged:
-        return [Paragraph("Not known yet: it takes the untrained encoder and a pre-trained one on the same task.")]
-    blocks: list[Block] = [
-        Paragraph("The untrained encoder is that of BEST-RQ with random weights, others for each seed.")
+def _corpora_of(task: str, tables: Mapping[str, Table]) -> str:
+    """What a task was measured on, by true names."""
+    columns = [
+        (table.rows.values(), number)
+        for table in tables.values()
+        for number, column in enumerate(table.columns)
+        if column.task == task
     ]
-    for name, sentences in judged.items():
-        if name != "table1":
-            blocks.append(Paragraph(f"{tables[name].title}:"))
-        blocks += [Items(tuple(sentences)), _leads(tables[name])]
-    words = "In these tables: points by which an encoder is ahead, positive where it is better, ± half of the 95 % "
-    words += "interval, of the utterances and of the seeds; of a single seed, of the utterances alone."
-    return [*blocks, Paragraph(words)]
-
-
-def _leads(table: Table) -> Grid:
-    """How far each pre-trained encoder is ahead of each row that was not trained."""
-    found: dict[str, list[Lead | None]] = {}
-    for encoder in filter(is_trained, table.rows):
-        for base in table.rows:
-            if not is_trained(base):
-                pairs = zip(table.columns, table.rows[encoder], table.rows[base], strict=True)
-                leads = [lead(cell, other, column.lower_is_better) for column, cell, other in pairs]
-                found[f"{row_name(encoder)}, ahead of {row_name(base)}"] = leads
-    rows = {name: leads for name, leads in found.items() if any(leads)}
-    kept = [number for number in range(len(table.columns)) if any(leads[number] for leads in rows.values())]
-    heads = tuple(table.columns[number].title for number in kept)
-    cells = {name: [_lead_text(leads[number]) for number in kept] for name, leads in rows.items()}
-    return Grid(("", *heads), tuple(((Text(name),), *((Text(one),) for one in row)) for name, row in cells.items()))
-
-
-def _lead_text(one: Lead | None) -> str:
-    if one is None:
-        return ""
-    return f"{one.points:+.2f} ± {one.doubt:.2f}" + (", 1 seed" if one.seeds == 1 else "")
+    return "; ".join(sorted({name for rows, number in columns for cells in rows for name in cells[number].corpora}))
 
 
 def _grid(table: Table) -> Grid:
-    """The columns that have a figure, of ours or the paper's."""
+    """The columns that have a figure, of ours or the paper's, or wait for one."""
     kept = [
-        number
-        for number in range(len(table.columns))
-        if any(cells[number].values or cells[number].paper is not None for cells in table.rows.values())
+        number for number in range(len(table.columns)) if any(_is_shown(cells[number]) for cells in table.rows.values())
     ]
     heads, notes = [table.columns[number].title for number in kept], [table.corpora[number] for number in kept]
     rows = tuple(
-        ((Text(row_name(name)),), *(tuple(_texts(cells[number], table.corpora[number])) for number in kept))
+        ((Text(table.row_title(name)),), *(tuple(_texts(cells[number], table.corpora[number])) for number in kept))
         for name, cells in table.rows.items()
     )
     return Grid(("", *heads), rows, ("", *notes))
+
+
+def _is_shown(cell: Cell) -> bool:
+    return bool(cell.values) or cell.paper is not None or cell.missing != NOT_RUN
 
 
 def _texts(cell: Cell, corpus: str) -> list[Text]:
@@ -475,7 +450,7 @@ def _csv(table: Table) -> str:
         for column, cell in zip(table.columns, cells, strict=True):
             writer.writerow(
                 [
-                    row_name(name),
+                    table.row_title(name),
                     column.title,
                     "; ".join(sorted(cell.corpora)),
                     _number(cell.value),

@@ -9,7 +9,6 @@ from typing import Any
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import commit
-from speechbrain_bestrq.metrics import difference_over_seeds
 from speechbrain_bestrq.reproduction.plan import (
     ALL_LABELS,
     FEW_LABELS,
@@ -19,6 +18,7 @@ from speechbrain_bestrq.reproduction.plan import (
     TASKS,
     probe_name,
     probed_encoders,
+    settings_of,
 )
 from speechbrain_bestrq.reproduction.stages import STAGE_FILE
 from speechbrain_bestrq.results import read_results
@@ -147,6 +147,11 @@ class Table:
     """Of each column, the corpora of our figures by their true names."""
     rows: dict[str, list[Cell]]
     """By encoder."""
+    kind: str = FROZEN
+
+    def row_title(self, row: str) -> str:
+        """Name a row: an untrained encoder that is fine-tuned is trained from scratch."""
+        return "from scratch" if (row, self.kind) == ("random", FINE_TUNED) else row_name(row)
 
 
 def write_plan(
@@ -277,12 +282,12 @@ def _table(title: str, runs: Runs, kind: str, labels: str, paper: Mapping[str, M
         for name in (*names, *(name for name in paper if name not in names))
     }
     corpora = [_corpora(cells[number] for cells in rows.values()) for number in range(len(columns))]
-    return Table(title, columns, corpora, rows)
+    return Table(title, columns, corpora, rows, kind)
 
 
 def _columns(preset: Mapping[str, Any], kind: str, labels: str) -> list[Column]:
     """The paper's, and those of other tasks that the preset has; few labels say how few."""
-    settings = {task: kinds[kind] for task, kinds in preset.get(labels, {}).items() if kinds.get(kind)}
+    settings = {task: found for task in TASKS if (found := settings_of(preset, labels, task, kind))}
     if labels == ALL_LABELS:
         return [one for one in FROZEN_COLUMNS if kind == FROZEN or one in RECOGNITION or one.task in settings]
     few = {task: TASKS[task].few_words.format(one["options"][TASKS[task].few_option]) for task, one in settings.items()}
@@ -345,106 +350,3 @@ def row_name(encoder: str) -> str:
     method, _, updates = encoder.partition("-")
     name = METHOD_NAMES.get(method, method)
     return f"{name}, {int(updates):,} updates" if updates else name
-
-
-@dataclass(frozen=True)
-class Lead:
-    """By how much an encoder is ahead of another in a column."""
-
-    points: float
-    """Positive where it is better."""
-    doubt: float
-    """Half the width of the 95 % interval: of the utterances and, where there are several, of the seeds."""
-    seeds: int
-    """That both have."""
-
-
-def lead(cell: Cell, base: Cell, lower_is_better: bool) -> Lead | None:
-    """Compare two cells of a column over the seeds that both have.
-
-    Arguments
-    ---------
-    cell, base : Cell
-    lower_is_better : bool
-        As the column says.
-
-    Returns
-    -------
-    Lead or None
-        None if they have no seed in common.
-
-    Example
-    -------
-    >>> error, other = Cell({1: 20.0}, 19.0, 21.0), Cell({1: 25.0, 2: 9.0}, 24.0, 26.0)
-    >>> found = lead(error, other, lower_is_better=True)
-    >>> f"{found.points:+.1f} ± {found.doubt:.1f}, {found.seeds} seed"
-    '+5.0 ± 1.4, 1 seed'
-    """
-    cell, base = _of_common_seeds(cell, base)
-    if cell.value is None or base.value is None:
-        return None
-    points = (base.value - cell.value) * (1 if lower_is_better else -1)
-    return Lead(points, _doubt(cell, base), len(cell.values))
-
-
-def judge(table: Table, against: str = "random") -> list[str]:
-    """Say of each score and each pre-trained row whether it beats the untrained encoder.
-
-    Arguments
-    ---------
-    table : Table
-    against : str
-        The row to compare with.
-
-    Returns
-    -------
-    list of str
-        Sentences; none of scores that were not run for both.
-    """
-    sentences = []
-    for number, column in enumerate(table.columns):
-        if against not in table.rows:
-            continue
-        for encoder, cells in table.rows.items():
-            if not is_trained(encoder):
-                continue
-            cell, base = _of_common_seeds(cells[number], table.rows[against][number])
-            found = lead(cell, base, column.lower_is_better)
-            if found is None:
-                continue
-            if found.points <= 0:
-                verdict = f"does not beat the untrained encoder ({cell.value:.2f} against {base.value:.2f} %)"
-            elif found.points <= found.doubt:
-                verdict = f"is ahead of the untrained encoder by {found.points:.2f} points, which may be chance"
-            elif found.seeds < 2:  # the interval knows nothing of other seeds
-                verdict = (
-                    f"is ahead of the untrained encoder by {found.points:.2f} points with the one seed that was tried"
-                )
-            else:
-                verdict = f"beats the untrained encoder by {found.points:.2f} points"
-            sentences.append(f"{column.title}: {row_name(encoder)} {verdict}.")
-    return sentences
-
-
-def is_trained(row: str) -> bool:
-    """Whether a row is of a pre-trained encoder, and not of what it is compared with."""
-    return "-" in row
-
-
-def _of_common_seeds(*cells: Cell) -> list[Cell]:
-    """The cells with the seeds that all have."""
-    seeds = set.intersection(*(set(cell.values) for cell in cells))
-    return [replace(cell, values={seed: cell.values[seed] for seed in sorted(seeds)}) for cell in cells]
-
-
-def _doubt(*cells: Cell) -> float:
-    """Half the width of a 95 % interval of the difference of two cells of the same seeds.
-
-    The utterances are the same for all seeds, so their part does not shrink with the number of these; that of
-    the seeds is Welch's.
-    """
-    of_utterances = sum(((cell.high - cell.low) / 2) ** 2 for cell in cells if cell.low is not None)
-    if len(cells[0].values) < 2:
-        return of_utterances**0.5
-    of_seeds = difference_over_seeds(*(list(cell.values.values()) for cell in cells))
-    return (of_utterances + ((of_seeds.high - of_seeds.low) / 2) ** 2) ** 0.5

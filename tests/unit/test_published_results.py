@@ -28,7 +28,7 @@ def test_the_tables_come_out_of_the_results_byte_for_byte(folder, tmp_path):
         (copy / name).unlink()
     files = write_reproduction(copy)
     assert {path.name for path in files.values()} | {"curves.png"} == set(reports)
-    for name in ("report.md", "table1.csv", "table2.csv", "table3.csv"):
+    for name in (path.name for path in files.values() if path.suffix != ".html"):
         assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
     # the picture within the page depends on the version of matplotlib
     without_picture = [re.sub("base64,[^\"']+", "", (one / "report.html").read_text()) for one in (copy, folder)]

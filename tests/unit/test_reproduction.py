@@ -10,6 +10,7 @@ import pytest
 
 from speechbrain_bestrq import cli
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.leads import judge
 from speechbrain_bestrq.reproduction.plan import (
     CORPORA,
     PRESETS,
@@ -22,7 +23,7 @@ from speechbrain_bestrq.reproduction.plan import (
 from speechbrain_bestrq.reproduction.publishing import publish
 from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState
-from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, Runs, frozen_table, judge, read_plan, write_plan
+from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, Runs, frozen_table, read_plan, write_plan
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
@@ -157,6 +158,18 @@ def test_few_labels_are_drawn_by_the_seed_and_share_the_hidden_states(tmp_path):
     assert "--label_seed" not in options["intent-frozen/bestrq-720/1"]
     # the hidden states of all are made once, and those of few are among them
     assert by_name["intent-frozen-few/bestrq-720/1"].after == ("intent-frozen/bestrq-720/1",)
+
+
+@pytest.mark.parametrize("options", [None, {"examples_per_class": 50}])
+def test_few_labels_keep_hidden_states_of_their_own_where_those_of_all_are_not_kept(tmp_path, options):
+    preset = {**read_preset("small"), "few_labels": FEW}
+    of_all = None if options is None else {"yaml": "probe_small", "options": options}
+    preset["tasks"] = {"intent": {"frozen": of_all}}
+    stages = make_plan(preset, dict.fromkeys(CORPORA, Path("/data")), tmp_path)
+    few = [stage for stage in stages if stage.kind == "intent-frozen-few"]
+    folders = [stage.command[stage.command.index("--cache_folder") + 1] for stage in few]
+    # two stages at once would write one folder
+    assert len(set(folders)) == len(few) == 8 and not any(stage.after for stage in few)
 
 
 def test_a_preset_may_say_that_it_has_no_masking(tmp_path):
@@ -368,11 +381,14 @@ def test_few_labels_have_a_table_of_their_own(reproduction):
     assert rows["filter banks"][column] == "not yet run"
     rows = rows_of(files["markdown"], "Fine-tuned encoders, few labels")
     column = "speaker EER, 7 training speakers (VoxCeleb)"
-    assert rows["untrained"][column].startswith("[31.50 ± 0.71]") and "filter banks" not in rows
+    assert rows["from scratch"][column].startswith("[31.50 ± 0.71]") and "filter banks" not in rows
     text = files["markdown"].read_text()
     for verdict in (
         "intent accuracy, 20 examples a class: BEST-RQ, 2,000 updates beats the untrained encoder by 20.00 points.",
-        "speaker EER, 7 training speakers: BEST-RQ, 2,000 updates beats the untrained encoder by 20.00 points.",
+        "speaker EER, 7 training speakers: BEST-RQ, 2,000 updates beats training from scratch by 20.00 points.",
+        "| BEST-RQ, 2,000 updates, ahead of from scratch | +20.00 ± ",
+        "- in the place of LibriSpeech: speechocean762.",
+        "- VoxCeleb",  # which few labels alone were taken of
     ):
         assert verdict in text
     with open(files["table1_few"], newline="") as file:
@@ -380,6 +396,37 @@ def test_few_labels_have_a_table_of_their_own(reproduction):
     assert ours["BEST-RQ, 2,000 updates"] == "41.500" and ours["BEST-RQ, 1,000 updates"] == ""
     # what is of few labels is nowhere among all labels
     assert rows_of(files["markdown"])["untrained"]["intent accuracy (Speech Commands)"].startswith("[53.50")
+
+
+def test_few_labels_that_wait_or_failed_are_not_left_out(reproduction):
+    plan = read_plan(reproduction)
+    corpora = ["librispeech", "slurp", "voxceleb"]
+    preset = {**plan["preset"], "few_labels": FEW}
+    write_plan(reproduction, "own", preset, corpora, "reproduce", marks_of(preset, reproduction, corpora))
+    place = reproduction / "intent-frozen-few" / "bestrq-2000" / "1"
+    place.mkdir(parents=True)
+    record = {"mark": "mark of intent-frozen-few/bestrq-2000/1", "failed": "intents failed"}
+    (place / "stage.json").write_text(json.dumps(record))
+    files = write_reproduction(reproduction)
+    rows = rows_of(files["markdown"], "Frozen encoders, few labels")
+    assert rows["BEST-RQ, 2,000 updates"]["intent accuracy, 20 examples a class"] == "failed"
+    assert rows["untrained"]["intent accuracy, 20 examples a class"] == "not yet run"
+    assert files["table1_few"].is_file() and files["table2_few"].is_file()
+    write_plan(reproduction, "own", plan["preset"], corpora, "reproduce", plan["marks"])
+    write_reproduction(reproduction)
+    assert not files["table1_few"].exists() and files["table1"].is_file()
+
+
+def test_without_an_untrained_encoder_it_is_compared_with_filter_banks(reproduction):
+    plan = read_plan(reproduction)
+    plan["preset"]["baselines"] = ["fbank"]
+    (reproduction / "plan.json").write_text(json.dumps(plan))
+    rows = rows_of(write_reproduction(reproduction)["markdown"], "Does pre-training pay?")
+    assert rows["BEST-RQ, 2,000 updates, ahead of filter banks"]["intent accuracy"].startswith("+10.00 ± ")
+    assert not any("untrained" in row for row in rows)
+    plan["preset"]["baselines"] = []
+    (reproduction / "plan.json").write_text(json.dumps(plan))
+    assert "this preset has no untrained encoder" in write_reproduction(reproduction)["markdown"].read_text()
 
 
 def test_a_changed_result_changes_its_cell_and_nothing_else(reproduction):

@@ -46,6 +46,9 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     preset["tasks"] = {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}
     preset["tasks"]["asr"] = {"frozen": {"yaml": "bestrq", "options": {"number_of_epochs": 5}}}
     preset["tasks"]["asr"]["fine-tuned"] = {"yaml": "bestrq_finetune", "options": {"number_of_epochs": 5}}
+    options = {"number_of_epochs": 5, "label_hours": 2 / 3600}
+    preset["few_labels"] = {"asr": {"fine-tuned": {"yaml": "bestrq_finetune", "options": options}}}
+    preset["few_labels"]["intent"] = {"frozen": {"yaml": "probe_small", "options": {"examples_per_class": 3}}}
     preset["tasks"]["emotion"] = {"frozen": {"yaml": "bestrq_linear", "options": {"number_of_epochs": 5}}}
     for split, seconds in {
         "train-clean-100": 2.0,
@@ -66,6 +69,10 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     assert costs["intent-frozen/fbank/1"].device_hours == pytest.approx(head)
     assert costs["asr-frozen/bestrq-600/1"].device_hours == pytest.approx(5 * hours * (1 / 240 + 1 / 1200))
     assert costs["asr-fine-tuned/bestrq-600/1"].device_hours == pytest.approx(5 * hours * (1 / 80 + 1 / 1200))
+    # a half of the 4 s
+    assert costs["asr-fine-tuned-few/bestrq-600/1"].device_hours == pytest.approx(5 * hours / 2 * (1 / 80 + 1 / 1200))
+    # their hidden states are those of all labels
+    assert costs["intent-frozen-few/bestrq-600/1"].device_hours == pytest.approx(head)
     # ten folds
     assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours * (1 / 240 + 1 / 1200))
 

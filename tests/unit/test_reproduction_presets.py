@@ -17,6 +17,8 @@ from speechbrain_bestrq.reproduction.plan import PRESETS, make_plan, read_preset
         ({"pretraining": {"bestrq": {"yaml": "bestrq_small"}}}, "bestrq has to have yaml and options"),
         ({"tasks": {"asr": {"frozen": {"yaml": "bestrq"}}}}, "asr's frozen has to have yaml and options"),
         ({"tasks": {"asr": None}}, "asr has to have frozen or fine-tuned"),
+        ({"tasks": {"asr": {"fine_tuned": None}}}, "asr has to have frozen or fine-tuned, and nothing else"),
+        ({"tasks": {"asr": {"frozen": {"yaml": "bestrq", "options": None}}}}, "asr's frozen has to have yaml and opt"),
         ({"few_labels": ["asr"]}, "few_labels has to have tasks"),
         ({"few_labels": {"translation": {}}}, "not translation"),
         (

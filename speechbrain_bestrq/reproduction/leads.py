@@ -1,0 +1,168 @@
+"""Whether pre-training pays: how far each encoder of a reproduction is ahead of those that were not pre-trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from speechbrain_bestrq.metrics import difference_over_seeds
+from speechbrain_bestrq.reproduction.document import Block, Grid, Items, Paragraph, Text
+from speechbrain_bestrq.reproduction.plan import FROZEN
+from speechbrain_bestrq.reproduction.tables import Cell, Runs, Table, row_name
+
+
+@dataclass(frozen=True)
+class Lead:
+    """By how much an encoder is ahead of another in a column."""
+
+    points: float
+    """Positive where it is better."""
+    doubt: float
+    """Half the width of the 95 % interval: of the utterances and, where there are several, of the seeds."""
+    seeds: int
+    """That both have."""
+    planned: int
+    """How many there are to be."""
+
+
+def lead(cell: Cell, base: Cell, lower_is_better: bool) -> Lead | None:
+    """Compare two cells of a column over the seeds that both have.
+
+    Arguments
+    ---------
+    cell, base : Cell
+    lower_is_better : bool
+        As the column says.
+
+    Returns
+    -------
+    Lead or None
+        None if they have no seed in common.
+
+    Example
+    -------
+    >>> error, other = Cell({1: 20.0}, 19.0, 21.0), Cell({1: 25.0, 2: 9.0}, 24.0, 26.0)
+    >>> found = lead(error, other, lower_is_better=True)
+    >>> f"{found.points:+.1f} ± {found.doubt:.1f}, {found.seeds} seed"
+    '+5.0 ± 1.4, 1 seed'
+    """
+    cell, base = _of_common_seeds(cell, base)
+    if cell.value is None or base.value is None:
+        return None
+    points = (base.value - cell.value) * (1 if lower_is_better else -1)
+    return Lead(points, _doubt(cell, base), len(cell.values), cell.seeds)
+
+
+def judge(table: Table, against: str = "random") -> list[str]:
+    """Say of each score and each pre-trained row whether it beats the untrained encoder, or training from scratch.
+
+    Arguments
+    ---------
+    table : Table
+    against : str
+        The row to compare with.
+
+    Returns
+    -------
+    list of str
+        Sentences; none of scores that were not run for both.
+    """
+    sentences = []
+    for number, column in enumerate(table.columns):
+        if against not in table.rows:
+            continue
+        for encoder, cells in table.rows.items():
+            if not is_trained(encoder):
+                continue
+            cell, base = _of_common_seeds(cells[number], table.rows[against][number])
+            found = lead(cell, base, column.lower_is_better)
+            if found is None:
+                continue
+            other = "the untrained encoder" if table.kind == FROZEN else "training from scratch"
+            if found.points <= 0:
+                verdict = f"does not beat {other} ({cell.value:.2f} against {base.value:.2f} %)"
+            elif found.points <= found.doubt:
+                verdict = f"is ahead of {other} by {found.points:.2f} points, which may be chance"
+            elif found.seeds < 2:  # the interval knows nothing of other seeds
+                verdict = f"is ahead of {other} by {found.points:.2f} points with the one seed that was tried"
+            else:
+                verdict = f"beats {other} by {found.points:.2f} points"
+            sentences.append(f"{column.title}: {row_name(encoder)} {verdict}.")
+    return sentences
+
+
+def is_trained(row: str) -> bool:
+    """Whether a row is of a pre-trained encoder, and not of what it is compared with."""
+    return "-" in row
+
+
+def _of_common_seeds(*cells: Cell) -> list[Cell]:
+    """The cells with the seeds that all have."""
+    seeds = set.intersection(*(set(cell.values) for cell in cells))
+    return [replace(cell, values={seed: cell.values[seed] for seed in sorted(seeds)}) for cell in cells]
+
+
+def _doubt(*cells: Cell) -> float:
+    """Half the width of a 95 % interval of the difference of two cells of the same seeds.
+
+    The utterances are the same for all seeds, so their part does not shrink with the number of these; that of
+    the seeds is Welch's.
+    """
+    of_utterances = sum(((cell.high - cell.low) / 2) ** 2 for cell in cells if cell.low is not None)
+    if len(cells[0].values) < 2:
+        return of_utterances**0.5
+    of_seeds = difference_over_seeds(*(list(cell.values.values()) for cell in cells))
+    return (of_utterances + ((of_seeds.high - of_seeds.low) / 2) ** 2) ** 0.5
+
+
+def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
+    """Say in a report whether pre-training pays.
+
+    Arguments
+    ---------
+    found : Runs
+        Of the reproduction.
+    tables : mapping
+        Its tables, by the names of their files; "table1" needs no title.
+
+    Returns
+    -------
+    list of Block
+        Sentences and points for each table that has something to compare.
+    """
+    blocks: list[Block] = []
+    for name, table in tables.items():
+        sentences, leads = judge(table), _leads(table)
+        if leads.rows and name != "table1":
+            blocks.append(Paragraph(f"{table.title}:"))
+        blocks += [*([Items(tuple(sentences))] if sentences else []), *([leads] if leads.rows else [])]
+    if not blocks:
+        has_untrained = "random" in found.preset["baselines"]
+        words = "Not known yet: it takes the untrained encoder and a pre-trained one on the same task."
+        return [Paragraph(words if has_untrained else "Not asked: this preset has no untrained encoder.")]
+    words = "The untrained encoder is that of BEST-RQ with random weights, others for each seed"
+    words += "; fine-tuned it is trained from scratch." if found.preset.get("fine_tune_untrained") else "."
+    legend = "In these tables: points by which an encoder is ahead, positive where it is better, ± half of the 95 % "
+    legend += "interval, of the utterances and of the seeds; of a single seed, of the utterances alone."
+    return [Paragraph(words), *blocks, Paragraph(legend)]
+
+
+def _leads(table: Table) -> Grid:
+    """How far each pre-trained encoder is ahead of each row that was not trained."""
+    found: dict[str, list[Lead | None]] = {}
+    for encoder in filter(is_trained, table.rows):
+        for base in table.rows:
+            if not is_trained(base):
+                pairs = zip(table.columns, table.rows[encoder], table.rows[base], strict=True)
+                leads = [lead(cell, other, column.lower_is_better) for column, cell, other in pairs]
+                found[f"{row_name(encoder)}, ahead of {table.row_title(base)}"] = leads
+    rows = {name: leads for name, leads in found.items() if any(leads)}
+    kept = [number for number in range(len(table.columns)) if any(leads[number] for leads in rows.values())]
+    heads = tuple(table.columns[number].title for number in kept)
+    cells = {name: [_lead_text(leads[number]) for number in kept] for name, leads in rows.items()}
+    return Grid(("", *heads), tuple(((Text(name),), *((Text(one),) for one in row)) for name, row in cells.items()))
+
+
+def _lead_text(one: Lead | None) -> str:
+    if one is None:
+        return ""
+    lacking = f", {one.seeds} of {one.planned} seeds" if one.seeds < one.planned else ""
+    return f"{one.points:+.2f} ± {one.doubt:.2f}{lacking}"
