@@ -13,7 +13,8 @@ falls on all alike; medians over the blocks are given with the range. FLOPs are 
 "of product" is the rate as a share of what one large matrix product reached in the same run and precision;
 "utilisation" that of the datasheet, where one is known.
 Peak memory is that of the model with its optimizer over its first updates: allocated on a GPU; without one, what the
-process came to hold more than before.
+process came to hold more than before (too little for all but the first, which leaves memory for the others). All of a
+size are on the device together: on a GPU that is too small for them, give one precision at a time.
 """
 
 import argparse
