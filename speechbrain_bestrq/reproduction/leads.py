@@ -13,6 +13,10 @@ from speechbrain_bestrq.reproduction.tables import Cell, Runs, Table, row_name
 class Lead:
     """By how much an encoder is ahead of another in a column."""
 
+    value: float
+    """Its mean over the seeds that both have."""
+    other: float
+    """The other's."""
     points: float
     """Positive where it is better."""
     doubt: float
@@ -48,7 +52,7 @@ def lead(cell: Cell, base: Cell, lower_is_better: bool) -> Lead | None:
     if cell.value is None or base.value is None:
         return None
     points = (base.value - cell.value) * (1 if lower_is_better else -1)
-    return Lead(points, _doubt(cell, base), len(cell.values), cell.seeds)
+    return Lead(cell.value, base.value, points, _doubt(cell, base), len(cell.values), cell.seeds)
 
 
 def judge(table: Table, against: str = "random") -> list[str]:
@@ -65,20 +69,17 @@ def judge(table: Table, against: str = "random") -> list[str]:
     list of str
         Sentences; none of scores that were not run for both.
     """
+    if against not in table.rows:
+        return []
+    other = "the untrained encoder" if table.kind == FROZEN else "training from scratch"
     sentences = []
     for number, column in enumerate(table.columns):
-        if against not in table.rows:
-            continue
-        for encoder, cells in table.rows.items():
-            if not is_trained(encoder):
-                continue
-            cell, base = _of_common_seeds(cells[number], table.rows[against][number])
-            found = lead(cell, base, column.lower_is_better)
+        for encoder in filter(is_trained, table.rows):
+            found = lead(table.rows[encoder][number], table.rows[against][number], column.lower_is_better)
             if found is None:
                 continue
-            other = "the untrained encoder" if table.kind == FROZEN else "training from scratch"
             if found.points <= 0:
-                verdict = f"does not beat {other} ({cell.value:.2f} against {base.value:.2f} %)"
+                verdict = f"does not beat {other} ({found.value:.2f} against {found.other:.2f} %)"
             elif found.points <= found.doubt:
                 verdict = f"is ahead of {other} by {found.points:.2f} points, which may be chance"
             elif found.seeds < 2:  # the interval knows nothing of other seeds

@@ -31,11 +31,8 @@ from speechbrain_bestrq.reproduction.plan import (
     CODEBOOK_PICTURE,
     CORPORA,
     FEW_LABELS,
-    FINE_TUNED,
-    FROZEN,
     TASKS,
     pretraining_names,
-    settings_of,
 )
 from speechbrain_bestrq.reproduction.tables import (
     METHOD_NAMES,
@@ -122,14 +119,15 @@ def reproduction_text(folder: str | os.PathLike, width: int) -> str:
 
 
 def _tables(found: Runs) -> dict[str, Table]:
-    tables = {"table1": frozen_table(found), "table2": fine_tuned_table(found)}
-    few = found.preset.get(FEW_LABELS) or {}
-    kinds = {kind for task in few for kind in (FROZEN, FINE_TUNED) if settings_of(found.preset, FEW_LABELS, task, kind)}
-    if FROZEN in kinds:
-        tables["table1_few"] = frozen_table(found, FEW_LABELS)
-    if FINE_TUNED in kinds:
-        tables["table2_few"] = fine_tuned_table(found, FEW_LABELS)
-    return {**tables, "table3": masking_table(found)}
+    tables = {
+        "table1": frozen_table(found),
+        "table2": fine_tuned_table(found),
+        "table1_few": frozen_table(found, FEW_LABELS),
+        "table2_few": fine_tuned_table(found, FEW_LABELS),
+        "table3": masking_table(found),
+    }
+    # without columns: the preset has no such probes
+    return {name: table for name, table in tables.items() if table.columns}
 
 
 def _pretrainings(found: Runs) -> dict[str, RunLog]:
@@ -204,7 +202,8 @@ def _failures(found: Runs) -> list[Block]:
 def _corpora(plan: Mapping[str, Any], tables: Mapping[str, Table], runs: Mapping[str, RunLog]) -> list[Block]:
     official = dict(zip(CORPORA, ("LibriSpeech", "VoxCeleb", "IEMOCAP", "SLURP"), strict=True))
     items = []
-    for task, corpus in ((name, one.corpus) for name, one in TASKS.items()):
+    for task, settings in TASKS.items():
+        corpus = settings.corpus
         ours = _corpora_of(task, tables)
         if not ours:
             why = "not run" if corpus in plan["corpora"] else "not run: no corpus was given"
@@ -224,13 +223,15 @@ def _corpora(plan: Mapping[str, Any], tables: Mapping[str, Table], runs: Mapping
 
 def _corpora_of(task: str, tables: Mapping[str, Table]) -> str:
     """What a task was measured on, by true names."""
-    columns = [
-        (table.rows.values(), number)
+    names = {
+        name
         for table in tables.values()
-        for number, column in enumerate(table.columns)
+        for cells in table.rows.values()
+        for column, cell in zip(table.columns, cells, strict=True)
         if column.task == task
-    ]
-    return "; ".join(sorted({name for rows, number in columns for cells in rows for name in cells[number].corpora}))
+        for name in cell.corpora
+    }
+    return "; ".join(sorted(names))
 
 
 def _grid(table: Table) -> Grid:
