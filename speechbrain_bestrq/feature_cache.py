@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 from torch import Tensor
 
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -41,6 +42,7 @@ class FeatureCache:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+        self.file: str = index["file"]
         self._places: dict[str, list[int]] = index["places"]
         shape = (index["frames"], index["states"], index["channels"])
         self._values = np.memmap(self.folder / index["file"], np.float32, "r", shape=shape)
@@ -65,7 +67,7 @@ def cache_features(
     """Compute the hidden states of all utterances in float32, unless they are there already.
 
     A cache that was made by other weights or lacks some of the audio is made again; one that was
-    interrupted too. To be called on the main process only.
+    interrupted too. Runs that share the folder wait for each other. To be called on the main process only.
 
     Arguments
     ---------
@@ -89,19 +91,34 @@ def cache_features(
     Raises
     ------
     InputError
-        If the encoder is to be trained, or the disk is too full.
+        If the encoder is to be trained, or the disk is too full or fails.
     """
     if not encoder.freeze:
         raise InputError("cache_features: True is for a frozen encoder: leave it out when the encoder is trained.")
     folder = Path(folder)
     identity, audio = _identify(encoder, sample_rate), _audio(rows)
-    if _is_made(folder, identity, audio):
-        logger.info("The hidden states of %d utterances are in %s already.", len(rows), folder)
+    with next_writer(folder):
+        if _is_made(folder, identity, audio):
+            logger.info("The hidden states of %d utterances are in %s already.", len(rows), folder)
+        else:
+            content = json.dumps([identity, audio], sort_keys=True)
+            file_name = f"states-{hashlib.sha256(content.encode()).hexdigest()[:16]}.f32"
+            index = _compute(folder / file_name, encoder, rows, sample_rate, max_batch_seconds, torch.device(device))
+            write_text(folder / _INDEX, json.dumps({"identity": identity, "audio": audio, "file": file_name, **index}))
+            for other in folder.glob("states-*"):
+                if other.name != file_name:  # also what a killed run left; whoever reads one goes on reading it
+                    other.unlink(missing_ok=True)
         return FeatureCache(folder)
+
+
+def _compute(
+    path: Path, encoder: TaskEncoder, rows: Rows, sample_rate: int, max_batch_seconds: float, device: torch.device
+) -> dict[str, Any]:
+    """Write the hidden states of utterances one after another; give what one must know to find them."""
+    folder = path.parent
     seconds = {name: float(row["duration"]) for name, row in rows.items()}
     frames = {name: encoder.num_frames(round(length * sample_rate)) for name, length in seconds.items()}
     size = sum(frames.values()) * encoder.num_states * encoder.output_dim * _BYTES
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise InputError(
@@ -115,32 +132,29 @@ def cache_features(
         size / 1e9,
         folder,
     )
-    content = json.dumps([identity, audio], sort_keys=True)
-    file_name = f"states-{hashlib.sha256(content.encode()).hexdigest()[:16]}.f32"
     places: dict[str, list[int]] = {}
     dataset = make_dataset(rows, sample_rate)
     sampler = TaskBatchSampler(list(seconds.values()), max_batch_seconds, training=False)
-    device, training = torch.device(device), encoder.training
+    training = encoder.training
     encoder.eval().to(device)
     position = 0
-    with replacing(folder / file_name) as beside, open(beside, "wb") as file, torch.no_grad():
-        for batch in make_task_loader(dataset, sampler):
-            wavs, wav_lens = batch.sig
-            hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
-            for name, states, length in zip(
-                batch.id, hidden.float().permute(1, 2, 0, 3), lengths.tolist(), strict=True
-            ):
-                states[:length].cpu().contiguous().numpy().tofile(file)
-                places[name] = [position, length]
-                position += length
+    try:
+        with replacing(path) as beside, open(beside, "wb") as file, torch.no_grad():
+            for batch in make_task_loader(dataset, sampler):
+                wavs, wav_lens = batch.sig
+                hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
+                for name, states, length in zip(
+                    batch.id, hidden.float().permute(1, 2, 0, 3), lengths.tolist(), strict=True
+                ):
+                    states[:length].cpu().contiguous().numpy().tofile(file)
+                    places[name] = [position, length]
+                    position += length
+    except OSError as error:
+        raise InputError(
+            f"cache_features: True: {path} cannot be written ({error.strerror or error}): make room, or leave it out."
+        ) from error
     encoder.train(training)
-    index = {"identity": identity, "audio": audio, "places": places, "file": file_name, "frames": position}
-    index |= {"states": encoder.num_states, "channels": encoder.output_dim}
-    write_text(folder / _INDEX, json.dumps(index))
-    for other in folder.glob("states-*.f32"):
-        if other.name != file_name:  # whoever reads it goes on reading it
-            other.unlink(missing_ok=True)
-    return FeatureCache(folder)
+    return {"places": places, "frames": position, "states": encoder.num_states, "channels": encoder.output_dim}
 
 
 def open_cache(
@@ -165,17 +179,42 @@ def open_cache(
     Raises
     ------
     InputError
-        As :func:`cache_features`; or if the waveforms are augmented in training.
+        As :func:`cache_features`; or if the waveforms are augmented in training, two sets have other audio under
+        one name, or another run has put its own into the folder meanwhile.
     """
     if not hparams.get("cache_features"):
         return None
     if "speed_perturb" in hparams:
         raise InputError("cache_features: True hears each utterance once: leave it out, or speed_perturb.")
-    together = {name: row for rows in sets.values() for name, row in rows.items()}
+    together = _together(sets)
     settings = [hparams["cache_folder"], hparams["speech_encoder"], together, hparams["sample_rate"]]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run_on_main(cache_features, args=[*settings, hparams["max_eval_batch_seconds"], device])
-    return FeatureCache(hparams["cache_folder"])
+    made: list[FeatureCache] = []  # kept here: what runs on the main process is sent to the others
+    run_on_main(lambda: made.append(cache_features(*settings, hparams["max_eval_batch_seconds"], device)))
+    file = ddp_broadcast(made[0].file if made else None, src=0)
+    cache = made[0] if made else FeatureCache(hparams["cache_folder"])
+    if cache.file != file:
+        raise InputError(
+            f"cache_folder '{hparams['cache_folder']}' was given to a run with another encoder or other audio at the "
+            "same time: give each its own."
+        )
+    return cache
+
+
+def _together(sets: Mapping[str, Rows]) -> Rows:
+    """The utterances of all sets; an utterance may be in several."""
+    together: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for own, rows in sets.items():
+        for name, row in rows.items():
+            known = together.setdefault(name, row)
+            if (str(known["wav"]), float(known["duration"])) != (str(row["wav"]), float(row["duration"])):
+                raise InputError(
+                    f"'{owners[name]}' and '{own}' have different audio under one name, {name}, and a cache of hidden "
+                    "states goes by the name: give --cache_features False."
+                )
+            owners.setdefault(name, own)
+    return together
 
 
 def _identify(encoder: TaskEncoder, sample_rate: int) -> dict[str, Any]:

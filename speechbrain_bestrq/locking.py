@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""Who may write in a folder, where several processes would: one at a time, or one after another."""
 
 import fcntl
 import logging
@@ -33,16 +33,74 @@ def sole_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
     >>> with sole_writer(getfixture("tmp_path") / "out"):
     ...     pass
     """
+    with _locked(folder, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        yield
+
+
+@contextmanager
+def fellow_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
+    """Share a folder with other fellows, each in a part of its own, while the ``with`` block runs; with no sole writer.
+
+    Arguments
+    ---------
+    folder, name
+        As for :func:`sole_writer`.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be made, or a process has it for itself.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path") / "out"
+    >>> with fellow_writer(folder), fellow_writer(folder):
+    ...     pass
+    """
+    with _locked(folder, name, fcntl.LOCK_SH | fcntl.LOCK_NB):
+        yield
+
+
+@contextmanager
+def next_writer(folder: Path, name: str = "cache_folder") -> Iterator[None]:
+    """Wait until no other next writer has a folder, then keep it while the ``with`` block runs.
+
+    A file ``.lock`` in the folder is what is locked: the folder itself may be this process's own already.
+
+    Arguments
+    ---------
+    folder, name
+        As for :func:`sole_writer`.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be made.
+
+    Example
+    -------
+    >>> with next_writer(getfixture("tmp_path") / "cache"):
+    ...     pass
+    """
+    with _locked(folder, name, fcntl.LOCK_EX, ".lock"):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, name: str, operation: int, file: str | None = None) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY) if file is None else os.open(folder / file, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise InputError(f"{name} '{folder}' cannot be made ({error.strerror}): give another.") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{name} '{folder}' is being written by another process: wait for it.") from error
+            if operation & fcntl.LOCK_NB:
+                raise InputError(f"{name} '{folder}' is being written by another process: wait for it.") from error
+            logger.info("Another process is writing in %s '%s': waiting for it.", name, folder)
+            fcntl.flock(descriptor, operation)
         except OSError as error:  # some network file systems have no locks
             logger.warning(
                 "%s '%s' cannot be locked (%s): start no second process on it.", name, folder, error.strerror

@@ -15,6 +15,7 @@ from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 
 from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, read_samples
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.writing import replacing
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def cache_audio(table: AudioTable, folder: str | os.PathLike, threads: int | Non
     Raises
     ------
     InputError
-        If the disk has no room for it, or as :func:`speechbrain_bestrq.audio.read_segment`.
+        If the disk has no room for it or it cannot be written, or as :func:`speechbrain_bestrq.audio.read_segment`.
 
     Example
     -------
@@ -117,13 +118,17 @@ def cache_audio(table: AudioTable, folder: str | os.PathLike, threads: int | Non
 
 
 def _make(table: AudioTable, folder: Path, threads: int) -> Path:
-    """Write the file, beside at first."""
+    """Write the file, beside at first; runs that share the folder wait for each other."""
+    with next_writer(folder):
+        return _make_alone(table, folder, threads)
+
+
+def _make_alone(table: AudioTable, folder: Path, threads: int) -> Path:
     size = 2 * int(table.lengths.sum())
     path = folder / f"{_digest(table)}.int16"
     if path.is_file() and path.stat().st_size == size:
         logger.info("The audio is decoded already: %s, %.2f GB.", path, size / 1e9)
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(
@@ -132,15 +137,20 @@ def _make(table: AudioTable, folder: Path, threads: int) -> Path:
         )
     logger.info("Decoding %.2f hours of audio: %.2f GB in %s.", table.hours, size / 1e9, path)
     rounded = clipped = 0
-    with replacing(path) as beside, open(beside, "wb") as file:
-        for audio in _read_all(table, threads):
-            if audio.dtype != np.int16:
-                rounded += 1
-                clipped += bool(np.abs(audio).max(initial=0) > 1)
-                audio = np.clip(np.rint(audio * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
-            file.write(audio.data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with replacing(path) as beside, open(beside, "wb") as file:
+            for audio in _read_all(table, threads):
+                if audio.dtype != np.int16:
+                    rounded += 1
+                    clipped += bool(np.abs(audio).max(initial=0) > 1)
+                    audio = np.clip(np.rint(audio * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+                file.write(audio.data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(
+            f"cache: {path} cannot be written ({error.strerror}): make room, or leave cache out."
+        ) from error
     if rounded:
         logger.warning(
             "%d of %d utterances are not 16-bit audio of %d samples per second in one channel: they were rounded to 16 "

@@ -6,8 +6,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError
-from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.locking import fellow_writer, sole_writer
 from speechbrain_bestrq.precision import loading_for
 from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
 from speechbrain_bestrq.stopping import StoppedError
@@ -100,33 +100,42 @@ def _top_level(text: str) -> list[tuple[str, str]]:
     return [] if node is None else [(key.value, value.tag) for key, value in node.value]
 
 
-def own_folder(folder: str | os.PathLike) -> AbstractContextManager[None]:
+@contextmanager
+def own_folder(folder: str | os.PathLike, part: str | os.PathLike | None = None) -> Iterator[None]:
     """Keep a run's folder for this job while the ``with`` block runs: the main process locks it.
 
     Arguments
     ---------
     folder : str or Path
         Is made if it is not there.
+    part : str or Path, optional
+        A folder in it: jobs that keep other parts may run at the same time, one that keeps the whole may not.
 
-    Returns
-    -------
-    context manager
-        Raises :class:`InputError` on entry if another job is writing there.
+    Raises
+    ------
+    InputError
+        On entry, if another job is writing there.
 
     Example
     -------
-    >>> with own_folder(getfixture("tmp_path") / "run"):
+    >>> run = getfixture("tmp_path") / "run"
+    >>> with own_folder(run, run / "first"), own_folder(run, run / "second"):
     ...     pass
     """
-    return sole_writer(Path(folder)) if sb.utils.distributed.if_main_process() else nullcontext()
+    with ExitStack() as locks:
+        if sb.utils.distributed.if_main_process():
+            if part is not None:
+                locks.enter_context(fellow_writer(Path(folder)))
+            locks.enter_context(sole_writer(Path(folder if part is None else part)))
+        yield
 
 
 def run_recipe(main: Callable[[list[str]], None]) -> None:
     """Run a recipe's ``main`` on the command line.
 
-    The user's errors become one line and exit status 2; a run that was asked to stop, and did in order, one
-    line and 75 ("start me again"); an interruption one line and 130; another rank that is gone, the traceback and
-    one line from each that is left, and 1.
+    The user's errors become one line from each rank that meets one, and exit status 2; a run that was asked to
+    stop, and did in order, one line and 75 ("start me again"); an interruption one line and 130; another rank that
+    is gone, the traceback and one line from each that is left, and 1.
 
     Arguments
     ---------
@@ -136,10 +145,11 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except InputError as error:
-        if sb.utils.distributed.if_main_process() or "DataLoader worker" in str(error):
-            # a loader's worker hands its error over with the whole traceback: the last line is the message
-            message = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
-            print(f"error: {message}", file=sys.stderr)
+        # a loader's worker hands its error over with the whole traceback: the last line is the message
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+        # another rank may have an error of its own, such as a disk of its own that is full
+        where = "" if sb.utils.distributed.if_main_process() else f" on rank {sb.utils.distributed.get_rank()}"
+        print(f"error{where}: {message}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except StoppedError as stopped:
         if sb.utils.distributed.if_main_process():

@@ -7,6 +7,7 @@ import pytest
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.recipe import own_folder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -19,6 +20,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
         ("SLURP/intent", [], "run"),
         ("IEMOCAP/emotion", [], "run"),
         ("IEMOCAP/emotion", ["--fold=Ses01F"], "run/Ses01F"),
+        ("IEMOCAP/emotion", ["--fold=Ses01F"], "run"),
     ],
 )
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(recipe, options, locked, tmp_path):
@@ -35,3 +37,13 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(recipe, opt
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "manifests").exists()
     with pytest.raises(InputError, match="(?!is being written)"):  # the next hindrance: there is no speech
         train.main([yaml, *given, *options])
+
+
+def test_folds_run_side_by_side_but_not_beside_all_of_them(tmp_path):
+    with own_folder(tmp_path / "run", tmp_path / "run" / "Ses01F"):
+        with own_folder(tmp_path / "run", tmp_path / "run" / "Ses01M"):
+            pass
+        with pytest.raises(InputError, match="run' is being written by another process"), own_folder(tmp_path / "run"):
+            pass
+    with own_folder(tmp_path / "run"):
+        pass

@@ -88,11 +88,11 @@ def test_a_kill_leaves_nothing_that_looks_whole(table, tmp_path, monkeypatch):
         patch.setattr(pcm_cache, "read_samples", killed)
         with pytest.raises(KeyboardInterrupt):
             cache_audio(table, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("*.int16*"))
     # and what a kill that cannot be caught leaves behind is written over
     (tmp_path / "cache" / f"{pcm_cache._digest(table)}.int16.writing").write_bytes(b"half")
     cache = cache_audio(table, tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [cache.path.name]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", cache.path.name}
 
 
 def test_a_disk_without_room_is_refused_before_any_decoding(table, tmp_path, monkeypatch):
@@ -100,6 +100,16 @@ def test_a_disk_without_room_is_refused_before_any_decoding(table, tmp_path, mon
     monkeypatch.setattr(pcm_cache, "read_samples", None)
     with pytest.raises(InputError, match="takes 0.00 GB, and .* has room for 0.00 GB: name another cache_folder"):
         cache_audio(table, tmp_path / "cache")
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_in_a_line(table, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match=r"int16 cannot be written \(No space left on device\): make room"):
+        cache_audio(table, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.int16*"))
 
 
 def test_a_file_that_is_gone_is_named(table, tmp_path):

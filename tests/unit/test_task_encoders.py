@@ -10,7 +10,7 @@ import torch
 
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.feature_cache import FeatureCache, cache_features
+from speechbrain_bestrq.feature_cache import FeatureCache, cache_features, open_cache
 from speechbrain_bestrq.metrics import Interval
 from speechbrain_bestrq.results import compare_runs, interval, read_results, write_errors, write_results
 from speechbrain_bestrq.resuming import digest
@@ -188,6 +188,26 @@ def test_an_encoder_that_is_trained_is_not_cached(folder, rows, tmp_path):
 def test_a_cache_can_be_opened_again(folder, rows, tmp_path):
     cache = cache_features(tmp_path / "cache", TaskEncoder("fbank"), rows)
     assert torch.equal(FeatureCache(tmp_path / "cache")["u1"], cache["u1"]) and cache["u1"].shape[1:] == (1, 320)
+
+
+def test_other_audio_under_the_same_name_is_refused(folder, rows, tmp_path):
+    hparams = {"cache_features": True, "cache_folder": tmp_path / "cache", "speech_encoder": TaskEncoder(folder)}
+    hparams |= {"sample_rate": 16000, "max_eval_batch_seconds": 60.0}
+    assert len(open_cache(hparams, {"valid": rows, "dev-clean": dict(rows)})) == len(rows), "it may be in two sets"
+    noisy = {"u0": {**rows["u0"], "wav": rows["u1"]["wav"]}}
+    with pytest.raises(InputError, match="'test-clean' and 'test-noisy' have different audio under one name, u0"):
+        open_cache(hparams, {"test-clean": rows, "test-noisy": noisy})
+
+
+def test_a_cache_folder_that_another_run_took_meanwhile_is_refused(folder, rows, tmp_path, monkeypatch):
+    """A rank opens the cache after the main process has made it, when another run may have made its own."""
+    hparams = {"cache_features": True, "cache_folder": tmp_path / "cache", "speech_encoder": TaskEncoder(folder)}
+    hparams |= {"sample_rate": 16000, "max_eval_batch_seconds": 60.0}
+    cache_features(tmp_path / "cache", TaskEncoder(f"random:{folder}"), rows)
+    monkeypatch.setattr("speechbrain_bestrq.feature_cache.run_on_main", lambda make: None)  # as on another rank
+    monkeypatch.setattr("speechbrain_bestrq.feature_cache.ddp_broadcast", lambda name, src: "states-of-this-run.f32")
+    with pytest.raises(InputError, match="with another encoder or other audio at the same time: give each its own"):
+        open_cache(hparams, {"train": rows})
 
 
 # ---------------------------------------------------------------- results

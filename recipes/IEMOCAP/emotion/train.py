@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> None:
     """Prepare; train and test on each fold; put them together."""
     hparams_file, run_opts, overrides, hparams = load_recipe(arguments)
     # single folds may run side by side
-    with own_folder(hparams["output_folder" if hparams["fold"] == ALL else "fold_folder"]):
+    with own_folder(hparams["output_folder"], None if hparams["fold"] == ALL else hparams["fold_folder"]):
         run(hparams_file, run_opts, overrides, hparams)
 
 

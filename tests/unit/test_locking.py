@@ -1,0 +1,73 @@
+"""One writer at a time, or one after another."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechbrain_bestrq import recipe
+from speechbrain_bestrq.audio import AudioTable
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.feature_cache import cache_features
+from speechbrain_bestrq.locking import fellow_writer, next_writer, sole_writer
+from speechbrain_bestrq.pcm_cache import cache_audio
+from speechbrain_bestrq.task_encoders import TaskEncoder
+
+
+def waits_for(folder, action: Callable) -> bool:
+    """Whether something gets done only after another writer has left a folder."""
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (action(), done.set()))
+    with next_writer(folder):
+        thread.start()
+        early = done.wait(0.3)
+    thread.join(30)
+    return done.is_set() and not early
+
+
+def test_a_sole_writer_has_no_fellows(tmp_path):
+    with sole_writer(tmp_path), pytest.raises(InputError, match="is being written by another"), fellow_writer(tmp_path):
+        pass
+    with (
+        fellow_writer(tmp_path),
+        fellow_writer(tmp_path),
+        pytest.raises(InputError, match="is being written by another process"),
+        sole_writer(tmp_path),
+    ):
+        pass
+    with sole_writer(tmp_path):
+        pass
+
+
+def test_the_next_writer_waits_and_may_own_the_folder_already(tmp_path, caplog):
+    caplog.set_level("INFO")
+
+    def write():
+        with next_writer(tmp_path):
+            pass
+
+    with sole_writer(tmp_path):
+        assert waits_for(tmp_path, write)
+    assert f"Another process is writing in cache_folder '{tmp_path}': waiting for it." in caplog.messages
+
+
+def test_caches_that_runs_share_are_written_by_one_at_a_time(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000, dtype=np.int16), 16000)
+    rows = {"a": {"wav": str(tmp_path / "a.wav"), "duration": 1.0}}
+    assert waits_for(tmp_path / "states", lambda: cache_features(tmp_path / "states", TaskEncoder("fbank"), rows))
+    table = AudioTable(["a"], [str(tmp_path / "a.wav")], [1.0], 16000)
+    assert waits_for(tmp_path / "samples", lambda: cache_audio(table, tmp_path / "samples"))
+
+
+def test_an_error_of_another_rank_alone_is_told(monkeypatch, capsys):
+    def main(arguments):
+        raise InputError("the disk of this node is full: make room.")
+
+    monkeypatch.setattr("speechbrain.utils.distributed.if_main_process", lambda: False)
+    monkeypatch.setattr("speechbrain.utils.distributed.get_rank", lambda: 3)
+    with pytest.raises(SystemExit) as ended:
+        recipe.run_recipe(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error on rank 3: the disk of this node is full: make room.\n"
