@@ -12,12 +12,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.metrics import RESAMPLES, Classification, Interval, classify
+from speechbrain_bestrq.metrics import RESAMPLES, Classification, Interval, by_speaker, classify
 from speechbrain_bestrq.results import ERRORS_FILE, interval, write_errors
 from speechbrain_bestrq.writing import replacing
 
-#: Fewer speakers do not show how speakers differ: the utterances are resampled then.
-LEAST_SPEAKERS = 5
 #: Up to so many classes the picture has the counts in it.
 MOST_WRITTEN = 20
 
@@ -117,8 +115,7 @@ class Answers:
     @cached_property
     def by_speaker(self) -> bool:
         """Whether intervals are by resampling speakers."""
-        speakers = {speaker for _, _, speaker in self._rows.values()}
-        return "" not in speakers and len(speakers) >= LEAST_SPEAKERS
+        return by_speaker([speaker for _, _, speaker in self._rows.values()])
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:

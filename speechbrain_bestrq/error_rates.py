@@ -8,7 +8,7 @@ from typing import Any
 
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from speechbrain_bestrq.metrics import Interval, bootstrap_rate
+from speechbrain_bestrq.metrics import Interval, bootstrap_rate, by_speaker
 from speechbrain_bestrq.writing import replacing
 
 
@@ -58,7 +58,8 @@ class ErrorRates:
 
     Words are what spaces separate; characters are counted with single spaces between the
     words, as jiwer does. A rate is the errors of all utterances over the length of all
-    references. Intervals are 95 %, by resampling the speakers, or the utterances where no speakers are known.
+    references. Intervals are 95 %, by resampling the speakers; the utterances where a speaker is unknown or there are
+    fewer than five.
 
     Example
     -------
@@ -117,15 +118,20 @@ class ErrorRates:
                     "cer_total": len(spoken_letters),
                 }
             )
-        for cached in ("wer", "cer"):
+        for cached in ("wer", "cer", "by_speaker"):
             self.__dict__.pop(cached, None)
 
     def _rate(self, metric: str) -> Interval:
         totals = [row[f"{metric}_total"] for row in self._rows]
         if not any(totals):
             raise ValueError("there is no error rate: no utterance was added, or nothing was said in any.")
-        groups = [row["group"] for row in self._rows]
-        return bootstrap_rate([row[f"{metric}_errors"] for row in self._rows], totals, groups if all(groups) else None)
+        groups = [row["group"] for row in self._rows] if self.by_speaker else None
+        return bootstrap_rate([row[f"{metric}_errors"] for row in self._rows], totals, groups)
+
+    @cached_property
+    def by_speaker(self) -> bool:
+        """Whether intervals are by resampling speakers."""
+        return by_speaker([row["group"] for row in self._rows])
 
     @cached_property
     def wer(self) -> Interval:

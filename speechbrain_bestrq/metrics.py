@@ -9,6 +9,8 @@ from scipy.stats import ttest_ind
 
 #: Resamples of a bootstrap.
 RESAMPLES = 1000
+#: Fewer speakers do not show how speakers differ: resampled, they would make a score look more certain than it is.
+LEAST_SPEAKERS = 5
 
 
 # ---------------------------------------------------------------- verification
@@ -183,6 +185,26 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{100 * self.value:.2f} % ({100 * self.low:.2f} to {100 * self.high:.2f})"
+
+
+def by_speaker(speakers: Sequence[str]) -> bool:
+    """Tell whether an interval is by resampling speakers: all are known, and there are five at least.
+
+    Arguments
+    ---------
+    speakers : sequence of str
+        Of each utterance; empty where it is unknown.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> by_speaker(["a", "b", "c", "d", "e", "a"]), by_speaker(["a", "b"]), by_speaker(["a", "b", "c", "d", "e", ""])
+    (True, False, False)
+    """
+    return all(speakers) and len(set(speakers)) >= LEAST_SPEAKERS
 
 
 def _resamples(groups: int, seed: int, resamples: int) -> NDArray:

@@ -11,7 +11,7 @@ import torch
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import device_name, package_versions
-from speechbrain_bestrq.metrics import Interval, paired_bootstrap
+from speechbrain_bestrq.metrics import Interval, by_speaker, paired_bootstrap
 from speechbrain_bestrq.writing import replacing, write_text
 
 RESULTS_FILE = "results.json"
@@ -125,7 +125,9 @@ def write_errors(
 
 
 def compare_runs(folder: str | os.PathLike, other: str | os.PathLike, name: str, metric: str) -> tuple[Interval, float]:
-    """Compare two runs on the same test set by a paired bootstrap over its speakers, or its utterances.
+    """Compare two runs on the same test set by a paired bootstrap over its speakers.
+
+    Over its utterances where a speaker is unknown or there are fewer than five.
 
     Arguments
     ---------
@@ -156,7 +158,7 @@ def compare_runs(folder: str | os.PathLike, other: str | os.PathLike, name: str,
         [ours[key][0] for key in ours],
         [theirs[key][0] for key in ours],
         [ours[key][1] for key in ours],
-        groups if all(groups) else None,
+        groups if by_speaker(groups) else None,
     )
 
 

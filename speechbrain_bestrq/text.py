@@ -65,6 +65,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Give the units of a text; spaces are single, and between words only."""
 
+    def normalize(self, text: str) -> str:
+        """Give a text as the units spell it: what was recognised is compared with that."""
+        return " ".join(text.split())
+
     def decode(self, units: Sequence[int]) -> str:
         """Give the text of units without blanks; its spaces are single, and between words only."""
         text = "".join(self.labels[unit] for unit in units).replace(WORD_START, " ")
@@ -163,6 +167,26 @@ class CharacterTokenizer(Tokenizer):
         """The label of each unit."""
         return self._labels
 
+    def normalize(self, text: str) -> str:
+        """Give a text as the units spell it; in upper case where the characters have no lower case.
+
+        Arguments
+        ---------
+        text : str
+            Words.
+
+        Returns
+        -------
+        str
+
+        Example
+        -------
+        >>> CharacterTokenizer().normalize("hello  world")
+        'HELLO WORLD'
+        """
+        text = super().normalize(text)
+        return text.upper() if self._upper else text
+
     def fit(self, texts: Mapping[str, str]) -> None:
         """See whether all texts can be spelt; characters need no training.
 
@@ -195,9 +219,7 @@ class CharacterTokenizer(Tokenizer):
         InputError
             If a character is none of the tokenizer's.
         """
-        text = " ".join(text.split())
-        if self._upper:
-            text = text.upper()
+        text = self.normalize(text)
         try:
             return [self._unit[character] for character in text]
         except KeyError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from speechbrain_bestrq.corpora._trials import Trial, speaker_of
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.metrics import RESAMPLES, Interval, equal_error_rate, minimum_detection_cost
+from speechbrain_bestrq.metrics import RESAMPLES, Interval, by_speaker, equal_error_rate, minimum_detection_cost
 from speechbrain_bestrq.verification import read_scores
 from speechbrain_bestrq.writing import replacing
 
@@ -35,8 +35,8 @@ class _Errors:
     The speakers are resampled, not the trials: one voice is in many of them. A resample draws as many speakers as
     there are, with replacement. A target trial counts as often as its speaker was drawn; an
     impostor trial as often as the first speaker was drawn times as often as the second was (the
-    bootstrap of the vertices of a graph: Snijders and Borgatti, 1999). Resamples without trials of both kinds are left
-    out.
+    bootstrap of the vertices of a graph: Snijders and Borgatti, 1999). Of fewer than five speakers the trials are
+    resampled: so few do not show how speakers differ. Resamples without trials of both kinds are left out.
     """
 
     def __init__(self, scores: NDArray, trials: Sequence[Trial]):
@@ -44,7 +44,9 @@ class _Errors:
         self.targets = np.array([label for label, _, _ in trials], dtype=bool)
         speakers = [[speaker_of(trial[side]) for trial in trials] for side in (1, 2)]
         self.speakers, places = np.unique(speakers, return_inverse=True)
+        self._by_speaker = by_speaker(self.speakers.tolist())
         order = np.argsort(-scores, kind="stable")
+        self._order = order
         self._first, self._second = places.reshape(2, -1)[:, order]
         self._targets = self.targets[order]
         # equal scores are accepted together: only the last of them is a threshold
@@ -73,8 +75,11 @@ class _Errors:
         return 1 - shares[0], shares[1]
 
     def resampled(self, drawn: NDArray) -> tuple[float, float] | None:
-        """EER and minDCF where each speaker was drawn so often; None if trials of a kind are left out."""
-        weights = np.where(self._first == self._second, 1, drawn[self._second]) * drawn[self._first]
+        """EER and minDCF where each speaker, or trial, was drawn so often; None if trials of a kind are left out."""
+        if self._by_speaker:
+            weights = np.where(self._first == self._second, 1, drawn[self._second]) * drawn[self._first]
+        else:
+            weights = drawn[self._order]
         if not (weights * self._targets).any() or not (weights * ~self._targets).any():
             return None
         missed, accepted = self._curve(weights)
@@ -86,8 +91,8 @@ class _Errors:
         return float(eer), float((PRIOR * missed + (1 - PRIOR) * accepted).min() / PRIOR)
 
     def draws(self, seed: int, resamples: int) -> NDArray:
-        """How often each speaker is drawn in each resample, shape (resamples, speakers)."""
-        count = len(self.speakers)
+        """How often each speaker, or trial, is drawn in each resample, shape (resamples, speakers or trials)."""
+        count = len(self.speakers if self._by_speaker else self.scores)
         return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
 
 
@@ -97,10 +102,10 @@ def verification_rates(
     """EER and minDCF of trials, with 95 % percentile intervals by resampling the speakers of both sides.
 
     In a resample, a target trial counts as often as its speaker was drawn, an impostor trial as often as
-    its first speaker was drawn, times as often as its second was. Resamples without trials of both kinds are left
-    out. The intervals are too wide where a speaker has few trials, since what is left to chance in a trial is counted
-    more than once. The least cost over all thresholds is lower in resamples than in truth: its interval lies a little
-    low.
+    its first speaker was drawn, times as often as its second was. Of fewer than five speakers the trials are
+    resampled. Resamples without trials of both kinds are left out. The intervals are too wide where a speaker has few
+    trials, since what is left to chance in a trial is counted more than once. The least cost over all thresholds is
+    lower in resamples than in truth: its interval lies a little low.
 
     Arguments
     ---------

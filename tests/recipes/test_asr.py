@@ -244,6 +244,29 @@ def test_torchrun_on_two_devices_trains_and_tells_once(small_yamls, librispeech,
     assert json.loads((tmp_path / "run" / "results.json").read_text())["sets"].keys() == {"test-clean", "test-other"}
 
 
+def test_transcripts_in_lower_case_are_compared_as_the_units_spell_them(train, small_yamls, librispeech, tmp_path):
+    corpus = tmp_path / "LibriSpeech"
+    shutil.copytree(librispeech, corpus)
+    yamls = "probe_small", corpus, "fbank"
+    train.main(arguments(small_yamls, *yamls, tmp_path / "upper"))
+    for transcripts in corpus.rglob("*.trans.txt"):
+        lines = (line.split(" ", 1) for line in transcripts.read_text().splitlines())
+        transcripts.write_text("".join(f"{name} {text.lower()}\n" for name, text in lines))
+    train.main(arguments(small_yamls, *yamls, tmp_path / "lower"))
+    upper, lower = (read_results(tmp_path / case)["sets"]["test-clean"] for case in ("upper", "lower"))
+    assert lower["cer"] == upper["cer"] and lower["wer"] == upper["wer"]
+
+
+def test_the_loss_of_a_set_is_that_of_its_utterances_whatever_the_batches(train, small_yamls, librispeech, tmp_path):
+    given = small_yamls, "probe_small", librispeech, "fbank"
+    train.main(arguments(*given, tmp_path / "one"))
+    train.main(arguments(*given, tmp_path / "other", "--max_eval_batch_seconds=1"))
+    one, other = (read_results(tmp_path / case) for case in ("one", "other"))
+    assert other["validation"]["loss"] == pytest.approx(one["validation"]["loss"], rel=1e-5)
+    for name, scores in one["sets"].items():
+        assert other["sets"][name]["loss"] == pytest.approx(scores["loss"], rel=1e-5)
+
+
 BAD_INPUT = {
     "no such encoder": (["--encoder=/nowhere"], "/nowhere is no folder"),
     "fine-tuned filter banks": (["--encoder=fbank"], "no weights to fine-tune"),
@@ -252,6 +275,10 @@ BAD_INPUT = {
     "nothing to test": (["--test_only"], "no checkpoint to test"),
     "a language model that is none": (["--language_model=/etc/hostname"], "/etc/hostname"),
     "cached and perturbed": (["--cache_features=True"], "--cache_features is no key"),
+    "an unknown metric": (["--valid_metric=per"], "valid_metric is one of wer, cer, loss, not 'per'"),
+    "one weight for a list": (["--alphas=0.5"], r"alphas is a list of numbers, none below 0, such as .*, not 0\.5"),
+    "a weight below 0": (["--alphas=[0.5, -1]"], "alphas has -1: give numbers, none below 0"),
+    "no beam": (["--beam_size=0"], "beam_size is 0: give a whole number, 1 at least"),
 }
 
 

@@ -61,11 +61,19 @@ def test_errors_of_each_utterance_add_up_to_the_rates():
 
 
 def test_intervals_resample_speakers_where_they_are_known():
-    pairs = [("a", "a"), ("a", "b")] * 20
-    speakers = ["s1", "s2"] * 20
-    known, unknown = collect(pairs, speakers), collect(pairs)
-    assert known.wer == bootstrap_rate([0, 1] * 20, [1] * 40, speakers)
+    pairs = [("a", "a")] * 3 + [("a", "b")] * 3
+    speakers = [f"s{number}" for number in range(6)] * 20
+    known, unknown = collect(pairs * 20, speakers), collect(pairs * 20)
+    assert known.by_speaker and not unknown.by_speaker
+    assert known.wer == bootstrap_rate([0, 0, 0, 1, 1, 1] * 20, [1] * 120, speakers)
     assert known.wer.high - known.wer.low > 2 * (unknown.wer.high - unknown.wer.low)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_so_few_speakers_do_not_make_an_interval_narrow(count):
+    pairs = [("a", "a"), ("a", "b")] * 20
+    few = collect(pairs, [f"s{number % count}" for number in range(40)])
+    assert not few.by_speaker and few.wer == collect(pairs).wer
 
 
 def test_a_rate_counts_what_was_added_after_it_was_asked_for():

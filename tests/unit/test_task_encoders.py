@@ -232,6 +232,15 @@ def test_two_runs_are_compared_utterance_by_utterance(tmp_path):
     assert difference.value == 0.0 and not_better == 1.0
 
 
+def test_one_speaker_makes_no_comparison_certain(tmp_path):
+    errors, speaker = [1, 2, 1, 4, 3, 1], ["only"] * 6
+    better, worse = (
+        write_run(tmp_path / name, errors, speaker) for name, errors in (("a", errors), ("b", [2, 2, 2, 3, 4, 1]))
+    )
+    difference, not_better = compare_runs(better, worse, "test-clean", "wer")
+    assert difference.low < difference.value < difference.high and 0 < not_better < 1
+
+
 def test_runs_on_other_utterances_or_without_errors_are_not_compared(tmp_path):
     one, fewer = write_run(tmp_path / "a", [1, 2, 1, 0]), write_run(tmp_path / "b", [1, 2], "ab")
     with pytest.raises(InputError, match="not tested on the same utterances"):

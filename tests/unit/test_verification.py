@@ -162,6 +162,20 @@ def test_a_resample_is_the_list_with_each_trial_as_often_as_its_speakers_were_dr
     assert mindcf == pytest.approx(minimum_detection_cost(repeated, targets), abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_of_two_speakers_the_trials_are_resampled(seed):
+    """Both speakers are in each resample that has trials of both kinds: it would always be the same one."""
+    trials = make_trials(speakers=2, count=60, seed=seed)
+    scores = make_scores(trials, seed=seed)
+    errors = _Errors(scores, trials)
+    drawn = errors.draws(seed, 1)[0]
+    assert len(errors.speakers) == 2 and len(drawn) == drawn.sum() == len(trials)
+    repeated, targets = np.repeat(scores, drawn), np.repeat([label for label, _, _ in trials], drawn)
+    assert errors.resampled(drawn)[0] == pytest.approx(equal_error_rate(repeated, targets), abs=1e-12)
+    eer = verification_rates(scores, trials).eer
+    assert eer.low < eer.value < eer.high
+
+
 def test_rates_are_those_of_the_metrics_and_intervals_hold_them():
     trials = make_trials()
     scores = make_scores(trials)

@@ -18,6 +18,7 @@ A run that was stopped goes on from its last epoch when the same command is give
 """
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.results import interval, write_errors, write_results
 from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import make_task_loaders, take_hours
-from speechbrain_bestrq.text import check_lengths, check_texts
+from speechbrain_bestrq.text import check_lengths, check_texts, frames_needed
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ PREPARATION = (
     "resample",
     "max_unreadable",
 )
+
+#: What can choose the checkpoint and drive the learning rates: the lower the better.
+METRICS = ("wer", "cer", "loss")
 
 
 class ASRBrain(TaskBrain):
@@ -74,22 +78,31 @@ class ASRBrain(TaskBrain):
     ) -> torch.Tensor:
         """CTC loss, a mean over utterances of the loss of a unit; collect what was recognised."""
         log_probs, lengths = predictions
-        if stage != sb.Stage.TRAIN:
-            self._collect(log_probs, lengths, batch)
         units = [torch.as_tensor(one) for one in batch.units]
         counts = torch.tensor([len(one) for one in units])
-        return torch.nn.functional.ctc_loss(
-            log_probs.transpose(0, 1), torch.cat(units).to(self.device), lengths, counts, zero_infinity=True
-        )
+        losses = torch.nn.functional.ctc_loss(
+            log_probs.transpose(0, 1),
+            torch.cat(units).to(self.device),
+            lengths,
+            counts,
+            reduction="none",
+            zero_infinity=True,
+        ) / counts.clamp(min=1).to(self.device)
+        if stage != sb.Stage.TRAIN:
+            self._collect(log_probs, lengths, batch)
+            possible = [frames_needed(one) <= frames for one, frames in zip(batch.units, lengths.tolist(), strict=True)]
+            self._losses.append(losses[torch.tensor(possible, device=self.device)])
+        return losses.mean()
 
     def _collect(self, log_probs: torch.Tensor, lengths: torch.Tensor, batch: Any) -> None:
         tokenizer = self.hparams.tokenizer
         texts = [tokenizer.decode(units) for units in greedy_decode(log_probs, lengths, tokenizer.blank)]
-        self.rates.append(batch.id, texts, batch.wrd, batch.spk_id)
+        references = [tokenizer.normalize(reference) for reference in batch.wrd]
+        self.rates.append(batch.id, texts, references, batch.spk_id)
         if self.keep_log_probs:
             for one, frames in zip(log_probs.cpu(), lengths.tolist(), strict=True):
                 self.log_probs.append(one[:frames].clone())
-            self.heard.append((batch.id, batch.wrd, batch.spk_id))
+            self.heard.append((batch.id, references, batch.spk_id))
 
     #: Whether the log-probabilities are kept, for a beam search after the test.
     keep_log_probs = False
@@ -97,12 +110,31 @@ class ASRBrain(TaskBrain):
     def start_metrics(self, stage: sb.Stage) -> None:
         """Start collecting."""
         self.rates = ErrorRates()
+        self._losses: list[torch.Tensor] = []
         self.log_probs: list[torch.Tensor] = []
         self.heard: list[tuple[list[str], list[str], list[str]]] = []
 
     def stage_metrics(self, stage: sb.Stage) -> dict[str, float]:
-        """Word and character error rate of the greedy decoding."""
-        return {"wer": self.rates.wer.value, "cer": self.rates.cer.value}
+        """Word and character error rate of the greedy decoding; the loss, of the utterances that CTC can align."""
+        losses = torch.cat(self._losses).double()
+        loss = float(losses.sum()) / max(len(losses), 1)
+        return {"loss": loss, "wer": self.rates.wer.value, "cer": self.rates.cer.value}
+
+
+def check_options(hparams: dict) -> None:
+    """Refuse options that are out of range, before anything is prepared."""
+    for key in ("valid_metric", "annealing_metric"):
+        if hparams.get(key, METRICS[0]) not in METRICS:
+            raise InputError(f"{key} is one of {', '.join(METRICS)}, not {hparams[key]!r}.")
+    for key, least, what in (("alphas", 0.0, "numbers, none below 0"), ("betas", -math.inf, "numbers")):
+        weights = hparams[key]
+        if not (isinstance(weights, list) and weights and all(isinstance(one, int | float) for one in weights)):
+            raise InputError(f"{key} is a list of {what}, such as [0.5, 1.0], not {weights!r}.")
+        if min(weights) < least:
+            raise InputError(f"{key} has {min(weights)!r}: give {what}.")
+    for key in ("beam_size", "decoding_workers", "tuning_utterances"):
+        if not isinstance(hparams[key], int) or hparams[key] < 1:
+            raise InputError(f"{key} is {hparams[key]!r}: give a whole number, 1 at least.")
 
 
 def read_rows(hparams: dict, manifests: dict[str, Path]) -> dict[str, dict]:
@@ -126,14 +158,18 @@ def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
     check_texts(tokenizer, {name: row["wrd"] for part in rows.values() for name, row in part.items()})
     if hparams["language_model"]:
         check_language_model(hparams["language_model"], tokenizer)
-    fastest = max(hparams.get("speeds", [100])) / 100
-    units = {name: tokenizer.encode(row["wrd"]) for name, row in rows["train"].items()}
-    frames = {name: encoder.num_frames(int(row["duration"] * rate / fastest)) for name, row in rows["train"].items()}
-    hopeless = check_lengths(frames, units)
-    if len(hopeless) == len(units):
-        raise InputError("no training utterance has as many encoder frames as its transcript needs: check the audio.")
-    for name in hopeless:
-        del rows["train"][name]
+    hopeless = {}
+    for name, part in rows.items():
+        fastest = max(hparams.get("speeds", [100])) / 100 if name == "train" else 1
+        units = {one: tokenizer.encode(row["wrd"]) for one, row in part.items()}
+        frames = {one: encoder.num_frames(int(row["duration"] * rate / fastest)) for one, row in part.items()}
+        hopeless[name] = check_lengths(frames, units, "training" if name == "train" else f"'{name}'")
+        if name in ("train", "valid") and len(hopeless[name]) == len(part):
+            raise InputError(
+                f"no utterance of '{name}' has as many encoder frames as its transcript needs: check the audio."
+            )
+    for one in hopeless["train"]:
+        del rows["train"][one]
 
 
 def dataio_prepare(hparams: dict, rows: dict[str, dict], cache: FeatureCache | None) -> dict[str, Any]:
@@ -187,7 +223,13 @@ def evaluate(brain: ASRBrain, hparams: dict, loaders: dict[str, Any], output_fol
     for name in hparams["test_splits"]:
         metrics = brain.test(loaders[name])
         found = {"": brain.rates}
-        sets[name] = {"loss": metrics["loss"], "evaluation_seconds": metrics["seconds"], **tuned}
+        resampled = "speakers" if brain.rates.by_speaker else "utterances"
+        sets[name] = {
+            "loss": metrics["loss"],
+            "resampled": resampled,
+            "evaluation_seconds": metrics["seconds"],
+            **tuned,
+        }
         if decoder is not None:
             started = time.perf_counter()
             found[f"_{suffix}"] = search(brain, decoder)
@@ -220,10 +262,9 @@ def main(arguments: list[str]) -> None:
 
 def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
     """Prepare, train, test, with the output folder to ourselves."""
+    check_options(hparams)
     output_folder = Path(hparams["output_folder"])
     ASRBrain.check_run(hparams["checkpointer"], hparams)
-    if hparams["tuning_utterances"] < 1:
-        raise InputError(f"tuning_utterances must be above 0, not {hparams['tuning_utterances']}.")
     manifests = run_on_main(
         prepare_librispeech,
         kwargs={
