@@ -23,6 +23,15 @@ from speechbrain_bestrq.precision import loading_for
 from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
 from speechbrain_bestrq.stopping import StoppedError
 
+#: SpeechBrain's run options that decide what is trained, where the YAML has no key of that name.
+_GOVERNING = frozenset(
+    "auto_mix_prec bfloat16_mix_prec grad_accumulation_factor max_grad_norm nonfinite_patience optimizer_step_limit "
+    "precision remove_vector_weight_decay skip_nonfinite_grads".split()
+)
+
+#: The key of hparams under which :func:`build_hparams` puts the values that the objects of the YAML are made with.
+NESTED = "__nested__"
+
 
 def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, Any]]:
     """Parse a recipe's command line, join the process group of a ``torchrun``, load the YAML.
@@ -42,7 +51,7 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     overrides : str
         As YAML; with the run options that are keys of the YAML too.
     hparams : dict
-        What the YAML made.
+        What the YAML made (:func:`build_hparams`).
 
     Raises
     ------
@@ -68,11 +77,61 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     check_ranks_agree(yaml=text_digest(text), options=overrides, run_options=options)
     try:
         with loading_for(run_opts["device"]):
-            return hparams_file, run_opts, overrides, load_hyperpyyaml(text, overrides)
+            return hparams_file, run_opts, overrides, build_hparams(text, overrides, run_opts)
     except InputError:
         raise
     except (ValueError, TypeError) as error:  # a module's own refusal of a value, after HyperPyYAML's account of it
         raise InputError(f"{hparams_file}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def build_hparams(text: str, overrides: str, run_opts: RunOptions) -> dict[str, Any]:
+    """Make what a YAML says, and keep what else decides what is trained.
+
+    Arguments
+    ---------
+    text, overrides : str
+        YAML.
+    run_opts : RunOptions
+        SpeechBrain's: those that decide what is trained come into hparams, where the YAML has no such key.
+
+    Returns
+    -------
+    dict
+        Of HyperPyYAML; and under :data:`NESTED` what its objects are made with.
+
+    Example
+    -------
+    >>> hparams = build_hparams("head: !name:torch.nn.Linear\\n    bias: False", "", RunOptions())
+    >>> hparams["head"](2, 3).bias is None, hparams[NESTED]
+    (True, {'head': '!name:torch.nn.Linear', 'head.bias': False})
+    """
+    hparams = load_hyperpyyaml(text, overrides)
+    hparams |= {name: run_opts[name] for name in sorted(_GOVERNING - hparams.keys())}
+    hparams[NESTED] = _nested(text) | _nested(overrides)
+    return hparams
+
+
+def _nested(text: str) -> dict[str, Any]:
+    """What the objects of a YAML are made with, by the path of keys; references and tags are left as they are."""
+    document = yaml.compose(text, Loader=yaml.SafeLoader)
+    found: dict[str, Any] = {}
+    plain = yaml.constructor.SafeConstructor()
+
+    def walk(path: str, node: yaml.Node) -> None:
+        own = node.tag.startswith("!")
+        if isinstance(node, yaml.ScalarNode):
+            found[path] = f"{node.tag} {node.value}".strip() if own else plain.construct_object(node)
+            return
+        if own:
+            found[path] = node.tag
+        pairs = node.value if isinstance(node, yaml.MappingNode) else enumerate(node.value)
+        for key, value in pairs:
+            walk(f"{path}.{getattr(key, 'value', key)}", value)
+
+    for key, value in [] if document is None else document.value:
+        if value.tag.startswith(("!new:", "!name:")):
+            walk(key.value, value)
+    return found
 
 
 def _check_open_keys(hparams_file: str, text: str, overrides: str) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
-from speechbrain_bestrq.recipe import command_line
+from speechbrain_bestrq.recipe import NESTED, command_line
 from speechbrain_bestrq.results import machine
 from speechbrain_bestrq.resuming import digest, text_digest
 from speechbrain_bestrq.seeding import derive_seed
@@ -103,7 +103,7 @@ class TaskBrain(sb.Brain):
         self.seconds = {"train": 0.0, "validation": 0.0}
         self.layer_weights: list[list[float]] = []
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
-        self.settings = self._settings(hparams)
+        self.settings = self.settings_of(hparams)
         self._begun_with = digest(self.encoder.state_dict())
         self._trains_on: str | None = None
         if checkpointer is not None:
@@ -117,11 +117,26 @@ class TaskBrain(sb.Brain):
                     checkpointer.add_recoverable(f"{part}_annealing", self._annealing(part))
 
     @classmethod
-    def _settings(cls, hparams: dict[str, Any]) -> dict[str, Any]:
-        """The plain values of a YAML that govern what is trained."""
+    def settings_of(cls, hparams: dict[str, Any]) -> dict[str, Any]:
+        """Give what governs what is trained, and may not change before a run goes on.
+
+        Arguments
+        ---------
+        hparams : dict
+            Of :func:`speechbrain_bestrq.recipe.build_hparams`.
+
+        Returns
+        -------
+        dict
+            Plain values by their keys; those within an object of the YAML by a path such as "head.dropout".
+        """
+        annealings = [value for name, value in hparams.items() if name.endswith("_annealing")]
+        free = cls.free_settings
+        if not all(isinstance(one, NewBobScheduler) for one in annealings):
+            free = free - {"number_of_epochs"}  # the rates of each epoch depend on it
         settings = {}
-        for name, value in hparams.items():
-            if name in cls.free_settings or name.startswith("__"):
+        for name, value in {**hparams, **hparams.get(NESTED, {})}.items():
+            if name.split(".")[0] in free or name.startswith("__"):
                 continue
             try:
                 settings[name] = json.loads(json.dumps(value))
@@ -143,8 +158,12 @@ class TaskBrain(sb.Brain):
         Raises
         ------
         InputError
-            Naming what differs.
+            Naming what differs, or an option that the task's optimisers do not heed.
         """
+        if hparams.get("remove_vector_weight_decay"):
+            raise InputError(
+                "--remove_vector_weight_decay does nothing to the optimisers of this recipe: leave it out."
+            )
         newest = checkpointer.find_checkpoint()
         if newest is None:
             if hparams["test_only"]:
@@ -152,7 +171,7 @@ class TaskBrain(sb.Brain):
             return
         encoder: TaskEncoder = hparams["speech_encoder"]
         progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
-        _check_progress(progress, newest.path, cls._settings(hparams), digest(encoder.state_dict()), encoder.source)
+        _check_progress(progress, newest.path, cls.settings_of(hparams), digest(encoder.state_dict()), encoder.source)
 
     # ---------------------------------------------------------------- computing
 
@@ -258,6 +277,7 @@ class TaskBrain(sb.Brain):
         self.train_sampler = train_set.batch_sampler  # on one device too, each epoch has batches of its own
         self._trains_on = _fingerprint(train_set.dataset.data)
         updates = epoch_counter.limit * (len(train_set) // self.grad_accumulation_factor)
+        updates = min(updates, self.optimizer_step_limit or updates)
         start = getattr(self.hparams, "encoder_start_update", 0)
         if not self.encoder.freeze and start >= updates:
             raise InputError(

@@ -290,6 +290,20 @@ def test_bad_input_is_one_clear_line(case, train, small_yamls, librispeech, enco
     assert "\n" not in str(error.value)
 
 
+def test_a_run_does_not_go_on_with_other_options_within_the_yaml_or_of_the_run(
+    train, small_yamls, librispeech, tmp_path
+):
+    given = arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path / "run")
+    train.main(given)
+    with pytest.raises(InputError, match="was trained with grad_accumulation_factor 1, not 2: give another"):
+        train.main([*given, "--grad_accumulation_factor=2"])
+    text = Path(given[0]).read_text()
+    edited = tmp_path / "edited.yaml"
+    edited.write_text(text.replace("improvement_threshold: 0.0025", "improvement_threshold: 0.1", 1))
+    with pytest.raises(InputError, match=r"was trained with mix_annealing.improvement_threshold 0.0025, not 0.1"):
+        train.main([str(edited), *given[1:]])
+
+
 def test_missing_transcripts_are_named(train, small_yamls, librispeech, tmp_path):
 
     corpus = tmp_path / "LibriSpeech"

@@ -14,6 +14,7 @@ import soundfile
 import torch
 from speechbrain.nnet.schedulers import LinearScheduler, NewBobScheduler
 from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain.utils.run_opts import RunOptions
 from speechbrain.utils.train_logger import FileTrainLogger
 
 from speechbrain_bestrq.artefact import save_encoder
@@ -21,6 +22,7 @@ from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.downstream import LayerMix
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import cache_features
+from speechbrain_bestrq.recipe import build_hparams
 from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.stopping import StoppedError
 from speechbrain_bestrq.task_brain import TaskBrain, _check_progress
@@ -319,6 +321,46 @@ def test_a_run_does_not_go_on_with_other_settings_or_utterances(rows, folder, tm
     fit(make_brain(tmp_path / "run", folder, epochs=4, learning_rate=0.1), moved)
 
 
+YAML = """
+seed: 1
+number_of_epochs: 4
+output_folder: !ref results/<seed>
+head: !name:torch.nn.Linear
+    bias: False
+    out_features: !ref <seed>
+head_annealing: !new:speechbrain.nnet.schedulers.NewBobScheduler
+    initial_value: 0.1
+"""
+
+
+def test_settings_are_those_of_the_objects_and_the_run_options_too():
+    options = RunOptions.from_dictionary({"grad_accumulation_factor": 8, "max_grad_norm": 5.0, "noprogressbar": True})
+    settings = LoudnessBrain.settings_of(build_hparams(YAML, "seed: 2", options))
+    assert settings.items() >= {"seed": 2, "grad_accumulation_factor": 8, "optimizer_step_limit": None}.items()
+    annealing = {
+        "head_annealing": "!new:speechbrain.nnet.schedulers.NewBobScheduler",
+        "head_annealing.initial_value": 0.1,
+    }
+    head = {"head": "!name:torch.nn.Linear", "head.bias": False, "head.out_features": "!ref <seed>"}
+    assert settings.items() >= (head | annealing).items()
+    assert not settings.keys() & {"number_of_epochs", "output_folder", "noprogressbar"}
+
+
+def test_epochs_may_be_added_unless_the_rates_depend_on_their_number():
+    linear = "{initial_value: 0.1, final_value: 0.0, epoch_count: !ref <number_of_epochs>}"
+    overrides = f"head_annealing: !new:speechbrain.nnet.schedulers.LinearScheduler {linear}"
+    for more, expected in (("", None), (overrides, 4)):
+        text = YAML if not more else YAML[: YAML.index("head_annealing")] + more
+        assert LoudnessBrain.settings_of(build_hparams(text, "", RunOptions())).get("number_of_epochs") == expected
+
+
+def test_an_option_that_no_optimiser_heeds_is_refused(folder, tmp_path):
+    options = RunOptions.from_dictionary({"remove_vector_weight_decay": True})
+    hparams = {**build_hparams(YAML, "", options), "test_only": False, "speech_encoder": TaskEncoder(folder)}
+    with pytest.raises(InputError, match="--remove_vector_weight_decay does nothing"):
+        LoudnessBrain.check_run(AtomicCheckpointer(checkpoints_dir=tmp_path), hparams)
+
+
 def test_what_may_not_go_on_is_said_before_any_work(rows, folder, tmp_path):
     brain = fit(make_brain(tmp_path / "run", folder, learning_rate=0.1), rows)
     hparams = {"test_only": False, "speech_encoder": brain.encoder, "seed": 3, "learning_rate": 0.1}
@@ -337,6 +379,11 @@ def test_an_encoder_that_would_never_be_trained_is_refused(rows, folder, tmp_pat
     brain = make_brain(tmp_path / "run", folder, freeze=False, encoder_start_update=500)
     with pytest.raises(InputError, match=r"encoder_start_update is 500, but there are \d+ updates in all"):
         fit(brain, rows)
+    limited = make_brain(
+        tmp_path / "other", folder, freeze=False, encoder_start_update=2, run_opts={"optimizer_step_limit": 2}
+    )
+    with pytest.raises(InputError, match="encoder_start_update is 2, but there are 2 updates in all"):
+        fit(limited, rows)
 
 
 def test_an_epoch_that_is_done_again_is_in_the_log_once(rows, folder, tmp_path):

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import speechbrain as sb
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
@@ -46,7 +45,7 @@ from speechbrain_bestrq.corpora.iemocap import FOLDS
 from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, read_manifest, summary_path
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
-from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
+from speechbrain_bestrq.recipe import build_hparams, command_line, load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.results import read_results, write_results
 from speechbrain_bestrq.resuming import digest
 
@@ -68,12 +67,11 @@ def choose_folds(hparams: dict) -> list[str]:
     return [hparams["fold"]]
 
 
-def load_fold(hparams_file: str, overrides: str, fold: str) -> tuple[str, dict[str, Any]]:
+def load_fold(hparams_file: str, overrides: str, run_opts: Any, fold: str) -> tuple[str, dict[str, Any]]:
     """Build all anew for one fold, so that nothing of one reaches the next; give the overrides and what was built."""
     kept = [line for line in overrides.splitlines() if not line.startswith("fold:")]
     overrides = "\n".join([*kept, f"fold: {fold}"])
-    with open(hparams_file, encoding="utf-8") as file:
-        return overrides, load_hyperpyyaml(file, overrides)
+    return overrides, build_hparams(Path(hparams_file).read_text(encoding="utf-8"), overrides, run_opts)
 
 
 def mark_folds(hparams_file: str, overrides: str, hparams: dict, sides: dict[str, dict[str, Path]]) -> dict:
@@ -84,7 +82,13 @@ def mark_folds(hparams_file: str, overrides: str, hparams: dict, sides: dict[str
     marks = {}
     for fold, paths in sides.items():
         files = [file for path in paths.values() for file in (path, summary_path(path))]
-        facts = [text, options, encoder, [file_digest(file) for file in files]]
+        facts = [
+            text,
+            options,
+            ClassificationBrain.settings_of(hparams),
+            encoder,
+            [file_digest(file) for file in files],
+        ]
         marks[fold] = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return marks
 
@@ -198,7 +202,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
         if fold in finished:
             logger.info("fold %s: finished before, see %s", fold, output_folder / fold)
             continue
-        fold_overrides, loaded = load_fold(hparams_file, overrides, fold)
+        fold_overrides, loaded = load_fold(hparams_file, overrides, run_opts, fold)
         sb.create_experiment_directory(loaded["fold_folder"], hparams_file, fold_overrides)
         rows = {name: read_manifest(path) for name, path in sides[fold].items()}
         run_fold(loaded, run_opts, rows, labels, cache, marks[fold])
