@@ -9,8 +9,8 @@ from speechbrain_bestrq.heads.recurrent import BidirectionalLSTM
 class MeanPoolClassifier(nn.Module):
     """The mean of an utterance's frames and a linear layer: the linear probe of MP3S (arXiv 2308.14456).
 
-    Without bias, as there. Features that are normalised over the utterance (filter banks)
-    have a mean of zero: nothing is left of them.
+    Without bias, as there. Channels that are standardised over the utterance (``utterance_norm`` of
+    :class:`~speechbrain_bestrq.downstream.LayerMix`) have a mean of zero: nothing is left of them.
 
     Arguments
     ---------
