@@ -2,17 +2,18 @@
 
 import os
 
-import soundfile
 import torch
 from torch import Tensor, nn
 
 from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.audio import read_segment
+from speechbrain_bestrq.corpora._audio_files import probe_audio
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import normalize_utterances
 from speechbrain_bestrq.masking import span_mask
 from speechbrain_bestrq.sources import find_encoder
+from speechbrain_bestrq.windows import samples_per_frame
 
 #: Before a source: the architecture of what follows, untrained.
 RANDOM_PREFIX = "random:"
@@ -46,12 +47,11 @@ class FeatureExtractor(nn.ModuleList):
 
 
 def _frame_rate(speech_encoder: SpeechEncoder, source: str | os.PathLike) -> float:
-    """Frames a second: exact, for an encoder's frames are a whole number of samples apart."""
-    samples = 10**15  # long enough for the frames that an encoder has more or less at the ends not to matter
-    frames = speech_encoder.num_frames(samples)
-    if not frames:
-        raise InputError(f"{source} is no encoder of speech: its frames are more than {samples} samples apart.")
-    return speech_encoder.frontend.sample_rate / round(samples / frames)
+    """Frames a second."""
+    step = samples_per_frame(speech_encoder)
+    if not step:
+        raise InputError(f"{source} is no encoder of speech: its frames are more than days apart.")
+    return speech_encoder.frontend.sample_rate / step
 
 
 def _freeze(module: nn.Module) -> None:
@@ -288,11 +288,10 @@ class PretrainedEncoder(nn.Module):
             If the file cannot be read.
         """
         rate = self.model.frontend.sample_rate
-        try:
-            audio = soundfile.info(os.fspath(path))
-        except (soundfile.SoundFileError, OSError) as error:
-            raise InputError(f"{path} cannot be read as audio ({error}): give a wav, flac, ogg or mp3.") from error
-        samples = -(-audio.frames * rate // audio.samplerate)
+        probe = probe_audio(os.fspath(path))
+        if probe.problem:
+            raise InputError(f"{path} cannot be encoded: {probe.problem}; give a wav, flac, ogg or mp3.")
+        samples = round(probe.duration * rate)
         if not self.model.num_frames(samples):
             raise InputError(f"{path} has {samples / rate:.3f} s of audio, too short for a frame: leave it out.")
         wav = torch.from_numpy(read_segment(os.fspath(path), 0, samples, rate))

@@ -65,6 +65,8 @@ class TaskEncoder(nn.Module):
         :class:`speechbrain_bestrq.pretrained.PretrainedEncoder`.
     all_states : bool
         Give the hidden states of all layers instead of the last.
+    sample_rate : int
+        Of the waveforms that it is given, Hz. An encoder takes the rate that it was trained at, and no other.
     save_path, freeze, **options
         As for :class:`speechbrain_bestrq.pretrained.PretrainedEncoder`. Filter banks
         are always frozen and take none of the options.
@@ -83,7 +85,7 @@ class TaskEncoder(nn.Module):
     Raises
     ------
     InputError
-        If there is no encoder at the source, or it is to be fine-tuned and has no weights.
+        If there is no encoder at the source, it takes another sample rate, or it has no weights to fine-tune.
 
     Example
     -------
@@ -99,6 +101,7 @@ class TaskEncoder(nn.Module):
         save_path: str | os.PathLike | None = None,
         all_states: bool = True,
         freeze: bool = True,
+        sample_rate: int = 16000,
         **options: Any,
     ):
         super().__init__()
@@ -107,11 +110,17 @@ class TaskEncoder(nn.Module):
         if self.source == FILTERBANK:
             if not freeze:
                 raise InputError("filter banks have no weights to fine-tune: give --encoder an encoder, or freeze.")
-            self.freeze, self.encoder, self._facts = True, FilterbankEncoder(), {}
+            self.freeze, self.encoder, self._facts = True, FilterbankEncoder(sample_rate=sample_rate), {}
             self.num_states = 1
         else:
             self.freeze = freeze
             self.encoder = PretrainedEncoder(source, save_path, freeze=freeze, output_all_hiddens=all_states, **options)
+            own_rate = self.encoder.model.frontend.sample_rate
+            if own_rate != sample_rate:
+                raise InputError(
+                    f"{self.source} was trained on {own_rate} samples per second and is given {sample_rate}: give "
+                    f"sample_rate {own_rate}, or another encoder."
+                )
             self.num_states = self.encoder.num_layers + 1 if all_states else 1
             folder = find_encoder(self.source.removeprefix(RANDOM_PREFIX), save_path)
             config = read_json(folder / CONFIG_FILE)

@@ -118,6 +118,8 @@ def samples_per_frame(speech_encoder: SpeechEncoder) -> int:
     Returns
     -------
     int
+        Exact, for an encoder's frames are a whole number of samples apart; 0 if it has no frame in a day of speech.
     """
-    ten_seconds = 10 * speech_encoder.frontend.sample_rate
-    return ten_seconds // (speech_encoder.num_frames(2 * ten_seconds) - speech_encoder.num_frames(ten_seconds))
+    samples = 10**15  # so long that the frames which an encoder has more or less at the ends do not matter
+    frames = speech_encoder.num_frames(samples)
+    return round(samples / frames) if frames else 0

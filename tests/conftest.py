@@ -18,10 +18,10 @@ LazyModule.__file__ = None
 def make_speech_encoder():
     """Return a function that builds a tiny speech encoder in eval mode, with weights of every kind away from zero."""
 
-    def make(attention="rotary", normalize="utterance", num_layers=2, dropout=0.0, layer_drop=0.0, seed=0):
+    def make(attention="rotary", normalize="utterance", num_layers=2, dropout=0.0, layer_drop=0.0, seed=0, **frontend):
         torch.manual_seed(seed)
         speech_encoder = SpeechEncoder(
-            LogMel(normalize=normalize),
+            LogMel(normalize=normalize, **frontend),
             ConvSubsampling(d_model=16, channels=(8, 4), dropout=dropout),
             ConformerEncoder(
                 d_model=16,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from speechbrain_bestrq.evidence.measures import CORPORA, Corpus
+from speechbrain_bestrq.evidence.measures import CORPORA, SAMPLE_RATE, Corpus
 from speechbrain_bestrq.evidence.sources import Source
 from speechbrain_bestrq.machine import commit, device_name, package_versions
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -76,7 +76,7 @@ def gather(
 def _load(source: Source, device: torch.device) -> TaskEncoder:
     with torch.random.fork_rng():
         torch.manual_seed(0 if source.seed is None else source.seed)
-        return TaskEncoder(source.name).eval().to(device)
+        return TaskEncoder(source.name, sample_rate=SAMPLE_RATE).eval().to(device)
 
 
 def _measure(encoder: TaskEncoder, corpus: Corpus, device: torch.device) -> dict[str, list[list[float]]]:

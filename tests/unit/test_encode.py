@@ -137,8 +137,24 @@ def test_no_batch_is_larger_than_allowed_and_none_is_left_out():
     assert len(batches) < 80
 
 
-def test_the_step_of_a_front_end_is_found(make_speech_encoder):
-    assert samples_per_frame(make_speech_encoder()) == 640
+@pytest.mark.parametrize(
+    ("frontend", "step"),
+    [
+        ({}, 640),
+        ({"hop_ms": 12}, 768),
+        ({"sample_rate": 22050}, 880),
+        ({"hop_ms": 200, "window_ms": 200}, 12800),
+    ],
+)
+def test_the_step_of_a_front_end_is_found_and_the_windows_of_a_long_file_fit_it(make_speech_encoder, frontend, step):
+    encoder = make_speech_encoder(**frontend)
+    rate = encoder.frontend.sample_rate
+    assert samples_per_frame(encoder) == step
+    samples = round(205.3 * rate)
+    windows = list(plan_windows(0, samples, encoder.num_frames(samples), step, rate))
+    assert len(windows) > 2 and all(window.start % step == 0 for window in windows)
+    for window in windows:
+        assert window.skipped + window.frames <= encoder.num_frames(window.samples)
 
 
 # ---------------------------------------------------------------- once more

@@ -10,6 +10,7 @@ import torchaudio
 from speechbrain.nnet.adapters import AdaptedModel, LoRA
 
 from speechbrain_bestrq.artefact import load_encoder, save_encoder
+from speechbrain_bestrq.audio import AudioTable
 from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
@@ -379,11 +380,24 @@ def test_a_file_of_any_rate_and_channels_is_encoded(folder, tmp_path, relative_d
     assert relative_difference(PretrainedEncoder(folder, freeze=True)(wav[None]), found) < 1e-4
 
 
+def test_a_file_has_as_many_frames_as_a_folder_of_it(folder, tmp_path):
+    """3085 samples at 44.1 kHz are 1119.27 at 16 kHz: a frame of 40 ms, where 1120 were two."""
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(3085), 44100)
+    table = AudioTable(["a"], [str(tmp_path / "a.wav")], [3085 / 44100], 16000)
+    encoder = PretrainedEncoder(folder, freeze=True)
+    assert encoder.encode_file(tmp_path / "a.wav").shape[1] == encoder.num_frames(int(table.lengths[0]))
+
+
 def test_a_file_that_is_no_audio_or_too_short_is_named(folder, tmp_path):
     encoder = PretrainedEncoder(folder, freeze=True)
     (tmp_path / "text.wav").write_text("no audio")
     soundfile.write(tmp_path / "short.wav", np.zeros(100), 16000)
-    for name in ("text.wav", "short.wav", "missing.wav"):
+    soundfile.write(tmp_path / "streamed.flac", np.zeros(16000), 16000)
+    header = bytearray((tmp_path / "streamed.flac").read_bytes())
+    header[21] &= 0xF0  # the 36 bits of the length are 0 where it was not known
+    header[22:26] = bytes(4)
+    (tmp_path / "streamed.flac").write_bytes(header)
+    for name in ("text.wav", "short.wav", "missing.wav", "streamed.flac"):
         with pytest.raises(InputError, match=name) as refusal:
             encoder.encode_file(tmp_path / name)
         assert "\n" not in str(refusal.value)

@@ -97,6 +97,12 @@ def test_the_description_says_what_the_encoder_was(folder, make_speech_encoder, 
     assert TaskEncoder(folder).describe()["updates"] is None
 
 
+def test_an_encoder_of_another_sample_rate_is_refused_and_filter_banks_take_any(folder):
+    with pytest.raises(InputError, match="trained on 16000 samples per second and is given 8000: give sample_rate 160"):
+        TaskEncoder(folder, sample_rate=8000)
+    assert TaskEncoder("fbank", sample_rate=8000).num_frames(8000) == 25
+
+
 # ---------------------------------------------------------------- cache
 
 
