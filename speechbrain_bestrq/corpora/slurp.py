@@ -55,6 +55,9 @@ def prepare_slurp(
     (out of ``metadata.json``, empty if unknown), scenario, action, intent, sentence. Rows
     are in the order of the jsonl files.
 
+    A recording belongs to one part and has one intent: one that the texts list in several is kept in the test part
+    before the validation part before the training part, and there as it comes first. The log counts them.
+
     The intent is ``SCENARIO_ACTION``. The release's own key ``intent`` says something
     else in some lines, the action alone or with another scenario; it is not used.
 
@@ -87,7 +90,7 @@ def prepare_slurp(
     resample : bool
         Whether other rates are accepted, to be resampled when loaded.
     max_unreadable : int
-        So many unreadable files are skipped, over all folders.
+        So many unreadable files are skipped, over all folders, and as many that the texts name and are not there.
     workers : int, optional
         Threads; one for each core, at most 16, if left out.
 
@@ -131,7 +134,9 @@ def prepare_slurp(
     found = {"slurp_real": set(), **({"slurp_synth": set()} if synthetic else {})}
     parts = {name: _survey(root, name, names, absolute_path(save_folder), corpus) for name, names in found.items()}
     wanted = {"slurp_real": frozenset(microphones), "slurp_synth": frozenset(MICROPHONES)}
-    labels = _check_lines(sources, found, wanted)
+    owners = _assign(sources, found, wanted, max_unreadable)
+    trained_on = [labels for key, labels in owners.values() if key == "train"]
+    labels = {target: sorted({one[place] for one in trained_on}) for place, target in enumerate(TARGETS)}
     save = make_save_folder(save_folder)
 
     prepared = [prepare_part(part, rules) for part in parts.values()]
@@ -147,7 +152,7 @@ def prepare_slurp(
     manifests = {key: save / f"{key}.csv" for key in sources}
     outcomes = {}
     for key, path in manifests.items():
-        rows = _Rows(sources[key], wanted, audio, speakers, labels)
+        rows = _Rows(key, sources[key], wanted, owners, audio, speakers, labels)
         outcomes[key] = combine(path, COLUMNS, corpus, list(parts.values()), rows.rows, rows.notes, **options)
         if outcomes[key][1]:
             _log_labels(key, outcomes[key][0])
@@ -261,15 +266,17 @@ def _parse_line(text: str, path: Path, number: int) -> Iterator[_Recording]:
         yield _Recording(number, file, *values)
 
 
-def _check_lines(
+def _assign(
     sources: Mapping[str, Sequence[_Source]],
     found: Mapping[str, Collection[str]],
     wanted: Mapping[str, Collection[str]],
-) -> dict[str, list[str]]:
-    """Check all lines against the files that are there, and return the labels of the training part."""
-    owners: dict[str, tuple[str, str]] = {}
-    labels: dict[str, set[str]] = {target: set() for target in TARGETS}
-    for key, files in sources.items():
+    most_missing: int,
+) -> dict[str, tuple[str, tuple[str, str, str]]]:
+    """Check all lines against the files that are there, and give each recording to one part, with its labels."""
+    owners: dict[str, tuple[str, tuple[str, str, str]]] = {}
+    listed_twice: dict[str, str] = {}
+    missing = 0
+    for key, files in sources.items():  # training, validation, test: the later one keeps a recording
         for source in files:
             count = absent = 0
             first = ""
@@ -278,27 +285,42 @@ def _check_lines(
                 if recording.file not in found[source.folder]:
                     absent += 1
                     first = first or f"{recording.file!r} (line {recording.line})"
-                intent = recording.labels[-1]
-                other, before = owners.setdefault(recording.identifier, (key, intent))
-                if (other, before) != (key, intent):
-                    raise InputError(
-                        f"'{source.path}', line {recording.line}: {recording.file!r} is there twice, as "
-                        f"{intent!r} here and as {before!r} in {other} before: remove one of them."
+                    continue
+                mine = (key, recording.labels)
+                before = owners.setdefault(recording.identifier, mine)
+                if before != mine:
+                    listed_twice.setdefault(
+                        recording.identifier, f"{recording.file!r} ('{source.path}', line {recording.line})"
                     )
-                if key == "train":
-                    for target, label in zip(TARGETS, recording.labels, strict=True):
-                        labels[target].add(label)
-            if absent:
+                if before[0] != key:
+                    owners[recording.identifier] = mine
+            missing += absent
+            if missing > most_missing:
                 raise InputError(
                     f"'{source.path}': {absent} of {count} recordings are not in {source.folder}, first {first}: "
-                    f"unpack {source.folder}.tar.gz again."
+                    f"unpack {source.folder}.tar.gz again, or set max_unreadable to at least {missing}."
+                )
+            if absent:
+                logger.warning(
+                    "'%s': %d of %d recordings are not in %s, first %s: they are left out",
+                    source.path,
+                    absent,
+                    count,
+                    source.folder,
+                    first,
                 )
             if not count:
                 raise InputError(
                     f"'{source.path}' names no recording by {' or '.join(sorted(wanted[source.folder]))}: change "
                     "microphones, or download the file again."
                 )
-    return {target: sorted(found) for target, found in labels.items()}
+    if listed_twice:
+        logger.warning(
+            "%d recordings are listed in two parts or with two intents, such as %s: each is kept once",
+            len(listed_twice),
+            next(iter(listed_twice.values())),
+        )
+    return owners
 
 
 def _read_speakers(path: Path) -> dict[str, str]:
@@ -328,13 +350,16 @@ class _Rows:
 
     def __init__(
         self,
+        key: str,
         sources: Sequence[_Source],
         wanted: Mapping[str, Collection[str]],
+        owners: Mapping[str, tuple[str, tuple[str, str, str]]],
         audio: Callable[[], Mapping[str, Mapping[str, tuple[float, str]]]],
         speakers: Callable[[], Mapping[str, str]],
         labels: Mapping[str, Sequence[str]],
     ) -> None:
-        self.sources, self.wanted, self.audio, self.speakers, self.labels = sources, wanted, audio, speakers, labels
+        self.key, self.sources, self.wanted, self.owners = key, sources, wanted, owners
+        self.audio, self.speakers, self.labels = audio, speakers, labels
         self._counts: dict[str, Counter[str]] = {target: Counter() for target in TARGETS}
         self._without_speaker = 0
 
@@ -346,6 +371,8 @@ class _Rows:
             for recording in _iterate_recordings(source, self.wanted):
                 identifier = recording.identifier
                 if identifier in done or recording.file not in audio:
+                    continue
+                if self.owners[identifier] != (self.key, recording.labels):
                     continue
                 done.add(identifier)
                 duration, path = audio[recording.file]

@@ -9,6 +9,7 @@ import soundfile
 
 from speechbrain_bestrq.cli import main
 from speechbrain_bestrq.corpora import _audio_files, prepare_slurp, read_manifest, read_summary
+from speechbrain_bestrq.corpora.manifest import iterate_manifest
 from speechbrain_bestrq.errors import InputError
 
 
@@ -262,15 +263,35 @@ class TestBrokenLines:
         refuse(slurp, save, f"'{path}': 2 of 3 recordings are not in slurp_real", "'audio-50.flac' (line 2)")
         assert not save.exists()
 
+    def test_so_many_that_are_not_there_are_left_out_as_are_allowed(self, slurp, save, caplog):
+        files = ["audio-5.flac", "audio-50.flac", "audio-51.flac"]
+        write_texts(slurp / "dataset" / "slurp", {"devel": [*LINES["devel"], line(4, "music", "play", files)]})
+        with pytest.raises(InputError, match="or set max_unreadable to at least 2"):
+            prepare_slurp(slurp, save, max_unreadable=1)
+        manifest = prepare_slurp(slurp, save, max_unreadable=2)["valid"]
+        names = [row["ID"] for row in iterate_manifest(manifest)]
+        assert "audio-50" not in names and len(names) == len(set(names))
+        assert any("2 of" in message and "they are left out" in message for message in caplog.messages)
+
     @pytest.mark.parametrize(
-        ("split", "text"),
-        [("train", line(9, "alarm", "query", ["audio-1.flac"])), ("test", line(9, "alarm", "set", ["audio-1.flac"]))],
+        ("split", "text", "kept"),
+        [
+            ("train", line(9, "alarm", "query", ["audio-1.flac"]), ("train", "alarm_set")),
+            ("test", line(9, "alarm", "query", ["audio-1.flac"]), ("test", "alarm_query")),
+            ("devel", line(9, "alarm", "set", ["audio-1.flac"]), ("valid", "alarm_set")),
+        ],
     )
-    def test_recording_on_two_sides_or_with_two_intents_is_refused(self, slurp, save, split, text):
+    def test_recording_on_two_sides_or_with_two_intents_is_kept_once(self, slurp, save, caplog, split, text, kept):
         write_texts(slurp / "dataset" / "slurp", {split: [*LINES[split], text]})
-        refuse(
-            slurp, save, f"{split}.jsonl', line {len(LINES[split]) + 1}", "'audio-1.flac' is there twice", "in train"
-        )
+        manifests = prepare_slurp(slurp, save)
+        where = [
+            (key, row["intent"])
+            for key, path in manifests.items()
+            for row in iterate_manifest(path)
+            if row["ID"] == "audio-1"
+        ]
+        assert where == [kept]
+        assert any("1 recordings are listed in two parts or with two intents" in one for one in caplog.messages)
 
     def test_recording_named_twice_alike_counts_once(self, slurp, save):
         text = line(9, "alarm", "set", ["audio-1.flac"])
