@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from speechbrain_bestrq import __version__
 from speechbrain_bestrq.commands import check_codebook, encode, export, prepare, report, reproduce, synthesize
-from speechbrain_bestrq.errors import INTERRUPTED, USER_ERROR, InputError
+from speechbrain_bestrq.errors import INTERRUPTED, USER_ERROR, InputError, explain_refusal
 
 PROGRAM = "sb-bestrq"
 
@@ -99,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments) or 0
     except InputError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if (refusal := explain_refusal(error)) is None:
+            raise
+        print(f"{PROGRAM}: error: {refusal}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""The error that is the user's to mend, and the exit statuses of every command."""
+"""The errors that are the user's to mend, and the exit statuses of every command."""
+
+import errno
 
 #: Exit status after an :class:`InputError`, and after an interruption.
 USER_ERROR, INTERRUPTED = 2, 130
@@ -20,3 +22,38 @@ class InputError(ValueError):
     Traceback (most recent call last):
     speechbrain_bestrq.errors.InputError: data_folder '/nowhere' does not exist: give the path of your corpus.
     """
+
+
+#: What the system says no to because of permissions or of a full disk.
+_OF_THE_SYSTEM = {
+    errno.EACCES: "mend its permissions, or give another",
+    errno.EPERM: "mend its permissions, or give another",
+    errno.EROFS: "give one that can be written to",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+}
+
+
+def explain_refusal(error: OSError) -> str | None:
+    """Say in one line what a file system refused, if that is the user's to mend.
+
+    Arguments
+    ---------
+    error : OSError
+        That nobody caught.
+
+    Returns
+    -------
+    str or None
+        None for all errors but missing permissions and a full disk.
+
+    Example
+    -------
+    >>> explain_refusal(PermissionError(13, "Permission denied", "/data/a.flac"))
+    "'/data/a.flac': Permission denied: mend its permissions, or give another."
+    >>> explain_refusal(FileNotFoundError(2, "No such file or directory", "a"))
+    """
+    if error.errno not in _OF_THE_SYSTEM:
+        return None
+    where = "" if error.filename is None else f"'{error.filename}': "
+    return f"{where}{error.strerror}: {_OF_THE_SYSTEM[error.errno]}."

@@ -17,7 +17,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
-from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError
+from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError, explain_refusal
 from speechbrain_bestrq.locking import fellow_writer, sole_writer
 from speechbrain_bestrq.precision import loading_for
 from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
@@ -203,12 +203,15 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
     """
     try:
         main(sys.argv[1:])
+    except OSError as error:
+        if (refusal := explain_refusal(error)) is None:
+            raise
+        _print_error(refusal)
+        sys.exit(USER_ERROR)
     except InputError as error:
         # a loader's worker hands its error over with the whole traceback: the last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
-        # another rank may have an error of its own, such as a disk of its own that is full
-        where = "" if sb.utils.distributed.if_main_process() else f" on rank {sb.utils.distributed.get_rank()}"
-        print(f"error{where}: {message}", file=sys.stderr)
+        _print_error(message)
         sys.exit(USER_ERROR)
     except StoppedError as stopped:
         if sb.utils.distributed.if_main_process():
@@ -232,6 +235,12 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
     # not after an error: the other ranks may be waiting in a collective, and this would wait for them
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _print_error(message: str) -> None:
+    """In one line; another rank may have an error of its own, such as a disk of its own that is full."""
+    where = "" if sb.utils.distributed.if_main_process() else f" on rank {sb.utils.distributed.get_rank()}"
+    print(f"error{where}: {message}", file=sys.stderr)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

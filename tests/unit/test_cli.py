@@ -117,6 +117,15 @@ def test_other_errors_keep_their_traceback(monkeypatch, run_folder):
         main(["report", str(run_folder)])
 
 
+def test_what_the_file_system_refuses_is_one_line(monkeypatch, capsys, run_folder):
+    def full(_folder):
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr(report, "write_report", full)
+    assert exit_status("report", run_folder) == 2
+    assert capsys.readouterr().err == "sb-bestrq: error: 'report.html': No space left on device: make room.\n"
+
+
 def test_an_interrupt_is_no_traceback(monkeypatch, capsys, run_folder):
     def interrupted(_folder):
         raise KeyboardInterrupt

@@ -61,6 +61,20 @@ def test_caches_that_runs_share_are_written_by_one_at_a_time(tmp_path):
     assert waits_for(tmp_path / "samples", lambda: cache_audio(table, tmp_path / "samples"))
 
 
+def test_what_the_file_system_refuses_is_one_line_and_other_errors_have_a_traceback(capsys):
+    def main(arguments):
+        raise PermissionError(13, "Permission denied", "/data/a.flac")
+
+    with pytest.raises(SystemExit) as ended:
+        recipe.run_recipe(main)
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err == "error: '/data/a.flac': Permission denied: mend its permissions, or give another.\n"
+    )
+    with pytest.raises(FileNotFoundError):
+        recipe.run_recipe(lambda arguments: open("/nowhere/at/all"))
+
+
 def test_an_error_of_another_rank_alone_is_told(monkeypatch, capsys):
     def main(arguments):
         raise InputError("the disk of this node is full: make room.")
