@@ -1,5 +1,6 @@
 """What becomes of trees of audio: a manifest for each, and manifests combined out of those."""
 
+import ast
 import hashlib
 import logging
 import os
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speechbrain_bestrq.corpora._audio_files import AudioTree, Survey, probe_files
+from speechbrain_bestrq.corpora._audio_files import AudioTree, Survey, probe_audio, probe_files
 from speechbrain_bestrq.corpora._options import AudioRules, absolute_path, normalize_extensions
-from speechbrain_bestrq.corpora.manifest import REQUIRED_COLUMNS, build_manifest, corpus_name
+from speechbrain_bestrq.corpora.manifest import REQUIRED_COLUMNS, build_manifest, corpus_name, file_digest, read_summary
 from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ def prepare_part(
 ) -> tuple[dict[str, Any], bool]:
     """Make the manifest of one tree, unless it is already there and the tree unchanged.
 
+    A file that could not be read is looked at each time: permissions, or a library that knows its format, change
+    nothing in the tree.
+
     Arguments
     ---------
     part : Part
@@ -101,12 +105,22 @@ def prepare_part(
         notes.update(finish())
 
     recipe = {"folder": str(part.tree.root), "suffixes": part.tree.suffixes, "fingerprint": part.survey.fingerprint}
-    summary, fresh = build_manifest(part.manifest, columns, part.corpus, recipe, rows)
+    summary, fresh = build_manifest(part.manifest, columns, part.corpus, recipe, rows, again=_is_mended(part))
     for sample_rate, (_, first) in summary["sample_rates"].items():
         _check_rate(int(sample_rate), first, rules)
     if fresh:
         _log_findings(part, summary, rules)
     return summary, fresh
+
+
+def _is_mended(part: Part) -> bool:
+    """Whether a file that could not be read when the manifest was made can be now."""
+    try:
+        lines = part.unreadable_list.read_text(encoding="utf-8").splitlines()
+        paths = [ast.literal_eval(line.partition("\t")[0]) for line in lines]
+    except (OSError, ValueError, SyntaxError):  # there is none, or it is somebody else's
+        return False
+    return any(not probe_audio(path).problem for path in paths)
 
 
 def _readable_rows(
@@ -243,17 +257,20 @@ def combine(
     Returns
     -------
     summary : dict
-        Its summary.
+        Its summary, with ``unreadable``: how many files of the parts could not be read, and are in no manifest.
     fresh : bool
         Whether anything had to be done.
     """
 
     def noted(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from rows()
-        notes.update(finish())
+        notes.update(finish(), unreadable=sum(read_summary(part.manifest)["unreadable"] for part in parts))
 
     recipe = {
-        "parts": [[str(part.tree.root), *part.tree.suffixes, part.survey.fingerprint] for part in parts],
+        "parts": [
+            [str(part.tree.root), *part.tree.suffixes, part.survey.fingerprint, file_digest(part.manifest)]
+            for part in parts
+        ],
         **options,
     }
     return build_manifest(path, columns, corpus, recipe, noted)

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import math
 import os
 import uuid
@@ -13,10 +14,12 @@ from typing import Any, TextIO
 
 from speechbrain_bestrq.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 REQUIRED_COLUMNS = ("ID", "duration", "wav")
 
 # Raised when the same recipe gives other manifests than before: then nothing old is taken for prepared.
-FORMAT = 1
+FORMAT = 2
 
 
 @contextmanager
@@ -272,6 +275,40 @@ def read_summary(path: str | os.PathLike) -> dict[str, Any]:
     return summary
 
 
+def count_unreadable(path: str | os.PathLike, name: str) -> int:
+    """Tell how many files a test set may lack because they could not be read; say so in the log.
+
+    Arguments
+    ---------
+    path : path
+        Its manifest.
+    name : str
+        Of the set, for the log.
+
+    Returns
+    -------
+    int
+        Of all the audio that its rows were chosen from.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "test.csv"
+    >>> rows = lambda notes: notes.update(unreadable=2) or []
+    >>> _ = build_manifest(path, ("ID", "duration", "wav"), "My corpus", {}, rows)
+    >>> count_unreadable(path, "test")
+    2
+    """
+    count = read_summary(path).get("unreadable", 0)
+    if count:
+        logger.warning(
+            "%d audio files could not be read, and '%s' may lack some of them: a score of fewer utterances does not "
+            "compare with one of all",
+            count,
+            name,
+        )
+    return count
+
+
 def _load_summary(path: str | os.PathLike) -> dict[str, Any] | None:
     """Read the summary of a manifest; None if there is none."""
     try:
@@ -309,6 +346,7 @@ def build_manifest(
     corpus: str,
     recipe: dict[str, Any],
     rows: Callable[[dict[str, Any]], Iterable[dict[str, Any]]],
+    again: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Write a manifest and its summary, unless that is already done.
 
@@ -330,6 +368,8 @@ def build_manifest(
     rows : callable
         Makes the rows. Called only if need be, with a dict: what stands in there
         after the last row goes into the summary.
+    again : bool
+        Whether to write it although it is there.
 
     Returns
     -------
@@ -369,7 +409,7 @@ def build_manifest(
                     f"'{path}' was changed since it was prepared: rename it to keep the changes, or remove it to "
                     "prepare it again."
                 )
-            if previous["recipe"] == recipe:
+            if previous["recipe"] == recipe and not again:
                 return previous, False
 
     _write_summary(path, {"complete": False, "corpus": corpus, "recipe": recipe})

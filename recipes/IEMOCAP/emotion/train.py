@@ -42,7 +42,7 @@ from speechbrain_bestrq.classification import (
 from speechbrain_bestrq.classification_scores import SCORES, Answers, over_folds
 from speechbrain_bestrq.corpora import fold_manifests, prepare_iemocap
 from speechbrain_bestrq.corpora.iemocap import FOLDS
-from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, read_manifest, summary_path
+from speechbrain_bestrq.corpora.manifest import corpus_name, count_unreadable, file_digest, read_manifest, summary_path
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.recipe import build_hparams, command_line, load_recipe, own_folder, run_recipe
@@ -106,7 +106,12 @@ def find_finished(output_folder: Path, marks: dict[str, str]) -> list[str]:
 
 
 def run_fold(
-    hparams: dict, run_opts: Any, rows: dict[str, dict], labels: list[str], cache: FeatureCache | None, mark: str
+    hparams: dict,
+    run_opts: Any,
+    rows: dict[str, dict],
+    labels: list[str],
+    cache: FeatureCache | None,
+    **facts: Any,
 ) -> None:
     """Train, choose and test on the three sides of a fold."""
     logger.info("fold %s: %s", hparams["fold"], ", ".join(f"{name} {len(part)} turns" for name, part in rows.items()))
@@ -121,7 +126,7 @@ def run_fold(
         corpus=corpus_name(hparams["data_folder"], "IEMOCAP"),
         folds=hparams["folds"],
         fold=hparams["fold"],
-        mark=mark,
+        **facts,
     )
 
 
@@ -189,6 +194,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
         prepare_iemocap,
         kwargs={"save_folder": output_folder / "manifests", **{name: hparams[name] for name in PREPARATION}},
     )
+    unreadable = count_unreadable(manifests[ALL], ALL)
     turns = read_manifest(manifests[ALL])
     check_lengths(turns, hparams["speech_encoder"], hparams["sample_rate"])
     check_rows({ALL: turns}, "emo", labels)
@@ -205,7 +211,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
         fold_overrides, loaded = load_fold(hparams_file, overrides, run_opts, fold)
         sb.create_experiment_directory(loaded["fold_folder"], hparams_file, fold_overrides)
         rows = {name: read_manifest(path) for name, path in sides[fold].items()}
-        run_fold(loaded, run_opts, rows, labels, cache, marks[fold])
+        run_fold(loaded, run_opts, rows, labels, cache, mark=marks[fold], unreadable=unreadable)
     if hparams["fold"] == ALL:
         sb.create_experiment_directory(output_folder / ALL, hparams_file, overrides)
         if if_main_process():

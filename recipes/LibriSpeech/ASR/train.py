@@ -28,7 +28,7 @@ import torch
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from speechbrain_bestrq.corpora import prepare_librispeech
-from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
+from speechbrain_bestrq.corpora.manifest import corpus_name, count_unreadable, read_manifest
 from speechbrain_bestrq.ctc_decoding import BeamDecoder, check_language_model, greedy_decode, tune
 from speechbrain_bestrq.error_rates import ErrorRates
 from speechbrain_bestrq.errors import InputError
@@ -273,6 +273,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
             **{name: hparams[name] for name in PREPARATION},
         },
     )
+    unreadable = {name: count_unreadable(manifests[name], name) for name in hparams["test_splits"]}
     rows = read_rows(hparams, manifests)
     prepare_texts(hparams, rows)
 
@@ -289,6 +290,8 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
         brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
 
     sets = evaluate(brain, hparams, loaders, output_folder)
+    for name, count in unreadable.items():
+        sets[name]["unreadable"] = count
     if if_main_process():
         write_results(
             output_folder,

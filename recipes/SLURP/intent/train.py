@@ -31,7 +31,7 @@ from speechbrain_bestrq.classification import (
     run_classification,
 )
 from speechbrain_bestrq.corpora import prepare_slurp
-from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
+from speechbrain_bestrq.corpora.manifest import corpus_name, count_unreadable, read_manifest
 from speechbrain_bestrq.corpora.slurp import TARGETS
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import open_cache
@@ -84,6 +84,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
         corpus=corpus_name(hparams["data_folder"], "SLURP"),
         target=hparams["target"],
         microphones=sorted(hparams["microphones"]),
+        unreadable=count_unreadable(manifests["test"], "test"),
     )
 
 
