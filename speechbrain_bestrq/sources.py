@@ -10,8 +10,8 @@ from speechbrain_bestrq.artefact import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.run_log import RUN_FILE
 
-#: A wav2vec 2.0 of transformers says here whether its waveforms are normalised.
-INPUT_FILE = "preprocessor_config.json"
+#: A wav2vec 2.0 of transformers says in one of these whether its waveforms are normalised.
+INPUT_FILES = ["preprocessor_config.json", "processor_config.json"]
 #: In a run's output folder, the encoder of its best validation.
 RUN_SUBFOLDER = "encoder"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,7 +64,7 @@ def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None 
         snapshot = huggingface_hub.snapshot_download(
             os.fspath(source),
             cache_dir=os.fspath(save_path) if save_path else None,
-            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, INPUT_FILE],
+            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *INPUT_FILES],
         )
     except Exception as error:  # what it raises without network depends on its release and on its HTTP library
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -12,6 +12,9 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.safe_reading import file_inside, read_json
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+#: In which transformers 5 keeps the same, under :data:`_FEATURE_EXTRACTOR`, and writes no other.
+PROCESSOR_FILE = "processor_config.json"
+_FEATURE_EXTRACTOR = "feature_extractor"
 
 #: What transformers assumes where a config.json is silent.
 DEFAULTS: dict[str, Any] = {
@@ -122,9 +125,9 @@ def normalizes_input(folder: Path, config: dict[str, Any]) -> bool:
     Arguments
     ---------
     folder : Path
-        The folder; its preprocessor_config.json tells.
+        The folder; its preprocessor_config.json tells, or its processor_config.json.
     config : dict
-        Its config.json: without the other file, waveforms are normalised if the convolutions have layer norm.
+        Its config.json: without the other files, waveforms are normalised if the convolutions have layer norm.
 
     Returns
     -------
@@ -135,10 +138,13 @@ def normalizes_input(folder: Path, config: dict[str, Any]) -> bool:
     InputError
         If the file is no JSON object, or is of another sample rate than 16 kHz.
     """
-    if not (folder / PREPROCESSOR_FILE).exists():
+    name = next((one for one in (PREPROCESSOR_FILE, PROCESSOR_FILE) if (folder / one).exists()), None)
+    if name is None:
         return config.get("feat_extract_norm") == "layer"
-    path = file_inside(folder, PREPROCESSOR_FILE)
+    path = file_inside(folder, name)
     settings = read_json(path)
+    if name == PROCESSOR_FILE and isinstance(settings, dict):
+        settings = settings.get(_FEATURE_EXTRACTOR)
     if not isinstance(settings, dict):
         raise InputError(f"{path} holds no JSON object: copy the folder again.")
     rate = settings.get("sampling_rate", 16000)

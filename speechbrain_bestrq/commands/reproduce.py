@@ -51,6 +51,7 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
+    from speechbrain_bestrq.corpora._options import absolute_path
     from speechbrain_bestrq.errors import InputError
     from speechbrain_bestrq.locking import sole_writer
     from speechbrain_bestrq.reproduction.cost import cost_table, expected_seconds
@@ -69,7 +70,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     for path in arguments.extra_folders:
         if not path.is_dir():
             raise InputError(f"--extra_folders {path} is no folder: give one with audio.")
-    extra_folders = [path.resolve() for path in arguments.extra_folders]
+    extra_folders = [absolute_path(path) for path in arguments.extra_folders]  # a link gives a folder another name
     options = {} if arguments.num_workers is None else {"num_workers": arguments.num_workers}
     model = None if arguments.language_model is None else arguments.language_model.resolve()
     if model is not None and not model.is_file():

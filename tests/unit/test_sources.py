@@ -16,6 +16,7 @@ from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
 from speechbrain_bestrq.transformer import TransformerEncoder
+from speechbrain_bestrq.transformers_names import normalizes_input
 
 
 @pytest.fixture
@@ -80,7 +81,13 @@ def test_a_hub_id_is_downloaded_into_the_save_path(folder, tmp_path, monkeypatch
     assert asked == {
         "repo_id": "user/name",
         "cache_dir": str(tmp_path / "cache"),
-        "allow_patterns": ["config.json", "model.safetensors", "README.md", "preprocessor_config.json"],
+        "allow_patterns": [
+            "config.json",
+            "model.safetensors",
+            "README.md",
+            "preprocessor_config.json",
+            "processor_config.json",
+        ],
     }
 
 
@@ -300,3 +307,14 @@ def test_a_tensor_too_many_is_named(folder):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "evil\nname": torch.zeros(1)}, folder / "model.safetensors")
     refuse(folder, r"'evil\nname' has no place in it")
+
+
+def test_what_transformers_5_writes_says_whether_waveforms_are_normalised(tmp_path):
+    group_norm = {"feat_extract_norm": "group"}
+    assert not normalizes_input(tmp_path, group_norm)
+    settings = {"do_normalize": True, "sampling_rate": 16000}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": settings}))
+    assert normalizes_input(tmp_path, group_norm)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"tokenizer": {}}))
+    with pytest.raises(InputError, match=r"processor_config.json holds no JSON object"):
+        normalizes_input(tmp_path, group_norm)
