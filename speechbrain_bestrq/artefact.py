@@ -24,6 +24,7 @@ from speechbrain_bestrq.transformers_names import (
     is_transformers_config,
     normalizes_input,
 )
+from speechbrain_bestrq.writing import sync, sync_tree
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
@@ -131,6 +132,11 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     Path
         The folder.
 
+    Raises
+    ------
+    OSError
+        If the disk does not take it: an older folder stays as it is, and nothing is left of the new one.
+
     Example
     -------
     >>> import tempfile, torch
@@ -152,18 +158,33 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     for leftover in (beside, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
-    config = {**encoder_config(speech_encoder), "training": facts}
-    (beside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (beside / CARD_FILE).write_text(card, encoding="utf-8")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in speech_encoder.state_dict().items()}
-    save_file(weights, beside / WEIGHTS_FILE)
-    # safetensors writes files that only their owner can read
-    shutil.copymode(beside / CONFIG_FILE, beside / WEIGHTS_FILE)
+    try:
+        _write_files(speech_encoder, beside, card, facts)
+        sync_tree(beside)
+    except Exception:
+        shutil.rmtree(beside, ignore_errors=True)  # what a full disk took of it would keep the disk full
+        raise
     if folder.exists():
         folder.rename(replaced)
     beside.rename(folder)
+    # a checkpoint that says that the encoder is written must not outlive it in a power cut
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
+
+
+def _write_files(speech_encoder: SpeechEncoder, folder: Path, card: str, facts: dict[str, Any]) -> None:
+    """Write the files of an encoder folder."""
+    config = {**encoder_config(speech_encoder), "training": facts}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in speech_encoder.state_dict().items()}
+    try:
+        save_file(weights, folder / WEIGHTS_FILE)
+    except SafetensorError as error:  # is no OSError, whatever the disk said
+        raise OSError(str(error)) from error
+    # safetensors writes files that only their owner can read
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def load_encoder(folder: str | os.PathLike, trained: bool = True) -> SpeechEncoder:

@@ -22,6 +22,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.writing import sync, sync_tree
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +39,6 @@ _TORCH_DISK_ERRORS = ("PytorchStreamWriter", "unexpected pos", "enforce fail at 
 
 class SaveError(Exception):
     """A checkpoint could not be written; those before are whole."""
-
-
-def sync_tree(folder: Path) -> None:
-    """Make sure that the files of a folder, and the folder, are on the disk before what follows."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -178,7 +165,7 @@ class AtomicCheckpointer(Checkpointer):
         if whole.exists():  # a custom name used again
             shutil.rmtree(whole)
         os.rename(checkpoint.path, whole)
-        _sync(whole.parent)  # so is its name
+        sync(whole.parent)  # so is its name
         paramfiles = {name: whole / path.name for name, path in checkpoint.paramfiles.items()}
         return Checkpoint(whole, checkpoint.meta, paramfiles)
 

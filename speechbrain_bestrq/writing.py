@@ -62,3 +62,48 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk before what follows.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file, or the folder, of which only the names are meant.
+
+    Raises
+    ------
+    OSError
+        If the disk does not take it.
+
+    Example
+    -------
+    >>> sync(getfixture("tmp_path"))
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: str | os.PathLike) -> None:
+    """Make sure that a folder and all that is in it are on the disk before what follows.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The folder.
+
+    Raises
+    ------
+    OSError
+        If the disk does not take it.
+
+    Example
+    -------
+    >>> sync_tree(getfixture("tmp_path"))
+    """
+    for path in [*Path(folder).rglob("*"), folder]:
+        sync(path)

@@ -1,6 +1,9 @@
 """An encoder folder is whole, says when it is not, and gives the encoder back bit for bit."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,47 @@ def test_a_kill_while_saving_leaves_the_older_folder_whole(saved, make_speech_en
     assert torch.equal(load_encoder(folder).encoder.norm.weight, older.encoder.norm.weight)
     save_encoder(older, folder, "# Again")
     assert [path.name for path in folder.parent.iterdir()] == ["encoder"]
+
+
+WRITE_ON_A_FULL_DISK = """
+import resource, sys
+from speechbrain_bestrq.artefact import load_encoder, save_encoder
+encoder = load_encoder(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    save_encoder(encoder, sys.argv[1], "# Newer")
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("room", [100, 20_000])
+def test_a_disk_that_takes_a_part_of_it_is_an_oserror_and_nothing_is_left(saved, room):
+    """The disk is full in the config, and in the weights, whose writer knows no OSError."""
+    _, folder = saved
+    assert (folder / "config.json").stat().st_size < 20_000 < (folder / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", WRITE_ON_A_FULL_DISK, str(folder), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "File too large" in done.stdout
+    assert (folder / "README.md").read_text() == "# Card"
+    assert [path.name for path in folder.parent.iterdir()] == ["encoder"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_after(saved, monkeypatch):
+    speech_encoder, folder = saved
+    synced = []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        card = (folder / "README.md").read_text()
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, card))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    save_encoder(speech_encoder, folder, "# Newer")
+    files = [(name, "# Card") for name in ("README.md", "config.json", "encoder.writing", "model.safetensors")]
+    assert sorted(synced[:-1]) == files and synced[-1] == (folder.parent.name, "# Newer")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

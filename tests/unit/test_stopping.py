@@ -150,7 +150,7 @@ def fill_disk(patch, number=errno.ENOSPC):
     def refuse(path):
         raise OSError(number, os.strerror(number))
 
-    patch.setattr(checkpointing, "_sync", refuse)
+    patch.setattr(checkpointing, "sync_tree", refuse)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
