@@ -20,8 +20,8 @@ SHOWN = ("loss", "accuracy", "gain")
 class ProgressLog:
     """Tells the entries of a run, on the main process alone.
 
-    A disk that is full delays the lines of ``train_log.jsonl``, and loses none: they come with the next. When half of
-    the codes that were in use are not any more, a warning says so.
+    A disk that is full delays the lines of ``train_log.jsonl``, and loses none: they come with the next. TensorBoard's
+    file may lack some then. When half of the codes that were in use are not any more, a warning says so.
 
     Arguments
     ---------
@@ -45,6 +45,7 @@ class ProgressLog:
         self.unwritten: list[dict[str, Any]] = []
         self.best_perplexity = 0.0
         self._tensorboard: SummaryWriter | None = None
+        self._purge_step: int | None = None
         self._bar: tqdm | None = None
 
     def open(self, update: int, updates: int | None, show_bar: bool) -> None:
@@ -64,7 +65,7 @@ class ProgressLog:
         self.close()
         self.unwritten.clear()
         self.lines.truncate(after_step=update)
-        self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=update + 1)
+        self._purge_step = update + 1
         if show_bar:
             self._bar = tqdm(total=updates, initial=update, unit="update", dynamic_ncols=True)
 
@@ -90,11 +91,22 @@ class ProgressLog:
         self.unwritten.append(entry)
         try:
             self.flush()
-            for name, value in entry.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._tensorboard.add_scalar(f"{entry['event']}/{name}", value, entry["step"])
         except OSError as error:
             logger.error("The log in %s cannot be written (%s): make room.", self.folder, error)
+        try:
+            self._draw(entry)
+        except OSError as error:
+            logger.error("TensorBoard's file in %s cannot be written (%s): make room.", self.folder, error)
+            self._close_tensorboard()
+
+    def _draw(self, entry: dict[str, Any]) -> None:
+        """Give an entry to TensorBoard, whose writer is made with the first and anew after it has failed."""
+        if self._tensorboard is None:
+            self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=self._purge_step)
+            self._purge_step = None
+        for name, value in entry.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._tensorboard.add_scalar(f"{entry['event']}/{name}", value, entry["step"])
 
     def flush(self) -> None:
         """Write the lines that are still to be written.
@@ -110,10 +122,20 @@ class ProgressLog:
 
     def close(self) -> None:
         """End the bar and TensorBoard's file."""
-        for output in (self._bar, self._tensorboard):
-            if output is not None:
-                output.close()
-        self._bar = self._tensorboard = None
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+        self._close_tensorboard()
+
+    def _close_tensorboard(self) -> None:
+        """End its file; a writer whose thread has failed once fails for ever, and here too."""
+        writer, self._tensorboard = self._tensorboard, None
+        if writer is None:
+            return
+        try:
+            writer.close()
+        except OSError as error:
+            logger.warning("TensorBoard's file in %s lacks its last lines (%s).", self.folder, error)
 
     def _show(self, entry: dict[str, Any]) -> None:
         if self._bar is None:

@@ -4,15 +4,18 @@ import errno
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import speechbrain as sb
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from speechbrain_bestrq import checkpointing, pretraining, stopping
 from speechbrain_bestrq.accounting import JsonLines
@@ -296,6 +299,47 @@ def test_a_log_line_is_written_whole_or_later(tmp_path, monkeypatch):
             log.append({"step": 2})
     log.append({"step": 3})
     assert log.read() == [{"step": 1}, {"step": 3}]
+
+
+@contextmanager
+def files_of(size):
+    """Let no file grow beyond so many bytes."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_after_a_disk_that_was_full(tmp_path, caplog):
+    """Its writer has a thread, which fails once and then at each call, to close it too."""
+    log = ProgressLog(tmp_path)
+    log.open(0, None, show_bar=False)
+
+    def write(step):
+        log.write({"event": "train", "step": step, "loss": 1.0 + step})
+
+    write(1)
+    log._tensorboard.flush()
+    with files_of(1):
+        write(2)
+        log._tensorboard.file_writer.event_writer._async_writer._worker.join(10)
+        write(3)  # where the failure of the thread is found
+        assert sum("TensorBoard" in message for message in caplog.messages) == 2
+    write(4)
+    log.close()
+    log.open(4, None, show_bar=False)
+    with files_of(1):  # and where there is nothing to write to from the first line to the end
+        write(5)
+        log.close()
+    write(6)
+    assert [line["step"] for line in log.lines.read()] == [1, 2, 3, 4, 5, 6]
+    log.close()
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: int(path.name.rsplit(".", 1)[1]))
+    drawn = [event.step for file in files for event in EventFileLoader(str(file)).Load() if event.summary.value]
+    assert drawn[0] == 1 and drawn[-2:] == [4, 6]
 
 
 # ---------------------------------------------------------------- damaged checkpoints
