@@ -19,6 +19,8 @@ MAX_RESAMPLING_WEIGHTS = 2**24
 """Weights of the largest resampling kernel: 64 MB."""
 FULL_SCALE = 32768
 """The int16 step of a sample of 1."""
+#: Without the file, the lengths would be others, and a checkpoint amid an epoch of no use any more.
+_REMEDY = "restore it, or put any readable audio of the same length in its place"
 
 
 class _Strings:
@@ -256,14 +258,12 @@ def read_samples(path: str, start: int, samples: int, sample_rate: int = 16000) 
             else:
                 audio = _read_resampled(file, start, samples, sample_rate)
     except (soundfile.SoundFileError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): it was moved, or is damaged; restore it, or delete it and start again."
-        ) from error
+        raise InputError(f"{path} cannot be read ({error}): it was moved, or is damaged; {_REMEDY}.") from error
     missing = samples - len(audio)
     if missing > MISSING_SECONDS * sample_rate:
         raise InputError(
             f"{path} ends {missing / sample_rate:.2f} s before its manifest says: it was changed or cut short after "
-            "its preparation; restore it, or delete it and start again."
+            f"its preparation; {_REMEDY}."
         )
     return np.pad(audio, (0, missing)) if missing else audio
 

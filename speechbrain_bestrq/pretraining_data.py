@@ -1,6 +1,7 @@
 """Batches of a pre-training: read as planned, with everything random that a step needs, and moved to the device."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, as_float, read_samples
 from speechbrain_bestrq.batching import BatchPlan
+from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.masking import MaskedFrames
 from speechbrain_bestrq.pcm_cache import PcmCache
 from speechbrain_bestrq.seeding import derive_seed, derived_generator
 from speechbrain_bestrq.stopping import leave_stopping_to_parent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,10 @@ class WaveformDataset(torch.utils.data.Dataset):
         processes.
     cache : PcmCache, optional
         Holds the samples of all utterances: the files are left alone.
+    max_unreadable : int
+        Up to so many files, counted in each process that reads, may turn out to be damaged: in place of what cannot be
+        read, a batch has the next of its utterances that can be once more, always the same one, and a warning names
+        the file. For batches without padding alone.
 
     Example
     -------
@@ -120,9 +128,11 @@ class WaveformDataset(torch.utils.data.Dataset):
         seed: int = 0,
         rank: int = 0,
         cache: PcmCache | None = None,
+        max_unreadable: int = 0,
     ):
         self.table, self.masking, self.frame_lengths, self.cache = table, masking, frame_lengths, cache
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.max_unreadable = seed, rank, max_unreadable
+        self._unreadable: set[str] = set()
 
     def __len__(self) -> int:
         """Number of utterances."""
@@ -143,12 +153,13 @@ class WaveformDataset(torch.utils.data.Dataset):
         Raises
         ------
         InputError
-            As :func:`~speechbrain_bestrq.audio.read_segment`.
+            As :func:`~speechbrain_bestrq.audio.read_segment`, if more than ``max_unreadable`` files cannot be read, or
+            nothing of the batch can.
         """
         available = self.table.lengths[plan.indices]
         lengths = np.minimum(available - plan.starts, plan.samples)
         stretches = zip(plan.indices.tolist(), plan.starts.tolist(), lengths.tolist(), strict=True)
-        read = [self._read(*stretch) for stretch in stretches]
+        read = self._read_all(stretches)
         whole = all(audio.dtype == np.int16 for audio in read)
         padded = (lengths < plan.samples).any()
         make = np.zeros if padded else np.empty
@@ -169,6 +180,35 @@ class WaveformDataset(torch.utils.data.Dataset):
             seconds=float(lengths.sum()) / self.table.sample_rate,
             cut_seconds=float((available - lengths).sum()) / self.table.sample_rate,
         )
+
+    def _read_all(self, stretches: Iterable[tuple[int, int, int]]) -> list[np.ndarray]:
+        """The stretches of a batch; where one cannot be read, the next that can, with the first after the last."""
+        read: list[np.ndarray | None] = []
+        for index, start, samples in stretches:
+            try:
+                read.append(self._read(index, start, samples))
+            except InputError as error:
+                self._pass_over(self.table.path(index), error)
+                read.append(None)
+                last_error = error
+        readable = [row for row, audio in enumerate(read) if audio is not None]
+        if not readable:
+            raise InputError(f"no audio of a batch can be read, of {len(read)} files: {last_error}") from last_error
+        following = np.searchsorted(readable, np.arange(len(read))) % len(readable)
+        return [read[readable[place]] for place in following]
+
+    def _pass_over(self, path: str, error: InputError) -> None:
+        """Name a file that cannot be read, once; refuse it when there are too many of them."""
+        if path in self._unreadable:
+            return
+        self._unreadable.add(path)
+        if self.max_unreadable == 0:
+            raise error
+        if len(self._unreadable) > self.max_unreadable:
+            raise InputError(
+                f"more than max_unreadable = {self.max_unreadable} files of the training audio are damaged: {error}"
+            ) from error
+        logger.warning("%s Until then another utterance of its batch is heard in place of it.", error)
 
     def _read(self, index: int, start: int, samples: int) -> np.ndarray:
         """A stretch of an utterance, int16 or float32."""

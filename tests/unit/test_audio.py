@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torchaudio
 
 from speechbrain_bestrq.audio import AudioTable, read_segment
 from speechbrain_bestrq.batching import BatchPlan, LadderBatchSampler, PaddedBatchSampler
+from speechbrain_bestrq.corpora._audio_files import probe_audio
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.masking import SpanMasking
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
@@ -155,7 +157,7 @@ def test_a_file_a_little_too_short_is_filled_up_and_one_much_too_short_is_refuse
     filled = read_segment(path, 8000, 8640, RATE)
     assert filled.shape == (8640,) and np.all(filled[8000:] == 0)
     assert np.array_equal(filled[:8000], read_segment(path, 8000, 8000, RATE))
-    with pytest.raises(InputError, match=r"a.wav ends 0.04 s before its manifest says: .* delete it and start again"):
+    with pytest.raises(InputError, match=r"a.wav ends 0.04 s before .* audio of the same length in its place"):
         read_segment(path, 8000, 8641, RATE)
     with pytest.raises(InputError, match="ends 0.50 s before"):
         read_segment(path, 50000, 8000, RATE)
@@ -167,7 +169,7 @@ def test_unreadable_files_are_named(tmp_path):
     missing = tmp_path / "missing.flac"
     for path in (text, missing):
         with pytest.raises(
-            InputError, match=rf"{re.escape(str(path))} cannot be read .*delete it and start again"
+            InputError, match=rf"{re.escape(str(path))} cannot be read .*audio of the same length in its place"
         ) as raised:
             read_segment(str(path), 0, 100, RATE)
         assert "\n" not in str(raised.value)
@@ -179,6 +181,83 @@ def test_a_file_cut_short_on_disk_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:30000])
     with pytest.raises(InputError, match="a.flac"):
         read_segment(str(path), 16000, 16000, RATE)
+
+
+# ---- files that turn out to be damaged
+
+
+def damage(path):
+    """Spoil the middle of a FLAC file: its header and its end, which the preparation looks at, stay whole."""
+    content = bytearray(path.read_bytes())
+    middle = slice(len(content) // 3, len(content) // 2)
+    content[middle] = np.random.default_rng(0).bytes(middle.stop - middle.start)
+    path.write_bytes(content)
+    assert not probe_audio(str(path)).problem
+
+
+@pytest.fixture
+def equally_long(tmp_path):
+    """A manifest of 12 utterances of one second, of whose batches each has three."""
+    data = {}
+    for index in range(12):
+        path = tmp_path / f"{index}.flac"
+        soundfile.write(path, noise(RATE, seed=index), RATE)
+        data[str(index)] = {"wav": str(path), "duration": 1.0}
+    return data
+
+
+def training_batches(data, num_workers=0, epoch=1, **options):
+    """Plans and batches of an epoch."""
+    dataset = make_dataset(data, **options)
+    sampler = LadderBatchSampler(dataset.table.lengths, 3 * RATE, seed=5)
+    sampler.set_epoch(epoch)
+    return list(zip(sampler, make_loader(dataset, sampler, num_workers), strict=True))
+
+
+def test_another_utterance_of_its_batch_stands_in_for_a_damaged_file_and_all_else_stays(equally_long, caplog):
+    whole = training_batches(equally_long)
+    damaged = [4, 7]
+    for index in damaged:
+        damage(Path(equally_long[str(index)]["wav"]))
+    found = training_batches(equally_long, max_unreadable=2)
+    assert len(caplog.messages) == 2
+    assert all(f"{index}.flac cannot be read" in caplog.text for index in damaged)
+    for (plan, before), (_, after) in zip(whole, found, strict=True):
+        rows = plan.indices.tolist()
+        for row, index in enumerate(rows):
+            stands_in = row
+            while rows[stands_in] in damaged:
+                stands_in = (stands_in + 1) % len(rows)
+            assert torch.equal(after.wavs[row], before.wavs[stands_in]) and (stands_in != row) == (index in damaged)
+        assert same(replace(after, wavs=before.wavs), before)
+    for (_, one), (_, other) in zip(found, training_batches(equally_long, 2, max_unreadable=2), strict=True):
+        assert same(one, other)  # whatever was read before in the process
+
+
+def test_a_damaged_file_is_named_once_however_often_it_is_met(equally_long, caplog):
+    damage(Path(equally_long["4"]["wav"]))
+    dataset = make_dataset(equally_long, max_unreadable=1)
+    sampler = LadderBatchSampler(dataset.table.lengths, 3 * RATE)
+    for _ in range(3):
+        assert len(list(make_loader(dataset, sampler))) == 4
+    assert len(caplog.messages) == 1
+
+
+def test_too_many_damaged_files_and_batches_of_them_alone_are_refused_in_one_line(equally_long):
+    with pytest.raises(InputError, match="cannot be read") as refused:
+        damage(Path(equally_long["4"]["wav"]))
+        training_batches(equally_long)
+    assert "max_unreadable" not in str(refused.value)
+    for index in (0, 2):
+        damage(Path(equally_long[str(index)]["wav"]))
+    with pytest.raises(
+        InputError, match=r"more than max_unreadable = 2 files of the training audio are damaged: .* of the same length"
+    ) as refused:
+        training_batches(equally_long, max_unreadable=2)
+    assert "\n" not in str(refused.value)
+    plan = BatchPlan(1, 0, RATE, np.array([0, 4]), np.array([0, 0]))
+    with pytest.raises(InputError, match=r"no audio of a batch can be read, of 2 files: .*4.flac .* same length"):
+        make_dataset(equally_long, max_unreadable=9).__getitems__(plan)
 
 
 # ---- batches

@@ -34,7 +34,7 @@ from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.corpora import prepare_corpus
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.pcm_cache import PcmCache, cache_audio
+from speechbrain_bestrq.pcm_cache import cache_audio
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
 from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
@@ -60,18 +60,21 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     train_sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"], **ranks)
     valid_sampler = PaddedBatchSampler(valid_table.lengths, batch_samples, **ranks)
 
-    def waveforms(table: AudioTable, seed: int, rank: int, cache: PcmCache | None) -> WaveformDataset:
-        return WaveformDataset(table, model.masking, model.speech_encoder.num_frames, seed, rank, cache)
+    def training_waveforms(rank: int) -> WaveformDataset:
+        place = {"seed": hparams["seed"], "rank": rank}
+        more = {"cache": caches[0], "max_unreadable": hparams["max_unreadable"]}
+        return WaveformDataset(train_table, model.masking, model.speech_encoder.num_frames, **place, **more)
 
     loader = {"num_workers": hparams["num_workers"], "pin_memory": torch.cuda.is_available()}
-    train_loader = make_loader(waveforms(train_table, hparams["seed"], rank, caches[0]), train_sampler, **loader)
+    train_loader = make_loader(training_waveforms(rank), train_sampler, **loader)
     # validation masks do not depend on the seed, nor on the number of ranks
-    valid_loader = make_loader(waveforms(valid_table, 0, 0, caches[1]), valid_sampler, **loader)
+    valid_waveforms = WaveformDataset(valid_table, model.masking, model.speech_encoder.num_frames, cache=caches[1])
+    valid_loader = make_loader(valid_waveforms, valid_sampler, **loader)
 
     def statistics_audio() -> list[tuple[torch.Tensor, None]]:
         sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"])
         batches, hours = [], 0.0
-        for batch in make_loader(waveforms(train_table, hparams["seed"], 0, caches[0]), sampler):
+        for batch in make_loader(training_waveforms(0), sampler):
             batch = batch.to("cpu")
             batches.append((batch.wavs, batch.wav_lens))
             hours += batch.seconds / 3600
