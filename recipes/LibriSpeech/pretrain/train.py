@@ -41,6 +41,9 @@ from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run
 
 logger = logging.getLogger(__name__)
 
+#: Share of the audio that may be left out, as too long or too short, without a warning.
+MOST_LEFT_OUT = 0.05
+
 
 def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_size: int):
     """Make the loaders of training and validation, the audio to measure statistics on, and what to tell of the data."""
@@ -92,11 +95,30 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         "train_utterances": len(train_table),
         "too_short": train_table.too_short,
         "too_long": train_table.too_long,
+        "train_hours_left_out": train_table.hours_left_out,
         "batches": train_sampler.describe(),
         "valid_hours": valid_table.hours,
+        "valid_hours_left_out": valid_table.hours_left_out,
         "command": command_line(),
     }
     return train_loader, valid_loader, statistics_audio, facts
+
+
+def warn_of_audio_left_out(facts: dict[str, Any], min_seconds: float, max_seconds: float) -> None:
+    """Say so when a good part of a set is of recordings that are too long, or too short."""
+    for name, title in (("train", "training"), ("valid", "validation")):
+        hours = facts[f"{name}_hours_left_out"]
+        share = hours / (facts[f"{name}_hours"] + hours)
+        if share > MOST_LEFT_OUT:
+            logger.warning(
+                "%.2f hours of the %s audio, %.0f %% of it, are left out: recordings longer than max_seconds = %g or "
+                "shorter than min_seconds = %g. Cut long ones into shorter files, at pauses, or raise max_seconds.",
+                hours,
+                title,
+                100 * share,
+                max_seconds,
+                min_seconds,
+            )
 
 
 def main(arguments: list[str]) -> None:
@@ -120,6 +142,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
     for name, value in facts.items():
         logger.info("%s: %s", name, value)
+    run_on_main(warn_of_audio_left_out, args=[facts, hparams["min_seconds"], hparams["max_seconds"]])
     brain = PretrainingBrain(
         modules={"model": hparams["model"]},
         opt_class=hparams["optimizer"],
