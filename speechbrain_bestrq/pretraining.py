@@ -102,7 +102,7 @@ class PretrainingBrain(sb.Brain):
         self.log = ProgressLog(self.folder)
         self.reader = LateReader()
         self.generator = torch.Generator(device=self.device)
-        self.best_valid_loss, self.skipped_in_a_row, self.validation_due = float("inf"), 0, False
+        self.best_valid_loss, self.withheld, self.validation_due = float("inf"), False, False
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
         self.saved_update, self.saving_seconds = None, 0.0
         self.requests = Requests()  # heeds signals within fit only
@@ -384,7 +384,7 @@ class PretrainingBrain(sb.Brain):
         """Make ready to load the last checkpoint again and to go on from it with half the rate."""
         self.rewinds += 1
         self.rate_scale /= 2
-        self.reader, self.skipped_in_a_row = LateReader(), 0
+        self.reader, self.withheld = LateReader(), False
         self.device_seconds_rewound = self.device_hours * 3600
         self.update_sums = self._zero_sums()
         logger.warning(
@@ -511,8 +511,8 @@ class PretrainingBrain(sb.Brain):
         for entry in self.reader.ready(wait):
             entry["audio_seconds_per_second"] = entry.pop("audio_seconds") / entry.pop("window_seconds")
             entry["skipped_updates"] = int(entry["skipped_updates"])
-            self.skipped_in_a_row, longest = int(entry.pop("skipped_row")), int(entry.pop("longest_skipped_row"))
-            if entry["mask_ratio"] == 0 and self.skipped_in_a_row:  # all updates of this line were skipped: no loss
+            skipped, longest = int(entry.pop("skipped_row")), int(entry.pop("longest_skipped_row"))
+            if entry["mask_ratio"] == 0 and skipped:  # all updates of this line were skipped: no loss
                 without = ("loss", *self.model.loss_terms, "accuracy", "gain", "mask_ratio")
                 entry |= {name: float("nan") for name in without if name in entry}
             if longest >= getattr(self.hparams, "max_skipped_updates", 50):
@@ -545,6 +545,7 @@ class PretrainingBrain(sb.Brain):
                 if not self._validation_is_next:
                     self._validate_amid_epoch()
         else:
+            self.model.start_update(max(self.optimizer_step, 1))  # may come before the first update of this process
             self.stage_started = time.perf_counter()
             self.valid_sums, self.train_histogram = self._zero_sums(), self.histogram
             self.histogram = None
@@ -599,7 +600,7 @@ class PretrainingBrain(sb.Brain):
             return False
         if self.saved_update == self.optimizer_step:  # one amid the epoch has just been done
             return False
-        if self.unsaved_since and self.window_updates == 0:  # try again with each log line
+        if (self.unsaved_since or self.withheld) and self.window_updates == 0:  # try again with each log line
             return True
         if self.window_updates and self.ckpt_interval_minutes > 0:
             return False
@@ -615,8 +616,10 @@ class PretrainingBrain(sb.Brain):
         if self.checkpointer is None:
             return
         self._write_log_lines(wait=True)  # a resumed run logs nothing of before its checkpoint
-        if self.skipped_in_a_row and not (stopping or self._optimizer_step_limit_exceeded):
-            return  # nothing was learned since the last one, which a rewind goes back to
+        # in a row of skipped updates the weights may be beyond help, which a rewind must not go back to
+        self.withheld = bool(self.skipped_row) and not (stopping or self._optimizer_step_limit_exceeded)
+        if self.withheld:
+            return
         signature = json.dumps(self.model.signature(), sort_keys=True)
         self.shared_histogram = self.histogram.clone()
         if self.world_size > 1:

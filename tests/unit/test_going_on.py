@@ -1,0 +1,77 @@
+"""What a pre-training run that was stopped, or could not save, takes up again."""
+
+import signal
+
+import pytest
+import speechbrain as sb
+
+from speechbrain_bestrq.stopping import StoppedError
+
+
+@pytest.fixture
+def corpus(toy, tmp_path):
+    """Ten utterances, of which an epoch has five batches, and two to validate on."""
+    return {
+        "train_folder": toy.write_noise(tmp_path / "audio", [1.0] * 10, seed=1),
+        "valid_folder": toy.write_noise(tmp_path / "valid", [1.0, 0.7], seed=2),
+        "max_batch_seconds": 2.0,
+    }
+
+
+def stop_in_validation(patch, toy, update):
+    """Let a signal come in the validation after an update."""
+    on_stage_start = toy.ToyBrain.on_stage_start
+
+    def interrupted(self, stage, epoch=None):
+        on_stage_start(self, stage, epoch)
+        if stage == sb.Stage.VALID and self.optimizer_step == update:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(toy.ToyBrain, "on_stage_start", interrupted)
+
+
+@pytest.mark.parametrize("update", [3, 5])
+def test_a_validation_that_was_broken_off_has_the_temperature_of_its_update(toy, tmp_path, corpus, monkeypatch, update):
+    """wav2vec 2.0's, which falls with each update; amid an epoch and at its end, where no update comes before."""
+    settings = {**corpus, "updates": 7, "valid_interval": 3, "model": {"method": "wav2vec2"}}
+    toy.train(tmp_path / "unbroken", **settings)
+    with monkeypatch.context() as patch:
+        stop_in_validation(patch, toy, update)
+        with pytest.raises(StoppedError, match=f"after update {update}"):
+            toy.train(tmp_path / "run", **settings)
+    toy.train(tmp_path / "run", **settings)
+    ours, theirs = (
+        [(line["step"], line["temperature"], line["loss"]) for line in toy.log_lines(tmp_path / folder, "valid")]
+        for folder in ("run", "unbroken")
+    )
+    assert ours == theirs and ours[0][:2] == (3, 2.0 * 0.9**2)
+
+
+def spoil(monkeypatch, toy, updates):
+    """Let the gradients of these updates not be finite."""
+    optimizers_step = toy.ToyBrain.optimizers_step
+
+    def spoilt(self):
+        if self.optimizer_step + 1 in updates:
+            next(iter(self.model.parameters())).grad.fill_(float("nan"))
+        optimizers_step(self)
+
+    monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
+
+
+def test_a_checkpoint_is_withheld_in_a_row_of_skipped_updates_alone_and_saved_when_it_is_over(
+    toy, tmp_path, corpus, monkeypatch
+):
+    """Update 6 is that of the last log line before the checkpoint of 8; update 16 is that of a checkpoint."""
+    spoil(monkeypatch, toy, {6, 16})
+    saved = []
+    save = toy.AtomicCheckpointer.save_checkpoint
+
+    def noted(self, *arguments, **options):
+        if not options["end_of_epoch"]:
+            saved.append(options["meta"]["step"])
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(toy.AtomicCheckpointer, "save_checkpoint", noted)
+    toy.train(tmp_path, **corpus, updates=19, log_interval=3, checkpoint_every=4, stop_after=19)
+    assert saved == [4, 8, 12, 18]
