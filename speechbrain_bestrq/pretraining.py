@@ -27,7 +27,14 @@ from speechbrain_bestrq.model_card import write_card
 from speechbrain_bestrq.pretraining_data import PretrainingBatch
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
 from speechbrain_bestrq.progress_log import ProgressLog
-from speechbrain_bestrq.resuming import check_ranks_agree, check_resumable, digest, load_state, save_state
+from speechbrain_bestrq.resuming import (
+    check_optimizer,
+    check_ranks_agree,
+    check_resumable,
+    digest,
+    load_state,
+    save_state,
+)
 from speechbrain_bestrq.run_log import RUN_FILE
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
@@ -251,6 +258,11 @@ class PretrainingBrain(sb.Brain):
         self.log.open(self.optimizer_step, self.optimizer_step_limit, show_bar=not self.noprogressbar)
         ddp_barrier()
         self.started = time.perf_counter()
+
+    def init_optimizers(self) -> None:
+        """Make the optimizer; refuse other settings than those that the run was trained with."""
+        super().init_optimizers()
+        check_optimizer(self.optimizer, self.checkpointer)
 
     def _compile(self) -> None:
         """Compile each encoder layer by itself, in place: one small graph for each shape of the ladder."""

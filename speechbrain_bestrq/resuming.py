@@ -74,6 +74,53 @@ give another output_folder, or the settings it was trained with.
         )
 
 
+#: What a parameter group holds beside the settings meant here: how it is computed, and what a schedule sets.
+_OTHER_KEYS = {"params", "lr", "initial_lr", "foreach", "fused", "capturable"}
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, checkpointer: Any) -> None:
+    """Refuse to go on with other settings of the optimizer: loading its state would undo them without a word.
+
+    Arguments
+    ---------
+    optimizer : Optimizer
+        As the YAML makes it, before its state is loaded.
+    checkpointer : Checkpointer or None
+        Of the run, with the optimizer's state as "optimizer".
+
+    Raises
+    ------
+    InputError
+        Naming the settings of the newest checkpoint that differ. The learning rate is the schedule's.
+    """
+    checkpoint = None if checkpointer is None else checkpointer.find_checkpoint()
+    if checkpoint is None:
+        return
+    # mapped, so that only the settings are read
+    state = torch.load(checkpoint.paramfiles["optimizer"], map_location="cpu", weights_only=True, mmap=True)
+    saved, ours = state["param_groups"], optimizer.param_groups
+    differences = {}
+    if len(saved) == len(ours):
+        for there, here in zip(saved, ours, strict=True):
+            for name in sorted((there.keys() | here.keys()) - _OTHER_KEYS):
+                if _plain(there.get(name)) != _plain(here.get(name)):
+                    differences.setdefault(name, (there.get(name), here.get(name)))
+    else:
+        name = "groups of parameters, of which remove_vector_weight_decay makes two"
+        differences[name] = (len(saved), len(ours))
+    if differences:
+        told = ", ".join(f"{name}: {there} there, {here} here" for name, (there, here) in differences.items())
+        raise InputError(
+            f"{checkpoint.path} was trained with other settings of the optimizer ({told}): give another output_folder, "
+            "or the settings it was trained with."
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A setting in a form that compares: the same pair may come as a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names."""
     flat = {}

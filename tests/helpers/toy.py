@@ -269,6 +269,8 @@ def make_brain(
     warmup=4,
     vector_decay=True,
     weight_decay=0.01,
+    betas=(0.9, 0.98),
+    eps=1e-9,
     checkpoints=True,
     train_hours=0.5,
     **hparams,
@@ -283,8 +285,8 @@ def make_brain(
 
     def optimizer_class(parameters):
         options = {"lr": peak, "weight_decay": weight_decay, "fused": True}
-        if optimizer == "AdamW":
-            options |= {"betas": (0.9, 0.98), "eps": 1e-9}
+        if optimizer != "SGD":
+            options |= {"betas": betas, "eps": eps}
         return getattr(torch.optim, optimizer)(parameters, **options)
 
     brain = ToyBrain(

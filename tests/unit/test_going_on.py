@@ -1,10 +1,12 @@
 """What a pre-training run that was stopped, or could not save, takes up again."""
 
+import re
 import signal
 
 import pytest
 import speechbrain as sb
 
+from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.stopping import StoppedError
 
 
@@ -75,3 +77,27 @@ def test_a_checkpoint_is_withheld_in_a_row_of_skipped_updates_alone_and_saved_wh
     monkeypatch.setattr(toy.AtomicCheckpointer, "save_checkpoint", noted)
     toy.train(tmp_path, **corpus, updates=19, log_interval=3, checkpoint_every=4, stop_after=19)
     assert saved == [4, 8, 12, 18]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight_decay": 0.1}, "(weight_decay: 0.01 there, 0.1 here)"),
+        ({"betas": (0.9, 0.999), "eps": 1e-8}, "(betas: (0.9, 0.98) there, (0.9, 0.999) here, eps: 1e-09 there, 1e-08"),
+        ({"optimizer": "Adam"}, "(decoupled_weight_decay: True there, False here)"),
+        ({"vector_decay": False}, "remove_vector_weight_decay makes two: 1 there, 2 here)"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings_of_the_optimizer(toy, tmp_path, corpus, changed, message):
+    toy.train(tmp_path, **corpus, updates=2)
+    kept = (tmp_path / "train_log.jsonl").read_bytes(), (tmp_path / "run.json").read_bytes()
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        toy.train(tmp_path, **corpus, updates=4, **changed)
+    assert "\n" not in str(error.value) and str(tmp_path / "save" / "CKPT") in str(error.value)
+    assert ((tmp_path / "train_log.jsonl").read_bytes(), (tmp_path / "run.json").read_bytes()) == kept
+
+
+def test_the_learning_rate_is_the_schedules(toy, tmp_path, corpus):
+    toy.train(tmp_path, **corpus, updates=2)
+    again = toy.train(tmp_path, **corpus, updates=3, peak=2e-3)
+    assert toy.log_lines(tmp_path)[-1]["learning_rate"] == again.brain.hparams.lr_schedule(3)
