@@ -1,11 +1,13 @@
 """The Brain of pre-training: BEST-RQ and whatever else has its model's interface."""
 
+import copy
 import json
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,7 @@ class PretrainingBrain(sb.Brain):
         self.best_valid_loss, self.withheld, self.validation_due = float("inf"), False, False
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
         self.saved_update, self.saving_seconds = None, 0.0
+        self.owed: dict[str, Callable[[], Path]] = {}  # encoders that the disk has not taken yet, on the main process
         self.requests = Requests()  # heeds signals within fit only
         self.usual_norm = torch.zeros((), device=self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
@@ -195,6 +198,7 @@ class PretrainingBrain(sb.Brain):
             planned = self.optimizer_step_limit or float("inf")
             if newest is not None and newest.meta["step"] >= planned and not newest.meta.get("validation_due"):
                 logger.info("This run is done: %s holds update %d.", newest.path, newest.meta["step"])
+                self._write_missing_encoder(newest)
                 return
         self._check_ranks_agree()
         with self.requests:
@@ -207,7 +211,7 @@ class PretrainingBrain(sb.Brain):
                     self._prepare_rewind()
         self._write_log_lines(wait=True)
         self.log.close()
-        if self.unsaved_since:
+        if self.unsaved_since or self.owed:
             raise InputError(
                 f"the run ended after update {self.optimizer_step}, but its last updates could not be saved: make room "
                 f"in {self.folder}, and start again."
@@ -397,6 +401,7 @@ class PretrainingBrain(sb.Brain):
         self.rewinds += 1
         self.rate_scale /= 2
         self.reader, self.withheld = LateReader(), False
+        self.owed.clear()  # they are of updates after that checkpoint, which come again
         self.device_seconds_rewound = self.device_hours * 3600
         self.update_sums = self._zero_sums()
         logger.warning(
@@ -593,7 +598,8 @@ class PretrainingBrain(sb.Brain):
         entry |= {"device_hours": self.device_hours, "seconds": time.perf_counter() - self.stage_started}
         self.log.write(entry)
         # before the checkpoint, which says that it is written
-        if values["loss"] < self.best_valid_loss and ddp_broadcast(self._save_encoder("encoder", entry), src=0):
+        if values["loss"] < self.best_valid_loss:
+            self._save_encoder("encoder", entry)
             self.best_valid_loss = values["loss"]
         # a run that ends amid an epoch can be continued there
         self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), valid_loss=values["loss"])
@@ -639,6 +645,7 @@ class PretrainingBrain(sb.Brain):
         meta = {"step": self.optimizer_step, "signature": signature, "validation_due": self.validation_due, **meta}
         with self._saving():
             try:
+                self._write_owed_encoders()
                 self.checkpointer.save_checkpoint(meta=meta, end_of_epoch=end_of_epoch)
             except SaveError as error:
                 self._train_on_unsaved(error)
@@ -693,10 +700,10 @@ class PretrainingBrain(sb.Brain):
         self.skipped_row = self.longest_skipped_row = state["skipped_row"]
         self.validation_due, self.saved_update = state["validation_due"], None
 
-    def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> bool:
-        """Write the artefact of this step; say whether that went well."""
+    def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> None:
+        """Write the artefact of this step; one that the disk does not take is owed, and goes before any checkpoint."""
         if not if_main_process():
-            return True
+            return
         facts = {
             **self.run_facts,
             "step": self.optimizer_step,
@@ -704,14 +711,41 @@ class PretrainingBrain(sb.Brain):
             "device_hours": self.device_hours,
             "validation": entry,
         }
+        with self._saving():
+            card = write_card(facts, [line for line in self.log.lines.read() if line["event"] == "valid"])
+            write = partial(save_encoder, folder=self.folder / name, card=card, **facts)
+            self.owed.pop(name, None)  # an older one of the name
+            if not self._is_written(name, partial(write, self.model.speech_encoder)):
+                self.owed[name] = partial(write, copy.deepcopy(self.model.speech_encoder).cpu())
+
+    def _is_written(self, name: str, write: Callable[[], Path]) -> bool:
         try:
-            with self._saving():
-                card = write_card(facts, [line for line in self.log.lines.read() if line["event"] == "valid"])
-                save_encoder(self.model.speech_encoder, self.folder / name, card, **facts)
+            write()
         except OSError as error:
             logger.error("%s cannot be written (%s): make room.", self.folder / name, error)
             return False
         return True
+
+    def _write_owed_encoders(self) -> None:
+        """Try again, before a checkpoint: a run that goes on from it would never come to their updates again."""
+        for name, write in list(self.owed.items()):
+            if self._is_written(name, write):
+                del self.owed[name]
+        missing = ddp_broadcast(next(iter(self.owed), ""), src=0)
+        if missing:
+            raise SaveError(f"no checkpoint is saved before {self.folder / missing} is: make room or mend the disk.")
+
+    def _write_missing_encoder(self, checkpoint: Any) -> None:
+        """Write the encoder of the last update of a run that is done, where it is wanted and is not there."""
+        step = checkpoint.meta["step"]
+        name = f"encoder@{step}"
+        if not if_main_process() or step not in self.hparams.encoder_at_steps or (self.folder / name).exists():
+            return
+        check_resumable(self.checkpointer, self.model, self.sampler)
+        self.checkpointer.load_checkpoint(checkpoint)
+        self._save_encoder(name)
+        if self.owed:
+            raise InputError(f"{self.folder / name} could not be written: make room, and start again.")
 
 
 def allow_many_shapes() -> None:

@@ -1,11 +1,15 @@
 """What a pre-training run that was stopped, or could not save, takes up again."""
 
+import errno
+import os
 import re
+import shutil
 import signal
 
 import pytest
 import speechbrain as sb
 
+from speechbrain_bestrq import pretraining
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.stopping import StoppedError
 
@@ -101,3 +105,73 @@ def test_the_learning_rate_is_the_schedules(toy, tmp_path, corpus):
     toy.train(tmp_path, **corpus, updates=2)
     again = toy.train(tmp_path, **corpus, updates=3, peak=2e-3)
     assert toy.log_lines(tmp_path)[-1]["learning_rate"] == again.brain.hparams.lr_schedule(3)
+
+
+# ---------------------------------------------------------------- encoders that the disk did not take
+
+
+def refuse_encoders(patch, times=None, step=2):
+    """Let the encoders of an update not be written, so many times or ever."""
+    write, refused = pretraining.save_encoder, []
+
+    def full(*arguments, **facts):
+        if facts["step"] == step and (times is None or len(refused) < times):
+            refused.append(facts["folder"])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments, **facts)
+
+    patch.setattr(pretraining, "save_encoder", full)
+
+
+def weights(folder):
+    """The file of an encoder."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_an_encoder_that_could_not_be_written_is_written_later_as_it_was(toy, tmp_path, corpus, monkeypatch, caplog):
+    """No checkpoint is saved before; the second attempt, with update 3, fails as well."""
+    settings = {**corpus, "updates": 8, "checkpoint_every": 3, "encoder_at_steps": [2]}
+    toy.train(tmp_path / "unbroken", **settings)
+    refuse_encoders(monkeypatch, times=2)
+    toy.train(tmp_path / "run", **settings)
+    assert weights(tmp_path / "run" / "encoder@2") == weights(tmp_path / "unbroken" / "encoder@2")
+    assert sum("no checkpoint is saved before" in message for message in caplog.messages) == 1
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_an_encoder_that_was_not_written_to_the_end_is_written_by_the_same_command(
+    toy, tmp_path, corpus, monkeypatch, killed
+):
+    settings = {**corpus, "updates": 8, "checkpoint_every": 1, "encoder_at_steps": [2]}
+    toy.train(tmp_path / "unbroken", **settings)
+    with monkeypatch.context() as patch:
+        refuse_encoders(patch)
+        if killed:
+            toy.train(tmp_path / "run", **settings, stop_after=6)
+        else:
+            with pytest.raises(InputError, match="ended after update 8, but its last updates could not be saved"):
+                toy.train(tmp_path / "run", **settings)
+    newest = toy.AtomicCheckpointer(checkpoints_dir=tmp_path / "run" / "save").find_checkpoint()
+    assert newest.meta["step"] == 1
+    toy.train(tmp_path / "run", **settings)
+    assert weights(tmp_path / "run" / "encoder@2") == weights(tmp_path / "unbroken" / "encoder@2")
+    assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
+
+
+def test_a_run_that_is_done_writes_the_encoder_of_its_last_update_where_it_is_missing(
+    toy, tmp_path, corpus, monkeypatch
+):
+    settings = {**corpus, "updates": 4, "encoder_at_steps": [4]}
+    toy.train(tmp_path, **settings)
+    encoder, log = weights(tmp_path / "encoder@4"), (tmp_path / "train_log.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "encoder@4")
+    with monkeypatch.context() as patch:
+        refuse_encoders(patch, step=4)
+        with pytest.raises(InputError, match="encoder@4 could not be written: make room"):
+            toy.train(tmp_path, **settings)
+    toy.train(tmp_path, **settings, model={"model_seed": 5})
+    assert weights(tmp_path / "encoder@4") == encoder and (tmp_path / "train_log.jsonl").read_bytes() == log
+    (tmp_path / "encoder@4" / "README.md").write_text("It is there.")
+    toy.train(tmp_path, **settings)
+    assert (tmp_path / "encoder@4" / "README.md").read_text() == "It is there."
