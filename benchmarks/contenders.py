@@ -72,6 +72,8 @@ class Ours:
         Sizes that differ from the YAML's.
     attention : str, optional
         Instead of the YAML's.
+    counted : bool
+        Only for :meth:`count`, never trained: nothing is measured on audio first.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Ours:
         compiled: bool = False,
         overrides: dict[str, Any] | None = None,
         attention: str | None = None,
+        counted: bool = False,
     ):
         text = (HPARAMS / f"{name}.yaml").read_text(encoding="utf-8")
         if attention is not None:
@@ -93,7 +96,8 @@ class Ours:
         self.model = hparams["model"]
         # whole layers are dropped or not by chance: a block of some steps would be lucky or not
         self.model.speech_encoder.encoder.layer_drop = 0.0
-        self.model.measure([(0.1 * torch.randn(1, 400 * RATE, generator=torch.Generator().manual_seed(0)), None)])
+        if not counted:
+            self.model.measure([(0.1 * torch.randn(1, 100 * RATE, generator=torch.Generator().manual_seed(0)), None)])
         every_batch_an_update = {"grad_accumulation_factor": 1, "log_interval": 10**9, "valid_interval": None}
         options = {"device": device, "precision": precision, "compile": compiled, "noprogressbar": True}
         self.brain = PretrainingBrain(
@@ -146,7 +150,7 @@ class SpeechBrainStep:
     def __init__(self, size: str, device: str, precision: str, folder: Path, compiled: bool = False):
         sizes = {**BESTRQ[size], "num_heads": HEADS[size]["relative"]}
         # eager whatever is wanted: the FLOPs are those of the equal model of ours
-        self.equal = Ours("bestrq", "cpu", "fp32", folder, False, {**sizes, "whiten": None}, "relative")
+        self.equal = Ours("bestrq", "cpu", "fp32", folder, False, {**sizes, "whiten": None}, "relative", True)
         options = {"device": device, "precision": precision, "max_grad_norm": 10.0}
         if compiled:
             options |= {"compile": True, "compile_module_keys": ["model"]}

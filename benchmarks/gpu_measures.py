@@ -3,6 +3,7 @@
 import gc
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -28,6 +29,8 @@ PAPER_UPDATES, PAPER_UPDATE_SECONDS = 200_000, 800.0
 PAPER_HOURS = {"BEST-RQ": 109.0, "wav2vec 2.0": 262.0}
 #: Kernels that are listed of a trace.
 LISTED = 12
+#: A stage is begun if so much is left of what the longest before it took: one has all contenders, others have one.
+STAGE_SHARE = 0.7
 
 
 def precision(settings: Settings) -> str:
@@ -61,13 +64,19 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
         compiled += ["ours, wav2vec 2.0", "ours, relative", pretrain_step.SPEECHBRAIN]
     alike = ["--seconds", length, "--micro_batches", micro_batch, "--steps", "4", "--repeats", repeats]
     stages = [alike, *([*alike, "--compile", "--only", f"{name} + compile"] for name in compiled)]
+    ends = time.monotonic() + seconds
     mix = (
         ["--micro_batches", "30", "--steps", "1"] if settings.toy else ["--micro_batches", micro_batch, "--steps", "4"]
     )
-    stages.insert(2, ["--seconds", "mix", *mix, "--repeats", repeats])
+    stages.insert(1, ["--seconds", "mix", *mix, "--repeats", repeats])
     measurements: list[pretrain_step.Measurement] = []
     base: dict[str, float] = {}
+    longest = 0.0
     for stage in stages:
+        started = time.monotonic()
+        if ends - started < STAGE_SHARE * longest:
+            findings.row(" ".join(stage), "left out: the time is over")
+            continue
         arguments = pretrain_step.parse(step_words(settings, *stage))
         with tempfile.TemporaryDirectory() as folder:
             found = pretrain_step.measure(arguments, Path(folder), say)
@@ -84,6 +93,7 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
                 f"{one.contender} ({one.seconds} s)",
                 f"{one.speed:.1f} audio-s/s{ratio}, {reached:.0%} of a matrix product{_memory(one)}{_idle(one)}",
             )
+        longest = max(longest, time.monotonic() - started)
 
 
 def _memory(one: pretrain_step.Measurement) -> str:
@@ -99,7 +109,12 @@ def micro_batches(settings: Settings, findings: Findings, seconds: float) -> Non
     names = [pretrain_step.ROTARY, "ours, wav2vec 2.0"]
     length, tried = ("2", ["2", "4"]) if settings.toy else ("12.5", ["100", "200", "800", "1600", "3200", "6400"])
     measured: list[pretrain_step.Measurement] = []
+    ends, last = time.monotonic() + seconds, 0.0
     for micro_batch in tried:
+        started = time.monotonic()
+        if ends - started < last:
+            findings.row("larger micro-batches", f"left out from {micro_batch} s on: the time is over")
+            break
         words = ["--seconds", length, "--steps", "1", "--repeats", "3", "--micro_batches", micro_batch]
         arguments = pretrain_step.parse(step_words(settings, *words, "--only", *names))
         with tempfile.TemporaryDirectory() as folder:
@@ -112,15 +127,18 @@ def micro_batches(settings: Settings, findings: Findings, seconds: float) -> Non
         ]
         heads = ("contender", "s in a micro-batch", "audio-s/s", "peak memory", "idle")
         findings.section("Micro-batches up to an update, eager", markdown_table(heads, rows))
+        for name in names:
+            mine = [one for one in measured if one.contender == name]
+            if mine:
+                best = max(mine, key=lambda one: one.speed)
+                largest = max(one.micro_batch_seconds for one in mine)
+                outcome = (
+                    f"best at {best.micro_batch_seconds:.0f} s: {best.speed:.1f} audio-s/s; {largest:.0f} s fitted"
+                )
+                findings.row(f"{name}, micro-batch", outcome)
         if not found:  # out of memory
             break
-    for name in names:
-        mine = [one for one in measured if one.contender == name]
-        if mine:
-            best = max(mine, key=lambda one: one.speed)
-            largest = max(one.micro_batch_seconds for one in mine)
-            outcome = f"best at {best.micro_batch_seconds:.0f} s: {best.speed:.1f} audio-s/s; {largest:.0f} s fitted"
-            findings.row(f"{name}, micro-batch", outcome)
+        last = time.monotonic() - started
 
 
 # ---------------------------------------------------------------- the paper's headline
@@ -190,8 +208,8 @@ def _largest_that_fits(name: str, settings: Settings) -> Timed:
             with tempfile.TemporaryDirectory() as folder:
                 where = (settings.device, precision(settings), Path(folder))
                 return Timed(name, resident(utterances, length, settings), *where)
-        except torch.OutOfMemoryError:
-            if utterances == 1:
+        except RuntimeError as error:
+            if utterances == 1 or not pretrain_step.is_out_of_memory(error):
                 raise
         utterances //= 2
         free_memory(settings)
@@ -220,10 +238,10 @@ def trace(settings: Settings, findings: Findings, seconds: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
             contender = Ours(name, settings.device, precision(settings), Path(folder))
             contender.start(resident(*((1, 2.0) if settings.toy else (32, 12.5)), settings))
-            for _ in range(2):
-                pretrain_step.run_block(contender, settings.device)
+            taken = [pretrain_step.run_block(contender, settings.device) for _ in range(5)]
+            usual = statistics.median(taken[2:])
             rows = top_kernels(contender, settings.device)
-            idle = pretrain_step.trace(contender, settings.device) if settings.device == "cuda" else None
+            idle = pretrain_step.trace(contender, settings.device, usual) if settings.device == "cuda" else None
         told = "" if idle is None else f"{idle[0]:.0f} kernels a step, {idle[1]:.0%} of the time idle; "
         table = markdown_table(("kernel", "in a step", "ms", "share"), rows)
         findings.section(f"Where a step's time goes: {name}.yaml", f"{told}by {settings.device} time.\n\n{table}")

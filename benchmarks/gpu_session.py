@@ -33,6 +33,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,11 @@ PARTS = {
     "quality": (quality, None),
 }
 #: Seconds for ending and writing; and those before its end in which a part tells of what it has to break off.
-RESERVE, GRACE = 8, 4
+RESERVE, GRACE = 8, 8
+
+
+#: Bytes of the runs of all parts, most of them checkpoints.
+MEMORY_NEEDED = 32e9
 
 
 def run_part(name: str, settings_file: Path, findings_file: Path, log: Path, seconds: float) -> Outcome:
@@ -192,12 +197,19 @@ def data_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
+def fast_folder(toy: bool) -> str | None:
+    """A file system in memory with room for all checkpoints, which would keep a disk busy; None for the usual one."""
+    memory = Path("/dev/shm")
+    room = not toy and memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_NEEDED
+    return str(memory) if room else None
+
+
 def main(words: list[str] | None = None) -> None:
     """Run the parts, print the table, write all."""
     arguments = parse(words)
     arguments.output.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/gpu_session.py", *(sys.argv[1:] if words is None else words)])
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(dir=fast_folder(arguments.toy)) as work:
         settings = Settings(
             "cpu" if arguments.toy else "cuda",
             arguments.toy,

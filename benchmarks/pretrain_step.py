@@ -160,17 +160,26 @@ def run_block(contender: Contender, device: str) -> float:
     return time.perf_counter() - started
 
 
-def trace(contender: Contender, device: str) -> tuple[float, float]:
-    """Kernels in a step on a GPU, and the share of a block in which it did nothing."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory has run out, as PyTorch says it, or cuBLAS, or cuDNN, which then finds no algorithm."""
+    told = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine")
+    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in told)
+
+
+def trace(contender: Contender, device: str, seconds: float) -> tuple[float, float]:
+    """Kernels in a step on a GPU, and the share of a block in which it does nothing.
+
+    ``seconds`` are those of a block that nobody watched: watched, each launch takes longer.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        seconds = run_block(contender, device)
+        run_block(contender, device)
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     busy, reached = 0.0, 0.0
     for start, end in spans:
         busy += max(end - max(start, reached), 0.0)
         reached = max(reached, end)
-    return len(events) / len(contender.batches), 1 - busy / 1e6 / seconds
+    return len(events) / len(contender.batches), max(1 - busy / 1e6 / seconds, 0.0)
 
 
 def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str], None]) -> list[Measurement]:
@@ -195,7 +204,11 @@ def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str],
                 contender = build()
                 contender.start(waveforms)
                 first = run_block(contender, arguments.device)
-            except torch.OutOfMemoryError:
+                if len(waveforms) == 1:  # from the second update on, the optimizer's moments lie beside the activations
+                    run_block(contender, arguments.device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 report(f"{name}: out of memory at {step_seconds:.0f} s")
                 continue
             flops, share = contender.count()
@@ -211,19 +224,24 @@ def measure(arguments: argparse.Namespace, folder: Path, report: Callable[[str],
                 try:
                     measurement.block_seconds.append(run_block(contender, arguments.device))
                     running.append((contender, measurement))
-                except torch.OutOfMemoryError:  # with the others' memory held
+                except RuntimeError as error:  # with the others' memory held
+                    if not is_out_of_memory(error):
+                        raise
                     report(f"{measurement.contender}: out of memory at {step_seconds:.0f} s in a later block")
                 contender = None
                 gc.collect()  # what ran out of memory is gone before the next block
         for contender, measurement in running:
             try:
                 if cuda:
-                    measurement.kernels_per_step, measurement.idle_share = trace(contender, arguments.device)
+                    usual = statistics.median(measurement.block_seconds)
+                    measurement.kernels_per_step, measurement.idle_share = trace(contender, arguments.device, usual)
                 if not measurement.contender.endswith("compile"):
                     traffic = count_traffic(partial(run_block, contender, arguments.device))
                     measurement.operators_per_step = traffic.kernels / len(waveforms)
                     measurement.megabytes_per_audio_second = traffic.bytes / 1e6 / contender.seconds
-            except torch.OutOfMemoryError:  # its times are good
+            except RuntimeError as error:  # its times are good
+                if not is_out_of_memory(error):
+                    raise
                 report(f"{measurement.contender}: out of memory at {step_seconds:.0f} s while its kernels were counted")
         measurements += [measurement for _, measurement in running]
         contender = None

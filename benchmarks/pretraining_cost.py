@@ -49,7 +49,8 @@ class Timed:
         self.flops, _ = self.contender.count()
         self.audio_seconds = self.contender.seconds
         self.seconds: list[float] = []
-        self.block()  # warms up
+        for _ in range(2):  # warms up; from the second update on, the optimizer's moments lie beside the activations
+            self.block()
         self.seconds.clear()
         self.memory = peak_gigabytes(self.device) - held
 
