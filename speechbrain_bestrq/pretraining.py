@@ -1,13 +1,11 @@
 """The Brain of pre-training: BEST-RQ and whatever else has its model's interface."""
 
-import copy
 import json
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from speechbrain_bestrq.accounting import LateReader, datasheet_flops
-from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
+from speechbrain_bestrq.encoder_folders import EncoderFolders
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import device_name, package_versions
 from speechbrain_bestrq.model_card import write_card
@@ -114,7 +112,7 @@ class PretrainingBrain(sb.Brain):
         self.best_valid_loss, self.withheld, self.validation_due = float("inf"), False, False
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
         self.saved_update, self.saving_seconds = None, 0.0
-        self.owed: dict[str, Callable[[], Path]] = {}  # encoders that the disk has not taken yet, on the main process
+        self.encoders = EncoderFolders(self.folder)
         self.requests = Requests()  # heeds signals within fit only
         self.usual_norm = torch.zeros((), device=self.device)
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
@@ -211,7 +209,7 @@ class PretrainingBrain(sb.Brain):
                     self._prepare_rewind()
         self._write_log_lines(wait=True)
         self.log.close()
-        if self.unsaved_since or self.owed:
+        if self.unsaved_since or self.encoders.owed:
             raise InputError(
                 f"the run ended after update {self.optimizer_step}, but its last updates could not be saved: make room "
                 f"in {self.folder}, and start again."
@@ -401,7 +399,7 @@ class PretrainingBrain(sb.Brain):
         self.rewinds += 1
         self.rate_scale /= 2
         self.reader, self.withheld = LateReader(), False
-        self.owed.clear()  # they are of updates after that checkpoint, which come again
+        self.encoders.forget()  # they are of updates after that checkpoint, which come again
         self.device_seconds_rewound = self.device_hours * 3600
         self.update_sums = self._zero_sums()
         logger.warning(
@@ -645,7 +643,7 @@ class PretrainingBrain(sb.Brain):
         meta = {"step": self.optimizer_step, "signature": signature, "validation_due": self.validation_due, **meta}
         with self._saving():
             try:
-                self._write_owed_encoders()
+                self.encoders.write_owed()
                 self.checkpointer.save_checkpoint(meta=meta, end_of_epoch=end_of_epoch)
             except SaveError as error:
                 self._train_on_unsaved(error)
@@ -701,7 +699,7 @@ class PretrainingBrain(sb.Brain):
         self.validation_due, self.saved_update = state["validation_due"], None
 
     def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> None:
-        """Write the artefact of this step; one that the disk does not take is owed, and goes before any checkpoint."""
+        """Write the artefact of this step."""
         if not if_main_process():
             return
         facts = {
@@ -713,27 +711,7 @@ class PretrainingBrain(sb.Brain):
         }
         with self._saving():
             card = write_card(facts, [line for line in self.log.lines.read() if line["event"] == "valid"])
-            write = partial(save_encoder, folder=self.folder / name, card=card, **facts)
-            self.owed.pop(name, None)  # an older one of the name
-            if not self._is_written(name, partial(write, self.model.speech_encoder)):
-                self.owed[name] = partial(write, copy.deepcopy(self.model.speech_encoder).cpu())
-
-    def _is_written(self, name: str, write: Callable[[], Path]) -> bool:
-        try:
-            write()
-        except OSError as error:
-            logger.error("%s cannot be written (%s): make room.", self.folder / name, error)
-            return False
-        return True
-
-    def _write_owed_encoders(self) -> None:
-        """Try again, before a checkpoint: a run that goes on from it would never come to their updates again."""
-        for name, write in list(self.owed.items()):
-            if self._is_written(name, write):
-                del self.owed[name]
-        missing = ddp_broadcast(next(iter(self.owed), ""), src=0)
-        if missing:
-            raise SaveError(f"no checkpoint is saved before {self.folder / missing} is: make room or mend the disk.")
+            self.encoders.write(name, self.model.speech_encoder, card, facts)
 
     def _write_missing_encoder(self, checkpoint: Any) -> None:
         """Write the encoder of the last update of a run that is done, where it is wanted and is not there."""
@@ -744,7 +722,7 @@ class PretrainingBrain(sb.Brain):
         check_resumable(self.checkpointer, self.model, self.sampler)
         self.checkpointer.load_checkpoint(checkpoint)
         self._save_encoder(name)
-        if self.owed:
+        if self.encoders.owed:
             raise InputError(f"{self.folder / name} could not be written: make room, and start again.")
 
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 import speechbrain as sb
 
-from speechbrain_bestrq import pretraining
+from speechbrain_bestrq import encoder_folders
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.stopping import StoppedError
 
@@ -112,7 +112,7 @@ def test_the_learning_rate_is_the_schedules(toy, tmp_path, corpus):
 
 def refuse_encoders(patch, times=None, step=2):
     """Let the encoders of an update not be written, so many times or ever."""
-    write, refused = pretraining.save_encoder, []
+    write, refused = encoder_folders.save_encoder, []
 
     def full(*arguments, **facts):
         if facts["step"] == step and (times is None or len(refused) < times):
@@ -120,7 +120,7 @@ def refuse_encoders(patch, times=None, step=2):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*arguments, **facts)
 
-    patch.setattr(pretraining, "save_encoder", full)
+    patch.setattr(encoder_folders, "save_encoder", full)
 
 
 def weights(folder):

@@ -17,7 +17,7 @@ import speechbrain as sb
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from speechbrain_bestrq import checkpointing, pretraining, stopping
+from speechbrain_bestrq import checkpointing, encoder_folders, pretraining, stopping
 from speechbrain_bestrq.accounting import JsonLines
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer, SaveError
 from speechbrain_bestrq.errors import InputError
@@ -235,7 +235,7 @@ def test_a_run_whose_end_could_not_be_saved_says_so_and_goes_on_when_there_is_ro
 def test_the_best_encoder_that_could_not_be_written_is_written_before_the_checkpoint(
     toy, tmp_path, corpus, monkeypatch
 ):
-    write, refused = pretraining.save_encoder, []
+    write, refused = encoder_folders.save_encoder, []
 
     def full_once(*arguments, **facts):
         if not refused:
@@ -243,7 +243,7 @@ def test_the_best_encoder_that_could_not_be_written_is_written_before_the_checkp
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*arguments, **facts)
 
-    monkeypatch.setattr(pretraining, "save_encoder", full_once)
+    monkeypatch.setattr(encoder_folders, "save_encoder", full_once)
     toy.train(tmp_path, **corpus, updates=4, valid_interval=2, stop_after=2)
     assert refused == [2] and (tmp_path / "encoder").is_dir()
     assert json.loads((tmp_path / "encoder" / "config.json").read_text())["training"]["step"] == 2
@@ -460,7 +460,6 @@ def test_updates_skipped_in_a_row_are_counted_across_log_lines(toy, tmp_path, co
 
 
 def test_a_spike_is_skipped_and_counted(toy, tmp_path):
-    from speechbrain_bestrq import pretraining
 
     model = toy.make_model()
     batches = [toy.make_batch(model, [wave], number=number) for number, wave in enumerate(waves(0, (), 12))]

@@ -1,0 +1,89 @@
+"""The encoder folders of a pre-training, also when the disk does not take them at once."""
+
+import copy
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from speechbrain.utils.distributed import ddp_broadcast
+
+from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.checkpointing import SaveError
+from speechbrain_bestrq.encoder import SpeechEncoder
+
+logger = logging.getLogger(__name__)
+
+
+class EncoderFolders:
+    """Writes encoders below a run's folder; what the disk does not take is owed, and comes before any checkpoint.
+
+    A run that went on from a later checkpoint would never come to the updates of what is owed again.
+
+    Arguments
+    ---------
+    folder : Path
+        Of the run.
+
+    Example
+    -------
+    >>> folders = EncoderFolders(getfixture("tmp_path"))
+    >>> folders.owed
+    []
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._owed: dict[str, Callable[[], Path]] = {}
+
+    @property
+    def owed(self) -> list[str]:
+        """Names of the folders that are still to be written."""
+        return list(self._owed)
+
+    def write(self, name: str, speech_encoder: SpeechEncoder, card: str, facts: dict[str, Any]) -> None:
+        """Write an encoder, or keep a copy of it to be written later; on the main process.
+
+        Arguments
+        ---------
+        name : str
+            Of its folder.
+        speech_encoder : SpeechEncoder
+            The encoder.
+        card : str
+            Its model card.
+        facts : dict
+            Of its training, for the config.
+        """
+        write = partial(save_encoder, folder=self.folder / name, card=card, **facts)
+        self._owed.pop(name, None)  # an older one of the name
+        if not self._is_written(name, partial(write, speech_encoder)):
+            self._owed[name] = partial(write, copy.deepcopy(speech_encoder).cpu())
+
+    def write_owed(self) -> None:
+        """Try again; a collective of all ranks.
+
+        Raises
+        ------
+        SaveError
+            If one is still not written.
+        """
+        for name, write in list(self._owed.items()):
+            if self._is_written(name, write):
+                del self._owed[name]
+        missing = ddp_broadcast(next(iter(self._owed), ""), src=0)
+        if missing:
+            raise SaveError(f"no checkpoint is saved before {self.folder / missing} is: make room or mend the disk.")
+
+    def forget(self) -> None:
+        """Give up what is owed: its updates come again."""
+        self._owed.clear()
+
+    def _is_written(self, name: str, write: Callable[[], Path]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            logger.error("%s cannot be written (%s): make room.", self.folder / name, error)
+            return False
+        return True
