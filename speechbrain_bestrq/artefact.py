@@ -1,5 +1,6 @@
 """The artefact of a pre-training run: an encoder folder of JSON, safetensors and a card."""
 
+import errno
 import json
 import os
 import shutil
@@ -182,7 +183,8 @@ def _write_files(speech_encoder: SpeechEncoder, folder: Path, card: str, facts: 
     try:
         save_file(weights, folder / WEIGHTS_FILE)
     except SafetensorError as error:  # is no OSError, whatever the disk said
-        raise OSError(str(error)) from error
+        full = f"os error {errno.ENOSPC}" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(folder / WEIGHTS_FILE)) from error
     # safetensors writes files that only their owner can read
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 

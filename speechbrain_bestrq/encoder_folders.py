@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speechbrain.utils.distributed import ddp_broadcast
+from torch import nn
 
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.checkpointing import SaveError
@@ -59,7 +60,7 @@ class EncoderFolders:
         write = partial(save_encoder, folder=self.folder / name, card=card, **facts)
         self._owed.pop(name, None)  # an older one of the name
         if not self._is_written(name, partial(write, speech_encoder)):
-            self._owed[name] = partial(write, copy.deepcopy(speech_encoder).cpu())
+            self._owed[name] = partial(write, _copy_on_cpu(speech_encoder))
 
     def write_owed(self) -> None:
         """Try again; a collective of all ranks.
@@ -87,3 +88,12 @@ class EncoderFolders:
             logger.error("%s cannot be written (%s): make room.", self.folder / name, error)
             return False
         return True
+
+
+def _copy_on_cpu(speech_encoder: SpeechEncoder) -> SpeechEncoder:
+    """A copy whose tensors went to the CPU one by one: a copy of all at once would take room on the device."""
+    on_cpu = {
+        id(one): nn.Parameter(one.detach().cpu().clone(), one.requires_grad) for one in speech_encoder.parameters()
+    }
+    on_cpu |= {id(one): one.cpu().clone() for one in speech_encoder.buffers()}
+    return copy.deepcopy(speech_encoder, on_cpu)

@@ -45,7 +45,7 @@ def explain_refusal(error: OSError) -> str | None:
     Returns
     -------
     str or None
-        None for all errors but missing permissions and a full disk.
+        None for all errors but missing permissions and a full disk, where they name a file.
 
     Example
     -------
@@ -53,7 +53,6 @@ def explain_refusal(error: OSError) -> str | None:
     "'/data/a.flac': Permission denied: mend its permissions, or give another."
     >>> explain_refusal(FileNotFoundError(2, "No such file or directory", "a"))
     """
-    if error.errno not in _OF_THE_SYSTEM:
+    if error.errno not in _OF_THE_SYSTEM or error.filename is None:  # a traceback tells more than a line without a name
         return None
-    where = "" if error.filename is None else f"'{error.filename}': "
-    return f"{where}{error.strerror}: {_OF_THE_SYSTEM[error.errno]}."
+    return f"'{error.filename}': {error.strerror}: {_OF_THE_SYSTEM[error.errno]}."

@@ -42,6 +42,7 @@ class FeatureCache:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+        self.identity, self.audio = index["identity"], index["audio"]
         self.file: str = index["file"]
         self._places: dict[str, list[int]] = index["places"]
         shape = (index["frames"], index["states"], index["channels"])
@@ -49,6 +50,10 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def is_whole(self) -> bool:
+        """Whether the file is as long as it was made."""
+        return (self.folder / self.file).stat().st_size == self._values.nbytes
 
     def __getitem__(self, name: str) -> Tensor:
         """Give the hidden states of an utterance: float32, shape (T, S, D)."""
@@ -97,18 +102,21 @@ def cache_features(
         raise InputError("cache_features: True is for a frozen encoder: leave it out when the encoder is trained.")
     folder = Path(folder)
     identity, audio = _identify(encoder, sample_rate), _audio(rows)
-    with next_writer(folder):
-        if _is_made(folder, identity, audio):
-            logger.info("The hidden states of %d utterances are in %s already.", len(rows), folder)
-        else:
-            content = json.dumps([identity, audio], sort_keys=True)
-            file_name = f"states-{hashlib.sha256(content.encode()).hexdigest()[:16]}.f32"
-            index = _compute(folder / file_name, encoder, rows, sample_rate, max_batch_seconds, torch.device(device))
-            write_text(folder / _INDEX, json.dumps({"identity": identity, "audio": audio, "file": file_name, **index}))
-            for other in folder.glob("states-*"):
-                if other.name != file_name:  # also what a killed run left; whoever reads one goes on reading it
-                    other.unlink(missing_ok=True)
-        return FeatureCache(folder)
+    cache = _find(folder, identity, audio)  # one that is made is only read: it may be another user's
+    if cache is None:
+        with next_writer(folder):
+            cache = _find(folder, identity, audio)
+            if cache is None:
+                content = json.dumps([identity, audio], sort_keys=True)
+                name = f"states-{hashlib.sha256(content.encode()).hexdigest()[:16]}.f32"
+                index = _compute(folder / name, encoder, rows, sample_rate, max_batch_seconds, torch.device(device))
+                write_text(folder / _INDEX, json.dumps({"identity": identity, "audio": audio, "file": name, **index}))
+                for other in folder.glob("states-*"):
+                    if other.name != name:  # also what a killed run left; whoever reads one goes on reading it
+                        other.unlink(missing_ok=True)
+                return FeatureCache(folder)
+    logger.info("The hidden states of %d utterances are in %s already.", len(rows), folder)
+    return cache
 
 
 def _compute(
@@ -232,13 +240,12 @@ def _audio(rows: Rows) -> dict[str, list[Any]]:
     return audio
 
 
-def _is_made(folder: Path, identity: dict[str, Any], audio: dict[str, list[Any]]) -> bool:
-    """Whether a cache is whole, of this encoder, and has at least this audio."""
+def _find(folder: Path, identity: dict[str, Any], audio: dict[str, list[Any]]) -> FeatureCache | None:
+    """A cache that is whole, of this encoder, and has at least this audio."""
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        whole = index["frames"] * index["states"] * index["channels"] * _BYTES
-        there = index["audio"]
-        same = index["identity"] == identity and all(there.get(name) == one for name, one in audio.items())
-        return same and (folder / index["file"]).stat().st_size == whole
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        cache = FeatureCache(folder)
+        whole = cache.is_whole()
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not whole
+        return None
+    same = cache.identity == identity and all(cache.audio.get(name) == one for name, one in audio.items())
+    return cache if same and whole else None

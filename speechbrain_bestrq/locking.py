@@ -26,7 +26,7 @@ def sole_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
     Raises
     ------
     InputError
-        If the folder cannot be made, or another process is writing to it.
+        If the folder cannot be written, or another process is writing to it.
 
     Example
     -------
@@ -49,7 +49,7 @@ def fellow_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
     Raises
     ------
     InputError
-        If the folder cannot be made, or a process has it for itself.
+        If the folder cannot be written, or a process has it for itself.
 
     Example
     -------
@@ -75,7 +75,7 @@ def next_writer(folder: Path, name: str = "cache_folder") -> Iterator[None]:
     Raises
     ------
     InputError
-        If the folder cannot be made.
+        If the folder cannot be written.
 
     Example
     -------
@@ -90,9 +90,9 @@ def next_writer(folder: Path, name: str = "cache_folder") -> Iterator[None]:
 def _locked(folder: Path, name: str, operation: int, file: str | None = None) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY) if file is None else os.open(folder / file, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(folder, os.O_RDONLY) if file is None else _open_for_all(folder / file)
     except OSError as error:
-        raise InputError(f"{name} '{folder}' cannot be made ({error.strerror}): give another.") from error
+        raise InputError(f"{name} '{folder}' cannot be written ({error.strerror}): give another.") from error
     try:
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
@@ -108,3 +108,11 @@ def _locked(folder: Path, name: str, operation: int, file: str | None = None) ->
         yield
     finally:
         os.close(descriptor)
+
+
+def _open_for_all(path: Path) -> int:
+    """A file that other users of the folder may lock too: reading is enough for that."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)

@@ -119,16 +119,23 @@ def cache_audio(table: AudioTable, folder: str | os.PathLike, threads: int | Non
 
 def _make(table: AudioTable, folder: Path, threads: int) -> Path:
     """Write the file, beside at first; runs that share the folder wait for each other."""
-    with next_writer(folder):
-        return _make_alone(table, folder, threads)
-
-
-def _make_alone(table: AudioTable, folder: Path, threads: int) -> Path:
     size = 2 * int(table.lengths.sum())
     path = folder / f"{_digest(table)}.int16"
-    if path.is_file() and path.stat().st_size == size:
-        logger.info("The audio is decoded already: %s, %.2f GB.", path, size / 1e9)
-        return path
+    if not _is_made(path, size):  # one that is made is only read: it may be another user's
+        with next_writer(folder):
+            if not _is_made(path, size):
+                _decode(table, path, size, threads)
+                return path
+    logger.info("The audio is decoded already: %s, %.2f GB.", path, size / 1e9)
+    return path
+
+
+def _is_made(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _decode(table: AudioTable, path: Path, size: int, threads: int) -> None:
+    folder = path.parent
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(
@@ -160,7 +167,6 @@ def _make_alone(table: AudioTable, folder: Path, threads: int) -> Path:
             table.sample_rate,
             clipped,
         )
-    return path
 
 
 def _read_all(table: AudioTable, threads: int) -> Iterator[np.ndarray]:

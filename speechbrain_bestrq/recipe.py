@@ -24,13 +24,13 @@ from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
 from speechbrain_bestrq.stopping import StoppedError
 
 #: SpeechBrain's run options that decide what is trained, where the YAML has no key of that name.
-_GOVERNING = frozenset(
+_RUN_OPTIONS = frozenset(
     "auto_mix_prec bfloat16_mix_prec grad_accumulation_factor max_grad_norm nonfinite_patience optimizer_step_limit "
     "precision remove_vector_weight_decay skip_nonfinite_grads".split()
 )
 
-#: The key of hparams under which :func:`build_hparams` puts the values that the objects of the YAML are made with.
-NESTED = "__nested__"
+#: The key of hparams under which :func:`build_hparams` puts what decides what is trained and is no plain value there.
+GOVERNING = "__governing__"
 
 
 def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, Any]]:
@@ -92,28 +92,33 @@ def build_hparams(text: str, overrides: str, run_opts: RunOptions) -> dict[str, 
     text, overrides : str
         YAML.
     run_opts : RunOptions
-        SpeechBrain's: those that decide what is trained come into hparams, where the YAML has no such key.
+        SpeechBrain's.
 
     Returns
     -------
     dict
-        Of HyperPyYAML; and under :data:`NESTED` what its objects are made with.
+        Of HyperPyYAML; and under :data:`GOVERNING` what its objects are made with, by the path of keys, and the run
+        options that decide what is trained, where the YAML has no key of that name.
 
     Example
     -------
     >>> hparams = build_hparams("head: !name:torch.nn.Linear\\n    bias: False", "", RunOptions())
-    >>> hparams["head"](2, 3).bias is None, hparams[NESTED]
-    (True, {'head': '!name:torch.nn.Linear', 'head.bias': False})
+    >>> governing = hparams[GOVERNING]
+    >>> hparams["head"](2, 3).bias is None, governing["head.bias"], governing["grad_accumulation_factor"]
+    (True, False, 1)
     """
     hparams = load_hyperpyyaml(text, overrides)
-    hparams |= {name: run_opts[name] for name in sorted(_GOVERNING - hparams.keys())}
-    hparams[NESTED] = _nested(text) | _nested(overrides)
+    # a run option without a default arrives as text
+    options = {
+        name: yaml.safe_load(value) if isinstance(value := run_opts[name], str) else value
+        for name in sorted(_RUN_OPTIONS - hparams.keys())
+    }
+    hparams[GOVERNING] = {**options, **_nested(text, overrides)}
     return hparams
 
 
-def _nested(text: str) -> dict[str, Any]:
+def _nested(text: str, overrides: str) -> dict[str, Any]:
     """What the objects of a YAML are made with, by the path of keys; references and tags are left as they are."""
-    document = yaml.compose(text, Loader=yaml.SafeLoader)
     found: dict[str, Any] = {}
     plain = yaml.constructor.SafeConstructor()
 
@@ -128,9 +133,14 @@ def _nested(text: str) -> dict[str, Any]:
         for key, value in pairs:
             walk(f"{path}.{getattr(key, 'value', key)}", value)
 
-    for key, value in [] if document is None else document.value:
-        if value.tag.startswith(("!new:", "!name:")):
-            walk(key.value, value)
+    for document in (yaml.compose(one, Loader=yaml.SafeLoader) for one in (text, overrides)):
+        for key, value in [] if document is None else document.value:
+            if value.tag.startswith(("!new:", "!name:")):  # another object in the place of one
+                for path in [path for path in found if path.split(".")[0] == key.value]:
+                    del found[path]
+                walk(key.value, value)
+            elif key.value in found:  # some of what the object is made with
+                walk(key.value, value)
     return found
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
-from speechbrain_bestrq.recipe import NESTED, command_line
+from speechbrain_bestrq.recipe import GOVERNING, command_line
 from speechbrain_bestrq.results import machine
 from speechbrain_bestrq.resuming import digest, text_digest
 from speechbrain_bestrq.seeding import derive_seed
@@ -103,7 +103,9 @@ class TaskBrain(sb.Brain):
         self.seconds = {"train": 0.0, "validation": 0.0}
         self.layer_weights: list[list[float]] = []
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
-        self.settings = self.settings_of(hparams)
+        self.settings, self.composed_settings = self.settings_of(hparams), self.composed_settings_of(hparams)
+        if self.optimizer_step_limit is not None:
+            self.optimizer_step_limit = int(self.optimizer_step_limit)  # arrives as text
         self._begun_with = digest(self.encoder.state_dict())
         self._trains_on: str | None = None
         if checkpointer is not None:
@@ -118,7 +120,23 @@ class TaskBrain(sb.Brain):
 
     @classmethod
     def settings_of(cls, hparams: dict[str, Any]) -> dict[str, Any]:
-        """Give what governs what is trained, and may not change before a run goes on.
+        """Give the plain values of a YAML that govern what is trained, and may not change before a run goes on.
+
+        Arguments
+        ---------
+        hparams : dict
+            Of the YAML.
+
+        Returns
+        -------
+        dict
+            By their keys.
+        """
+        return _plain({name: value for name, value in hparams.items() if name not in cls.free_settings})
+
+    @classmethod
+    def composed_settings_of(cls, hparams: dict[str, Any]) -> dict[str, Any]:
+        """Give what else may not change before a run goes on.
 
         Arguments
         ---------
@@ -128,21 +146,14 @@ class TaskBrain(sb.Brain):
         Returns
         -------
         dict
-            Plain values by their keys; those within an object of the YAML by a path such as "head.dropout".
+            What the YAML's objects are made with, by a path such as "head.dropout"; SpeechBrain's run options; and the
+            number of epochs, where the rates of each depend on it.
         """
+        composed = dict(hparams.get(GOVERNING, {}))
         annealings = [value for name, value in hparams.items() if name.endswith("_annealing")]
-        free = cls.free_settings
-        if not all(isinstance(one, NewBobScheduler) for one in annealings):
-            free = free - {"number_of_epochs"}  # the rates of each epoch depend on it
-        settings = {}
-        for name, value in {**hparams, **hparams.get(NESTED, {})}.items():
-            if name.split(".")[0] in free or name.startswith("__"):
-                continue
-            try:
-                settings[name] = json.loads(json.dumps(value))
-            except TypeError:  # a module, an optimiser...
-                continue
-        return settings
+        if not all(isinstance(one, NewBobScheduler) for one in annealings) and "number_of_epochs" in hparams:
+            composed["number_of_epochs"] = hparams["number_of_epochs"]
+        return _plain(composed)
 
     @classmethod
     def check_run(cls, checkpointer: Checkpointer, hparams: dict[str, Any]) -> None:
@@ -160,7 +171,7 @@ class TaskBrain(sb.Brain):
         InputError
             Naming what differs, or an option that the task's optimisers do not heed.
         """
-        if hparams.get("remove_vector_weight_decay"):
+        if hparams.get(GOVERNING, {}).get("remove_vector_weight_decay"):
             raise InputError(
                 "--remove_vector_weight_decay does nothing to the optimisers of this recipe: leave it out."
             )
@@ -171,7 +182,8 @@ class TaskBrain(sb.Brain):
             return
         encoder: TaskEncoder = hparams["speech_encoder"]
         progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
-        _check_progress(progress, newest.path, cls.settings_of(hparams), digest(encoder.state_dict()), encoder.source)
+        settings = cls.settings_of(hparams), cls.composed_settings_of(hparams)
+        _check_progress(progress, newest.path, *settings, digest(encoder.state_dict()), encoder.source)
 
     # ---------------------------------------------------------------- computing
 
@@ -351,6 +363,7 @@ class TaskBrain(sb.Brain):
                 "epochs": self.hparams.epoch_counter.current - (self._stage == sb.Stage.TRAIN),
                 "updates": self.optimizer_step,
                 "settings": self.settings,
+                "composed_settings": self.composed_settings,
                 "encoder": self._begun_with,
                 "trains_on": self._trains_on,
             }
@@ -358,7 +371,8 @@ class TaskBrain(sb.Brain):
 
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         progress = json.loads(Path(path).read_text(encoding="utf-8"))
-        _check_progress(progress, Path(path).parent, self.settings, self._begun_with, self.encoder.source)
+        settings = self.settings, self.composed_settings
+        _check_progress(progress, Path(path).parent, *settings, self._begun_with, self.encoder.source)
         if self._trains_on is not None and progress["trains_on"] != self._trains_on:
             raise InputError(
                 f"the checkpoint in {Path(path).parent} was trained on other utterances or labels: give another "
@@ -438,20 +452,40 @@ class TaskBrain(sb.Brain):
         }
 
 
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of some values that are plain JSON, as it gives them back."""
+    settings = {}
+    for name, value in values.items():
+        if name.startswith("__"):
+            continue
+        try:
+            settings[name] = json.loads(json.dumps(value))
+        except TypeError:  # a module, an optimiser...
+            continue
+    return settings
+
+
 def _check_progress(
-    progress: dict[str, Any], folder: Path, settings: dict[str, Any], encoder: str, source: str
+    progress: dict[str, Any],
+    folder: Path,
+    settings: dict[str, Any],
+    composed_settings: dict[str, Any],
+    encoder: str,
+    source: str,
 ) -> None:
     """Refuse a checkpoint of other settings or another encoder."""
     advice = "give another --output_folder, or that"
     if progress["encoder"] != encoder:
         raise InputError(f"the checkpoint in {folder} was trained on another encoder than {source}: {advice} encoder.")
-    for name in sorted(progress["settings"].keys() | settings.keys()):
-        # a switch that the run's version did not have yet was off
-        there, here = (one.get(name, False if name in settings else None) for one in (progress["settings"], settings))
-        if there != here:
-            raise InputError(
-                f"the checkpoint in {folder} was trained with {name} {there!r}, not {here!r}: {advice} setting."
-            )
+    # a switch that the run's version did not have yet was off; what its version did not keep at all is not compared
+    composed = progress.get("composed_settings", composed_settings)
+    for before, now, missing in ((progress["settings"], settings, False), (composed, composed_settings, None)):
+        for name in sorted(before.keys() | now.keys()):
+            there, here = before.get(name, missing if name in now else None), now.get(name)
+            if there != here:
+                raise InputError(
+                    f"the checkpoint in {folder} was trained with {name} {there!r}, not {here!r}: {advice} setting."
+                )
 
 
 def _fingerprint(rows: dict[str, dict[str, Any]]) -> str:

@@ -1,6 +1,5 @@
 """What becomes of trees of audio: a manifest for each, and manifests combined out of those."""
 
-import ast
 import hashlib
 import logging
 import os
@@ -10,9 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speechbrain_bestrq.corpora._audio_files import AudioTree, Survey, probe_audio, probe_files
+from speechbrain_bestrq.corpora._audio_files import AudioTree, Survey, probe_files
 from speechbrain_bestrq.corpora._options import AudioRules, absolute_path, normalize_extensions
-from speechbrain_bestrq.corpora.manifest import REQUIRED_COLUMNS, build_manifest, corpus_name, file_digest, read_summary
+from speechbrain_bestrq.corpora.manifest import (
+    REQUIRED_COLUMNS,
+    build_manifest,
+    corpus_name,
+    file_digest,
+    forget_summary,
+    read_summary,
+)
 from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -69,9 +75,6 @@ def prepare_part(
 ) -> tuple[dict[str, Any], bool]:
     """Make the manifest of one tree, unless it is already there and the tree unchanged.
 
-    A file that could not be read is looked at each time: permissions, or a library that knows its format, change
-    nothing in the tree.
-
     Arguments
     ---------
     part : Part
@@ -105,22 +108,12 @@ def prepare_part(
         notes.update(finish())
 
     recipe = {"folder": str(part.tree.root), "suffixes": part.tree.suffixes, "fingerprint": part.survey.fingerprint}
-    summary, fresh = build_manifest(part.manifest, columns, part.corpus, recipe, rows, again=_is_mended(part))
+    summary, fresh = build_manifest(part.manifest, columns, part.corpus, recipe, rows)
     for sample_rate, (_, first) in summary["sample_rates"].items():
         _check_rate(int(sample_rate), first, rules)
     if fresh:
         _log_findings(part, summary, rules)
     return summary, fresh
-
-
-def _is_mended(part: Part) -> bool:
-    """Whether a file that could not be read when the manifest was made can be now."""
-    try:
-        lines = part.unreadable_list.read_text(encoding="utf-8").splitlines()
-        paths = [ast.literal_eval(line.partition("\t")[0]) for line in lines]
-    except (OSError, ValueError, SyntaxError):  # there is none, or it is somebody else's
-        return False
-    return any(not probe_audio(path).problem for path in paths)
 
 
 def _readable_rows(
@@ -195,6 +188,9 @@ def _log_findings(part: Part, summary: dict[str, Any], rules: AudioRules) -> Non
 def check_readable(parts: Sequence[Part], summaries: Sequence[dict[str, Any]], rules: AudioRules) -> None:
     """Refuse a corpus with too many unreadable files, or a part without a readable one.
 
+    Refused, its parts with such files are to be looked at again: new permissions, or a library that knows their
+    format, change nothing in the tree. Accepted, they stay as they are, for a run may have begun with them.
+
     Arguments
     ---------
     parts : sequence of Part
@@ -213,6 +209,9 @@ def check_readable(parts: Sequence[Part], summaries: Sequence[dict[str, Any]], r
     for part, summary in zip(parts, summaries, strict=True):
         if not summary["unreadable"] or (total <= rules.max_unreadable and summary["utterances"]):
             continue
+        for one, other in zip(parts, summaries, strict=True):
+            if other["unreadable"]:
+                forget_summary(one.manifest)
         path, problem = summary["first_unreadable"]
         if not summary["utterances"]:
             raise InputError(

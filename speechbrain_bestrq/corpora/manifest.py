@@ -276,7 +276,7 @@ def read_summary(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def count_unreadable(path: str | os.PathLike, name: str) -> int:
-    """Tell how many files a test set may lack because they could not be read; say so in the log.
+    """Tell how many files a test set may lack because they were not there or not readable; say so in the log.
 
     Arguments
     ---------
@@ -298,15 +298,38 @@ def count_unreadable(path: str | os.PathLike, name: str) -> int:
     >>> count_unreadable(path, "test")
     2
     """
-    count = read_summary(path).get("unreadable", 0)
+    summary = read_summary(path)
+    count = summary.get("unreadable", 0) + summary.get("missing", 0)
     if count:
         logger.warning(
-            "%d audio files could not be read, and '%s' may lack some of them: a score of fewer utterances does not "
-            "compare with one of all",
+            "%d audio files were not there or could not be read, and '%s' may lack some of them: a score of fewer "
+            "utterances does not compare with one of all. A new output_folder looks at them again",
             count,
             name,
         )
     return count
+
+
+def forget_summary(path: str | os.PathLike) -> None:
+    """Have a manifest that this preparation wrote made again at the next.
+
+    Arguments
+    ---------
+    path : path
+        The manifest.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "train.csv"
+    >>> recipe = ("ID", "duration", "wav"), "My corpus", {"seed": 1}, lambda notes: []
+    >>> _ = build_manifest(path, *recipe)
+    >>> forget_summary(path)
+    >>> build_manifest(path, *recipe)[1]
+    True
+    """
+    summary = _load_summary(path)
+    if summary is not None:
+        _write_summary(path, {**summary, "complete": False})
 
 
 def _load_summary(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -346,7 +369,6 @@ def build_manifest(
     corpus: str,
     recipe: dict[str, Any],
     rows: Callable[[dict[str, Any]], Iterable[dict[str, Any]]],
-    again: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Write a manifest and its summary, unless that is already done.
 
@@ -368,8 +390,6 @@ def build_manifest(
     rows : callable
         Makes the rows. Called only if need be, with a dict: what stands in there
         after the last row goes into the summary.
-    again : bool
-        Whether to write it although it is there.
 
     Returns
     -------
@@ -409,7 +429,7 @@ def build_manifest(
                     f"'{path}' was changed since it was prepared: rename it to keep the changes, or remove it to "
                     "prepare it again."
                 )
-            if previous["recipe"] == recipe and not again:
+            if previous["recipe"] == recipe:
                 return previous, False
 
     _write_summary(path, {"complete": False, "corpus": corpus, "recipe": recipe})

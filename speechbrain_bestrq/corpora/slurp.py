@@ -103,7 +103,7 @@ def prepare_slurp(
     ------
     InputError
         If the data are not there, not in one of these layouts or not usable, if a line
-        cannot be read or names a file that is not there, if a part has no recording by
+        cannot be read, if more files than ``max_unreadable`` are not there, if a part has no recording by
         these microphones, if an option is out of range, or if a manifest in the way was
         not written by this function.
 
@@ -134,7 +134,7 @@ def prepare_slurp(
     found = {"slurp_real": set(), **({"slurp_synth": set()} if synthetic else {})}
     parts = {name: _survey(root, name, names, absolute_path(save_folder), corpus) for name, names in found.items()}
     wanted = {"slurp_real": frozenset(microphones), "slurp_synth": frozenset(MICROPHONES)}
-    owners = _assign(sources, found, wanted, max_unreadable)
+    owners, missing = _assign(sources, found, wanted, max_unreadable)
     trained_on = [labels for key, labels in owners.values() if key == "train"]
     labels = {target: sorted({one[place] for one in trained_on}) for place, target in enumerate(TARGETS)}
     save = make_save_folder(save_folder)
@@ -152,7 +152,7 @@ def prepare_slurp(
     manifests = {key: save / f"{key}.csv" for key in sources}
     outcomes = {}
     for key, path in manifests.items():
-        rows = _Rows(key, sources[key], wanted, owners, audio, speakers, labels)
+        rows = _Rows(key, sources[key], wanted, owners, missing[key], audio, speakers, labels)
         outcomes[key] = combine(path, COLUMNS, corpus, list(parts.values()), rows.rows, rows.notes, **options)
         if outcomes[key][1]:
             _log_labels(key, outcomes[key][0])
@@ -271,11 +271,14 @@ def _assign(
     found: Mapping[str, Collection[str]],
     wanted: Mapping[str, Collection[str]],
     most_missing: int,
-) -> dict[str, tuple[str, tuple[str, str, str]]]:
-    """Check all lines against the files that are there, and give each recording to one part, with its labels."""
+) -> tuple[dict[str, tuple[str, tuple[str, str, str]]], dict[str, int]]:
+    """Check all lines against the files that are there, and give each recording to one part, with its labels.
+
+    Also count for each part the recordings that are not there.
+    """
     owners: dict[str, tuple[str, tuple[str, str, str]]] = {}
     listed_twice: dict[str, str] = {}
-    missing = 0
+    missing = dict.fromkeys(sources, 0)
     for key, files in sources.items():  # training, validation, test: the later one keeps a recording
         for source in files:
             count = absent = 0
@@ -294,11 +297,11 @@ def _assign(
                     )
                 if before[0] != key:
                     owners[recording.identifier] = mine
-            missing += absent
-            if missing > most_missing:
+            missing[key] += absent
+            if sum(missing.values()) > most_missing:
                 raise InputError(
                     f"'{source.path}': {absent} of {count} recordings are not in {source.folder}, first {first}: "
-                    f"unpack {source.folder}.tar.gz again, or set max_unreadable to at least {missing}."
+                    f"unpack {source.folder}.tar.gz again, or set max_unreadable to at least {sum(missing.values())}."
                 )
             if absent:
                 logger.warning(
@@ -320,7 +323,7 @@ def _assign(
             len(listed_twice),
             next(iter(listed_twice.values())),
         )
-    return owners
+    return owners, missing
 
 
 def _read_speakers(path: Path) -> dict[str, str]:
@@ -354,11 +357,12 @@ class _Rows:
         sources: Sequence[_Source],
         wanted: Mapping[str, Collection[str]],
         owners: Mapping[str, tuple[str, tuple[str, str, str]]],
+        missing: int,
         audio: Callable[[], Mapping[str, Mapping[str, tuple[float, str]]]],
         speakers: Callable[[], Mapping[str, str]],
         labels: Mapping[str, Sequence[str]],
     ) -> None:
-        self.key, self.sources, self.wanted, self.owners = key, sources, wanted, owners
+        self.key, self.sources, self.wanted, self.owners, self.missing = key, sources, wanted, owners, missing
         self.audio, self.speakers, self.labels = audio, speakers, labels
         self._counts: dict[str, Counter[str]] = {target: Counter() for target in TARGETS}
         self._without_speaker = 0
@@ -389,7 +393,8 @@ class _Rows:
             target: {label: counts[label] for label in sorted(counts.keys() - set(self.labels[target]))}
             for target, counts in self._counts.items()
         }
-        return {"labels": self.labels, "unseen": unseen, "without_speaker": self._without_speaker}
+        told = {"labels": self.labels, "unseen": unseen, "without_speaker": self._without_speaker}
+        return told | {"missing": self.missing}
 
 
 def _log_labels(key: str, summary: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 
 from speechbrain_bestrq.corpora import (
     _audio_files,
-    _parts,
     corpus_name,
     manifest,
     prepare_folder,
@@ -501,23 +501,35 @@ class TestUnreadable:
         assert len(read_manifest(prepare(librispeech, save)["train"])) == 8
         assert not (save / "train-clean-100.csv.unreadable.txt").exists()
 
-    def test_file_that_can_be_read_now_though_it_did_not_change_is_read(self, librispeech, save, monkeypatch):
-        """As after a ``chmod``, or with a library that knows its format: the tree looks as before."""
+    @pytest.fixture
+    def forbid(self, librispeech, monkeypatch):
+        """A function that makes a file unreadable for a while, though the tree looks as before."""
         path = str(librispeech / "train-clean-100" / "19" / "1" / "19-1-0000.flac")
         probe = _audio_files.probe_audio
 
         def forbidden(one):
             return probe(one) if one != path else _audio_files.Probe(0.0, 0, 0, "no permission to read it")
 
-        with monkeypatch.context() as patch:
-            for module in (_audio_files, _parts):
-                patch.setattr(module, "probe_audio", forbidden)
-            with pytest.raises(InputError, match="1 of .* audio files cannot be read"):
-                prepare(librispeech, save)
-            assert len(read_manifest(prepare(librispeech, save, max_unreadable=1)["train"])) == 7
-            assert read_summary(save / "train.csv")["unreadable"] == 1
+        @contextmanager
+        def forbid():
+            with monkeypatch.context() as patch:
+                patch.setattr(_audio_files, "probe_audio", forbidden)
+                yield
+
+        return forbid
+
+    def test_after_a_refusal_a_file_that_did_not_change_is_looked_at_again(self, librispeech, save, forbid):
+        """As after a ``chmod``, or with a library that knows its format."""
+        with forbid(), pytest.raises(InputError, match="1 of .* audio files cannot be read"):
+            prepare(librispeech, save)
         manifests = prepare(librispeech, save)
         assert len(read_manifest(manifests["train"])) == 8 and read_summary(manifests["train"])["unreadable"] == 0
+
+    def test_what_a_run_began_with_stays_though_a_file_can_be_read_now(self, librispeech, save, forbid):
+        with forbid():
+            prepare(librispeech, save, max_unreadable=1)
+        manifests = prepare(librispeech, save, max_unreadable=1)
+        assert len(read_manifest(manifests["train"])) == 7 and read_summary(manifests["train"])["unreadable"] == 1
 
     def test_many_are_counted(self, tmp_path, save, caplog):
         for number in range(25):

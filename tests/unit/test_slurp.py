@@ -9,7 +9,7 @@ import soundfile
 
 from speechbrain_bestrq.cli import main
 from speechbrain_bestrq.corpora import _audio_files, prepare_slurp, read_manifest, read_summary
-from speechbrain_bestrq.corpora.manifest import iterate_manifest
+from speechbrain_bestrq.corpora.manifest import count_unreadable, iterate_manifest
 from speechbrain_bestrq.errors import InputError
 
 
@@ -272,6 +272,7 @@ class TestBrokenLines:
         names = [row["ID"] for row in iterate_manifest(manifest)]
         assert "audio-50" not in names and len(names) == len(set(names))
         assert any("2 of" in message and "they are left out" in message for message in caplog.messages)
+        assert read_summary(manifest)["missing"] == 2 == count_unreadable(manifest, "valid")
 
     @pytest.mark.parametrize(
         ("split", "text", "kept"),

@@ -22,7 +22,7 @@ from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.downstream import LayerMix
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import cache_features
-from speechbrain_bestrq.recipe import build_hparams
+from speechbrain_bestrq.recipe import GOVERNING, build_hparams
 from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.stopping import StoppedError
 from speechbrain_bestrq.task_brain import TaskBrain, _check_progress
@@ -334,16 +334,17 @@ head_annealing: !new:speechbrain.nnet.schedulers.NewBobScheduler
 
 
 def test_settings_are_those_of_the_objects_and_the_run_options_too():
-    options = RunOptions.from_dictionary({"grad_accumulation_factor": 8, "max_grad_norm": 5.0, "noprogressbar": True})
-    settings = LoudnessBrain.settings_of(build_hparams(YAML, "seed: 2", options))
-    assert settings.items() >= {"seed": 2, "grad_accumulation_factor": 8, "optimizer_step_limit": None}.items()
-    annealing = {
-        "head_annealing": "!new:speechbrain.nnet.schedulers.NewBobScheduler",
-        "head_annealing.initial_value": 0.1,
-    }
-    head = {"head": "!name:torch.nn.Linear", "head.bias": False, "head.out_features": "!ref <seed>"}
-    assert settings.items() >= (head | annealing).items()
-    assert not settings.keys() & {"number_of_epochs", "output_folder", "noprogressbar"}
+    options = RunOptions.from_dictionary({"grad_accumulation_factor": "8", "noprogressbar": True})
+    given = build_hparams(YAML, "seed: 2\nhead: {bias: true}", options)
+    assert LoudnessBrain.settings_of(given) == {"seed": 2}
+    composed = LoudnessBrain.composed_settings_of(given)
+    assert composed.items() >= {"grad_accumulation_factor": 8, "optimizer_step_limit": None}.items()
+    annealing = "!new:speechbrain.nnet.schedulers.NewBobScheduler"
+    head = {"head": "!name:torch.nn.Linear", "head.bias": True, "head.out_features": "!ref <seed>"}
+    assert composed.items() >= {**head, "head_annealing": annealing, "head_annealing.initial_value": 0.1}.items()
+    assert not composed.keys() & {"seed", "number_of_epochs", "output_folder", "noprogressbar"}
+    other = build_hparams(YAML, "head: !name:torch.nn.Identity {}", options)
+    assert [name for name in LoudnessBrain.composed_settings_of(other) if name.startswith("head.")] == []
 
 
 def test_epochs_may_be_added_unless_the_rates_depend_on_their_number():
@@ -351,7 +352,21 @@ def test_epochs_may_be_added_unless_the_rates_depend_on_their_number():
     overrides = f"head_annealing: !new:speechbrain.nnet.schedulers.LinearScheduler {linear}"
     for more, expected in (("", None), (overrides, 4)):
         text = YAML if not more else YAML[: YAML.index("head_annealing")] + more
-        assert LoudnessBrain.settings_of(build_hparams(text, "", RunOptions())).get("number_of_epochs") == expected
+        composed = LoudnessBrain.composed_settings_of(build_hparams(text, "", RunOptions()))
+        assert composed.get("number_of_epochs") == expected
+
+
+def test_a_run_of_a_version_that_kept_fewer_settings_goes_on(rows, folder, tmp_path):
+    fit(make_brain(tmp_path / "run", folder), rows)
+    for path in (tmp_path / "run" / "save").glob("CKPT*/progress*"):
+        progress = json.loads(path.read_text())
+        del progress["composed_settings"]
+        path.write_text(json.dumps(progress))
+    again = make_brain(tmp_path / "run", folder, epochs=3, **{GOVERNING: {"grad_accumulation_factor": 1}})
+    fit(again, rows)
+    changed = make_brain(tmp_path / "run", folder, epochs=4, **{GOVERNING: {"grad_accumulation_factor": 8}})
+    with pytest.raises(InputError, match="was trained with grad_accumulation_factor 1, not 8"):
+        fit(changed, rows)
 
 
 def test_an_option_that_no_optimiser_heeds_is_refused(folder, tmp_path):
@@ -380,7 +395,7 @@ def test_an_encoder_that_would_never_be_trained_is_refused(rows, folder, tmp_pat
     with pytest.raises(InputError, match=r"encoder_start_update is 500, but there are \d+ updates in all"):
         fit(brain, rows)
     limited = make_brain(
-        tmp_path / "other", folder, freeze=False, encoder_start_update=2, run_opts={"optimizer_step_limit": 2}
+        tmp_path / "other", folder, freeze=False, encoder_start_update=2, run_opts={"optimizer_step_limit": "2"}
     )
     with pytest.raises(InputError, match="encoder_start_update is 2, but there are 2 updates in all"):
         fit(limited, rows)

@@ -85,7 +85,7 @@ def mark_folds(hparams_file: str, overrides: str, hparams: dict, sides: dict[str
         facts = [
             text,
             options,
-            ClassificationBrain.settings_of(hparams),
+            ClassificationBrain.composed_settings_of(hparams),
             encoder,
             [file_digest(file) for file in files],
         ]
