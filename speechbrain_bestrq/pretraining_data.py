@@ -208,7 +208,10 @@ class WaveformDataset(torch.utils.data.Dataset):
             raise InputError(
                 f"more than max_unreadable = {self.max_unreadable} files of the training audio are damaged: {error}"
             ) from error
-        logger.warning("%s Until then another utterance of its batch is heard in place of it.", error)
+        logger.warning(
+            "%s Do so before the run is started again; until then another utterance of its batch is heard instead.",
+            error,
+        )
 
     def _read(self, index: int, start: int, samples: int) -> np.ndarray:
         """A stretch of an utterance, int16 or float32."""

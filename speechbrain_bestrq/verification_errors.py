@@ -27,6 +27,8 @@ class VerificationRates(NamedTuple):
     """Equal error rate."""
     mindcf: Interval
     """Minimum detection cost for a prior of 0.01."""
+    by_speaker: bool
+    """Whether the intervals are by resampling speakers; else trials were."""
 
 
 class _Errors:
@@ -44,7 +46,7 @@ class _Errors:
         self.targets = np.array([label for label, _, _ in trials], dtype=bool)
         speakers = [[speaker_of(trial[side]) for trial in trials] for side in (1, 2)]
         self.speakers, places = np.unique(speakers, return_inverse=True)
-        self._by_speaker = by_speaker(self.speakers.tolist())
+        self.by_speaker = by_speaker(self.speakers.tolist())
         order = np.argsort(-scores, kind="stable")
         self._order = order
         self._first, self._second = places.reshape(2, -1)[:, order]
@@ -76,7 +78,7 @@ class _Errors:
 
     def resampled(self, drawn: NDArray) -> tuple[float, float] | None:
         """EER and minDCF where each speaker, or trial, was drawn so often; None if trials of a kind are left out."""
-        if self._by_speaker:
+        if self.by_speaker:
             weights = np.where(self._first == self._second, 1, drawn[self._second]) * drawn[self._first]
         else:
             weights = drawn[self._order]
@@ -92,7 +94,7 @@ class _Errors:
 
     def draws(self, seed: int, resamples: int) -> NDArray:
         """How often each speaker, or trial, is drawn in each resample, shape (resamples, speakers or trials)."""
-        count = len(self.speakers if self._by_speaker else self.scores)
+        count = len(self.speakers if self.by_speaker else self.scores)
         return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
 
 
@@ -137,9 +139,8 @@ def verification_rates(
     values = errors.rates
     outcomes = [outcome for drawn in errors.draws(seed, resamples) if (outcome := errors.resampled(drawn))]
     low, high = np.quantile(outcomes, [0.025, 0.975], axis=0)
-    return VerificationRates(
-        *(Interval(value, float(one), float(other)) for value, one, other in zip(values, low, high, strict=True))
-    )
+    eer, mindcf = (Interval(*map(float, one)) for one in zip(values, low, high, strict=True))
+    return VerificationRates(eer, mindcf, errors.by_speaker)
 
 
 def cosine_embedding_loss(scores: NDArray, trials: Sequence[Trial]) -> float:
@@ -204,6 +205,8 @@ def compare_scores(
     resamples: int = RESAMPLES,
 ) -> tuple[Interval, float]:
     """Compare the EER of two runs on the same trials, by a paired bootstrap over the speakers of both sides.
+
+    Over the trials where there are fewer than five speakers.
 
     Arguments
     ---------

@@ -207,6 +207,7 @@ def evaluate(
         sets[name] = {"trials": len(trials), "targets": sum(label for label, _, _ in trials)}
         for kind, values in scores.items():
             rates, ending = verification_rates(values, trials), ENDINGS[kind]
+            sets[name]["resampled"] = "speakers" if rates.by_speaker else "trials"
             sets[name] |= {f"eer{ending}": interval(rates.eer), f"mindcf{ending}": interval(rates.mindcf)}
             logger.info("%s, %s: EER %s, minDCF %.3f", name, kind, rates.eer, rates.mindcf.value)
         sets[name]["evaluation_seconds"] = seconds
