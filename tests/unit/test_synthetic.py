@@ -367,7 +367,7 @@ def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path, o
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be written"):
         make_synthetic(tmp_path / "file" / "new", "librispeech")
 
 
