@@ -131,11 +131,11 @@ def test_finished_folds_are_passed_over_until_something_changes(train, iemocap, 
     trained = []
     run_fold = train.run_fold
 
-    def counted(hparams, *others):
+    def counted(hparams, *others, **facts):
         trained.append(hparams["fold"])
         if len(trained) == 3:
             raise KeyboardInterrupt
-        run_fold(hparams, *others)
+        run_fold(hparams, *others, **facts)
 
     def run(*more):
         trained.clear()
@@ -147,9 +147,12 @@ def test_finished_folds_are_passed_over_until_something_changes(train, iemocap, 
         run()
     assert trained == ["Session1", "Session2", "Session3"]
     assert not (tmp_path / "run" / "all" / "results.json").exists()
-    monkeypatch.setattr(
-        train, "run_fold", lambda hparams, *others: trained.append(hparams["fold"]) or run_fold(hparams, *others)
-    )
+
+    def remembered(hparams, *others, **facts):
+        trained.append(hparams["fold"])
+        run_fold(hparams, *others, **facts)
+
+    monkeypatch.setattr(train, "run_fold", remembered)
     assert run("--fold=Session3") == ["Session3"]
     assert run() == ["Session4", "Session5"]
     before = read_results(tmp_path / "run" / "all")["sets"]["test"]["accuracy"]

@@ -251,7 +251,7 @@ def test_audio_that_is_decoded_once_trains_the_same_model(train, librispeech, tm
         train.main(arguments("bestrq_small", librispeech, tmp_path / cache, f"--cache={cache}", "--num_workers=1"))
         losses[cache] = [(line["event"], line["loss"]) for line in read_log(tmp_path / cache)]
     assert losses["memory"] == losses["null"] and len(losses["null"]) >= 3
-    assert sorted(path.suffix for path in (tmp_path / "memory" / "cache").iterdir()) == [".int16", ".int16"]
+    assert len(list((tmp_path / "memory" / "cache").glob("*.int16"))) == 2
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(train, librispeech, tmp_path):
