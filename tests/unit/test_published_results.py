@@ -16,7 +16,7 @@ FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{PLAN_FILE}"))
 
 
 def test_all_are_there():
-    assert [folder.name for folder in FOLDERS] == ["small", "three_seeds"]
+    assert [folder.name for folder in FOLDERS] == ["one_kind", "small"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -52,7 +52,7 @@ EVIDENCE = sorted(path.parent for path in RESULTS.glob("*/evidence.json"))
 
 
 def test_all_evidence_is_there():
-    assert [folder.name for folder in EVIDENCE] == ["three_seeds_evidence", "two_kinds_evidence"]
+    assert [folder.name for folder in EVIDENCE] == ["one_kind_evidence", "three_seeds_evidence", "two_kinds_evidence"]
 
 
 @pytest.mark.parametrize("folder", EVIDENCE, ids=lambda folder: folder.name)
