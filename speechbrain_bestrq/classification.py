@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from speechbrain_bestrq.classification_scores import Answers
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.results import write_results
-from speechbrain_bestrq.task_brain import TaskBrain
+from speechbrain_bestrq.task_brain import TaskBrain, check_metrics
 from speechbrain_bestrq.task_data import Rows, make_task_loaders, take_examples
 from speechbrain_bestrq.task_encoders import TaskEncoder
 
@@ -70,7 +70,7 @@ class ClassificationBrain(TaskBrain):
         labels: Sequence[str],
         weights: Tensor | None = None,
     ):
-        _check_metrics(hparams)
+        check_metrics(hparams, METRICS)
         self.labels, self.metric = list(labels), hparams["valid_metric"]
         if checkpointer is not None:  # before the head: of other labels it has another size
             checkpointer.add_recoverable("labels", self, self._load_labels, self._save_labels)
@@ -331,13 +331,7 @@ def check_options(hparams: Mapping[str, Any]) -> None:
     if hparams["class_weights"] not in (None, "balanced"):
         raise InputError(f"class_weights is null or balanced, not {hparams['class_weights']!r}.")
     take_examples({}, "", hparams["examples_per_class"])
-    _check_metrics(hparams)
-
-
-def _check_metrics(hparams: Mapping[str, Any]) -> None:
-    for key in ("valid_metric", "annealing_metric"):
-        if hparams.get(key, METRICS[0]) not in METRICS:
-            raise InputError(f"{key} is one of {', '.join(METRICS)}, not {hparams[key]!r}.")
+    check_metrics(hparams, METRICS)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -37,12 +37,14 @@ class FeatureCache:
     ---------
     folder : str or Path
         Holds ``index.json`` and the file that it names.
+    index : mapping, optional
+        The content of ``index.json``, where it was read already.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, index: Mapping[str, Any] | None = None):
         self.folder = Path(folder)
-        index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
-        self.identity, self.audio = index["identity"], index["audio"]
+        if index is None:
+            index = _read_index(self.folder)
         self.file: str = index["file"]
         self._places: dict[str, list[int]] = index["places"]
         shape = (index["frames"], index["states"], index["channels"])
@@ -50,10 +52,6 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def is_whole(self) -> bool:
-        """Whether the file is as long as it was made."""
-        return (self.folder / self.file).stat().st_size == self._values.nbytes
 
     def __getitem__(self, name: str) -> Tensor:
         """Give the hidden states of an utterance: float32, shape (T, S, D)."""
@@ -243,9 +241,16 @@ def _audio(rows: Rows) -> dict[str, list[Any]]:
 def _find(folder: Path, identity: dict[str, Any], audio: dict[str, list[Any]]) -> FeatureCache | None:
     """A cache that is whole, of this encoder, and has at least this audio."""
     try:
-        cache = FeatureCache(folder)
-        whole = cache.is_whole()
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not whole
-        return None
-    same = cache.identity == identity and all(cache.audio.get(name) == one for name, one in audio.items())
-    return cache if same and whole else None
+        index = _read_index(folder)
+        whole = index["frames"] * index["states"] * index["channels"] * _BYTES
+        there = index["audio"]
+        same = index["identity"] == identity and all(there.get(name) == one for name, one in audio.items())
+        if same and (folder / index["file"]).stat().st_size == whole:
+            return FeatureCache(folder, index)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none
+        pass
+    return None
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _INDEX).read_text(encoding="utf-8"))

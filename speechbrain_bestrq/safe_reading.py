@@ -95,7 +95,7 @@ def read_json(path: Path) -> Any:
     Raises
     ------
     InputError
-        If it is too large, cannot be read, or is not JSON.
+        If it is too large, or is not JSON.
 
     Example
     -------
@@ -105,17 +105,11 @@ def read_json(path: Path) -> Any:
     Traceback (most recent call last):
     speechbrain_bestrq.errors.InputError: ...config.json is not JSON (Expecting value: line 1 column 1 (char 0)): ...
     """
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise InputError(f"{path} has {size} bytes, more than any config ({MAX_CONFIG_BYTES}): copy the folder again.")
     try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise InputError(
-                f"{path} has {size} bytes, more than any config ({MAX_CONFIG_BYTES}): copy the folder again."
-            )
         return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): mend its permissions, or give another.") from error
-    except InputError:
-        raise
     except (ValueError, RecursionError) as error:  # bytes that are no text are a ValueError too
         raise InputError(f"{path} is not JSON ({error}): copy the folder again.") from error
 

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +451,30 @@ class TaskBrain(sb.Brain):
             "command": command_line(),
             **machine(),
         }
+
+
+def check_metrics(hparams: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """Refuse what no validation gives to choose the checkpoint by, or to drive the learning rates.
+
+    Arguments
+    ---------
+    hparams : mapping
+        Of the YAML.
+    metrics : sequence of str
+        What a validation gives.
+
+    Raises
+    ------
+    InputError
+        If ``valid_metric`` or ``annealing_metric`` is something else.
+
+    Example
+    -------
+    >>> check_metrics({"valid_metric": "cer"}, ("wer", "cer", "loss"))
+    """
+    for key in ("valid_metric", "annealing_metric"):
+        if hparams.get(key, metrics[0]) not in metrics:
+            raise InputError(f"{key} is one of {', '.join(metrics)}, not {hparams[key]!r}.")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

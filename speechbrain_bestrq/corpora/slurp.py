@@ -193,6 +193,10 @@ class _Recording(NamedTuple):
         return self.scenario, self.action, f"{self.scenario}_{self.action}"
 
 
+#: The part that a recording belongs to, and its labels.
+_Owner = tuple[str, tuple[str, str, str]]
+
+
 def _find_texts(root: Path, synthetic: bool) -> dict[str, list[_Source]]:
     """Find the jsonl files of each part."""
     folders = (root / "dataset" / "slurp", root)
@@ -271,12 +275,12 @@ def _assign(
     found: Mapping[str, Collection[str]],
     wanted: Mapping[str, Collection[str]],
     most_missing: int,
-) -> tuple[dict[str, tuple[str, tuple[str, str, str]]], dict[str, int]]:
+) -> tuple[dict[str, _Owner], dict[str, int]]:
     """Check all lines against the files that are there, and give each recording to one part, with its labels.
 
     Also count for each part the recordings that are not there.
     """
-    owners: dict[str, tuple[str, tuple[str, str, str]]] = {}
+    owners: dict[str, _Owner] = {}
     listed_twice: dict[str, str] = {}
     missing = dict.fromkeys(sources, 0)
     for key, files in sources.items():  # training, validation, test: the later one keeps a recording
@@ -356,7 +360,7 @@ class _Rows:
         key: str,
         sources: Sequence[_Source],
         wanted: Mapping[str, Collection[str]],
-        owners: Mapping[str, tuple[str, tuple[str, str, str]]],
+        owners: Mapping[str, _Owner],
         missing: int,
         audio: Callable[[], Mapping[str, Mapping[str, tuple[float, str]]]],
         speakers: Callable[[], Mapping[str, str]],
@@ -393,8 +397,8 @@ class _Rows:
             target: {label: counts[label] for label in sorted(counts.keys() - set(self.labels[target]))}
             for target, counts in self._counts.items()
         }
-        told = {"labels": self.labels, "unseen": unseen, "without_speaker": self._without_speaker}
-        return told | {"missing": self.missing}
+        counted = {"without_speaker": self._without_speaker, "missing": self.missing}
+        return {"labels": self.labels, "unseen": unseen, **counted}
 
 
 def _log_labels(key: str, summary: dict[str, Any]) -> None:

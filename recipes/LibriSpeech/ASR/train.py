@@ -35,7 +35,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.results import interval, write_errors, write_results
-from speechbrain_bestrq.task_brain import TaskBrain
+from speechbrain_bestrq.task_brain import TaskBrain, check_metrics
 from speechbrain_bestrq.task_data import make_task_loaders, take_hours
 from speechbrain_bestrq.text import check_lengths, check_texts, frames_needed
 
@@ -123,9 +123,7 @@ class ASRBrain(TaskBrain):
 
 def check_options(hparams: dict) -> None:
     """Refuse options that are out of range, before anything is prepared."""
-    for key in ("valid_metric", "annealing_metric"):
-        if hparams.get(key, METRICS[0]) not in METRICS:
-            raise InputError(f"{key} is one of {', '.join(METRICS)}, not {hparams[key]!r}.")
+    check_metrics(hparams, METRICS)
     for key, least, what in (("alphas", 0.0, "numbers, none below 0"), ("betas", -math.inf, "numbers")):
         weights = hparams[key]
         if not (isinstance(weights, list) and weights and all(isinstance(one, int | float) for one in weights)):
@@ -158,18 +156,18 @@ def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
     check_texts(tokenizer, {name: row["wrd"] for part in rows.values() for name, row in part.items()})
     if hparams["language_model"]:
         check_language_model(hparams["language_model"], tokenizer)
-    hopeless = {}
     for name, part in rows.items():
         fastest = max(hparams.get("speeds", [100])) / 100 if name == "train" else 1
         units = {one: tokenizer.encode(row["wrd"]) for one, row in part.items()}
         frames = {one: encoder.num_frames(int(row["duration"] * rate / fastest)) for one, row in part.items()}
-        hopeless[name] = check_lengths(frames, units, "training" if name == "train" else f"'{name}'")
-        if name in ("train", "valid") and len(hopeless[name]) == len(part):
+        hopeless = check_lengths(frames, units, "training" if name == "train" else f"'{name}'")
+        if name in ("train", "valid") and len(hopeless) == len(part):
             raise InputError(
                 f"no utterance of '{name}' has as many encoder frames as its transcript needs: check the audio."
             )
-    for one in hopeless["train"]:
-        del rows["train"][one]
+        if name == "train":
+            for one in hopeless:
+                del part[one]
 
 
 def dataio_prepare(hparams: dict, rows: dict[str, dict], cache: FeatureCache | None) -> dict[str, Any]:
