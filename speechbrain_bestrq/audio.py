@@ -19,6 +19,9 @@ MAX_RESAMPLING_WEIGHTS = 2**24
 """Weights of the largest resampling kernel: 64 MB."""
 FULL_SCALE = 32768
 """The int16 step of a sample of 1."""
+VORBIS_TAIL_SECONDS = 20.0
+"""No seek goes closer to the end of Ogg Vorbis: within its last page, which silence makes long, libsndfile (1.2) lands
+up to some 30 ms aside (its issue 885)."""
 #: Without the file, the lengths would be others, and a checkpoint amid an epoch of no use any more.
 _REMEDY = "restore it, or put any readable audio of the same length in its place"
 
@@ -37,7 +40,7 @@ class _Strings:
 
 
 class AudioTable:
-    """Names, files and lengths of a set of utterances, in a few arrays.
+    """Names, files, places and lengths of a set of utterances, in a few arrays.
 
     A manifest of 281,000 utterances is hundreds of MB of Python objects, and is
     copied page by page into each loading worker as its references are counted; this is
@@ -53,6 +56,8 @@ class AudioTable:
         Duration of each utterance, in seconds, shape (U,).
     sample_rate : int
         Samples per second after reading.
+    starts : array_like, optional
+        First sample of each utterance in its file, counted at ``sample_rate``, shape (U,); 0 if left out.
 
     Example
     -------
@@ -61,16 +66,20 @@ class AudioTable:
     (2, [16000, 40000], 'b', '/audio/a.flac', 3.5)
     """
 
-    def __init__(self, names: Iterable[str], paths: Iterable[str], seconds: Any, sample_rate: int):
+    def __init__(
+        self, names: Iterable[str], paths: Iterable[str], seconds: Any, sample_rate: int, starts: Any | None = None
+    ):
         self.sample_rate = sample_rate
         self.lengths = np.rint(np.asarray(seconds, dtype=np.float64) * sample_rate).astype(np.int64)
         """Samples of each utterance at ``sample_rate``, int64, shape (U,)."""
+        self.starts = np.zeros_like(self.lengths) if starts is None else np.asarray(starts, dtype=np.int64)
+        """First sample of each utterance in its file, int64, shape (U,)."""
         self.too_short = 0
         """Utterances that :meth:`from_manifest` left out as too short."""
-        self.too_long = 0
-        """Utterances that :meth:`from_manifest` left out as too long."""
         self.hours_left_out = 0.0
-        """Hours of both."""
+        """Hours of these."""
+        self.recordings_cut = 0
+        """Recordings that :meth:`from_manifest` cut into utterances, as too long."""
         self._names, self._paths = _Strings(names), _Strings(paths)
 
     @classmethod
@@ -81,7 +90,10 @@ class AudioTable:
         min_seconds: float = 0.0,
         max_seconds: float = math.inf,
     ) -> "AudioTable":
-        """Take the utterances of a manifest that are neither too short nor too long.
+        """Take the utterances of a manifest; recordings that are too long are cut, those too short left out.
+
+        A long recording becomes as few parts of equal length (to a sample) as there have to be. Nothing of it is
+        lost, and each of its parts begins where the one before ends, be it within a word.
 
         Arguments
         ---------
@@ -90,39 +102,56 @@ class AudioTable:
         sample_rate : int
             Samples per second after reading.
         min_seconds : float
-            Shorter ones are left out and counted.
+            Shorter ones, parts of long ones among them, are left out and counted.
         max_seconds : float
-            Longer ones are left out and counted.
+            Longer ones are cut and counted.
 
         Returns
         -------
         AudioTable
-            In the order of the manifest.
+            In the order of the manifest. Part number n of the recording "a" is named "a#n", from 0 on.
 
         Raises
         ------
         InputError
-            If no utterance is left.
+            If no utterance is left, or ``max_seconds`` holds no sample.
 
         Example
         -------
-        >>> data = {"a": {"wav": "/a.wav", "duration": 0.5}, "b": {"wav": "/b.wav", "duration": 3.0}}
-        >>> table = AudioTable.from_manifest(data, min_seconds=2.0)
-        >>> len(table), table.too_short, table.too_long
-        (1, 1, 0)
+        >>> data = {"a": {"wav": "/a.wav", "duration": 0.5}, "b": {"wav": "/b.wav", "duration": 5.0}}
+        >>> table = AudioTable.from_manifest(data, min_seconds=2.0, max_seconds=3.0)
+        >>> [table.name(index) for index in range(len(table))], table.starts.tolist(), table.lengths.tolist()
+        (['b#0', 'b#1'], [0, 40000], [40000, 40000])
+        >>> table.too_short, table.recordings_cut
+        (1, 1)
         """
+        if not max_seconds * sample_rate >= 1:
+            raise InputError(f"max_seconds = {max_seconds:g} holds no sample: raise it.")
         seconds = np.fromiter((float(row["duration"]) for row in data.values()), np.float64, len(data))
-        short, long = seconds < min_seconds, seconds > max_seconds
-        keep = ~(short | long)
+        samples = np.rint(seconds * sample_rate).astype(np.int64)
+        parts = np.maximum(np.ceil(samples / np.floor(max_seconds * sample_rate)), 1).astype(np.int64)
+        # of each part: its recording, its number there, where it begins and ends
+        recording = np.repeat(np.arange(len(data)), parts)
+        number = np.arange(len(recording)) - np.repeat(np.cumsum(parts) - parts, parts)
+        starts, ends = (samples[recording] * at // parts[recording] for at in (number, number + 1))
+        lengths = np.where(parts[recording] > 1, (ends - starts) / sample_rate, seconds[recording])
+        keep = lengths >= min_seconds
         if not keep.any():
             raise InputError(
-                f"no utterance is left of {len(data)}: {short.sum()} are shorter than min_seconds = {min_seconds:g}, "
-                f"{long.sum()} longer than max_seconds = {max_seconds:g}: widen these bounds or check the manifest."
+                f"no utterance is left of {len(data)}: all are shorter than min_seconds = {min_seconds:g}, or are once "
+                f"they are cut to max_seconds = {max_seconds:g}: widen these bounds or check the manifest."
             )
-        kept = [name for name, keeps in zip(data, keep, strict=True) if keeps]
-        table = cls(kept, (str(data[name]["wav"]) for name in kept), seconds[keep], sample_rate)
-        table.too_short, table.too_long = int(short.sum()), int(long.sum())
-        table.hours_left_out = float(seconds[~keep].sum()) / 3600
+        known = list(data)
+        kept = [(known[r], n if parts[r] > 1 else None) for r, n in zip(recording[keep], number[keep], strict=True)]
+        table = cls(
+            (name if n is None else f"{name}#{n}" for name, n in kept),
+            (str(data[name]["wav"]) for name, _ in kept),
+            lengths[keep],
+            sample_rate,
+            starts[keep],
+        )
+        table.too_short, table.hours_left_out = int((~keep).sum()), float(lengths[~keep].sum()) / 3600
+        table.recordings_cut = int((parts > 1).sum())
         return table
 
     def __len__(self) -> int:
@@ -161,6 +190,28 @@ class AudioTable:
         str
         """
         return self._paths[index]
+
+    def read(self, index: int, start: int, samples: int) -> np.ndarray:
+        """Read a stretch of an utterance.
+
+        Arguments
+        ---------
+        index : int
+            Of the utterance, in [0, U).
+        start, samples : int
+            The stretch, counted from the utterance's first sample.
+
+        Returns
+        -------
+        numpy.ndarray
+            As :func:`read_samples`.
+
+        Raises
+        ------
+        InputError
+            As :func:`read_segment`.
+        """
+        return read_samples(self.path(index), int(self.starts[index]) + start, samples, self.sample_rate)
 
 
 def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) -> np.ndarray:
@@ -270,8 +321,12 @@ def read_samples(path: str, start: int, samples: int, sample_rate: int = 16000) 
 
 def _read(file: soundfile.SoundFile, start: int, frames: int, dtype: str = "float32") -> np.ndarray:
     """Read up to `frames` frames at the file's own rate, channels averaged."""
-    file.seek(min(start, file.frames))
-    audio = file.read(frames, dtype=dtype, always_2d=True)
+    start = min(start, file.frames)
+    first = start
+    if file.subtype == "VORBIS":
+        first = min(start, max(file.frames - round(VORBIS_TAIL_SECONDS * file.samplerate), 0))
+    file.seek(first)
+    audio = file.read(start - first + frames, dtype=dtype, always_2d=True)[start - first :]
     return audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1, dtype=np.float32)
 
 

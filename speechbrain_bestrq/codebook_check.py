@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_bestrq.accounting import code_statistics
-from speechbrain_bestrq.audio import AudioTable, read_segment
+from speechbrain_bestrq.audio import AudioTable, as_float
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import LogMel, valid_frames
 from speechbrain_bestrq.quantizer import FrameQuantizer, RandomProjectionQuantizer
@@ -196,7 +196,7 @@ def choose_audio(table: AudioTable, minutes: float, seed: int = 0) -> list[tuple
     """
     order = np.random.default_rng(seed).permutation(len(table))
     enough = int(np.searchsorted(np.cumsum(table.lengths[order]), 60.0 * minutes * table.sample_rate)) + 1
-    waves = (read_segment(table.path(int(i)), 0, int(table.lengths[i]), table.sample_rate) for i in order[:enough])
+    waves = (as_float(table.read(int(i), 0, int(table.lengths[i]))) for i in order[:enough])
     return [(torch.from_numpy(wave)[None], None) for wave in waves]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 
-from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, read_samples
+from speechbrain_bestrq.audio import FULL_SCALE, AudioTable
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.writing import replacing
@@ -173,7 +173,7 @@ def _read_all(table: AudioTable, threads: int) -> Iterator[np.ndarray]:
     """The utterances in order, read ahead by threads: decoding does not hold Python's lock."""
 
     def read(index: int) -> np.ndarray:
-        return read_samples(table.path(index), 0, int(table.lengths[index]), table.sample_rate)
+        return table.read(index, 0, int(table.lengths[index]))
 
     block = threads * _AHEAD
     with ThreadPoolExecutor(threads) as pool:
@@ -185,6 +185,8 @@ def _digest(table: AudioTable) -> str:
     """Of all that the file depends on."""
     digest = hashlib.sha256(json.dumps([1, table.sample_rate]).encode())
     digest.update(table.lengths.tobytes())
+    if table.starts.any():  # files of whole recordings that were made before there were parts of them stay of use
+        digest.update(table.starts.tobytes())
     for index in range(len(table)):
         path = table.path(index)
         try:

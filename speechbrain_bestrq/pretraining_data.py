@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, as_float, read_samples
+from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, as_float
 from speechbrain_bestrq.batching import BatchPlan
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.masking import MaskedFrames
@@ -217,7 +217,7 @@ class WaveformDataset(torch.utils.data.Dataset):
         """A stretch of an utterance, int16 or float32."""
         if self.cache is not None:
             return self.cache.read(index, start, samples)
-        return read_samples(self.table.path(index), start, samples, self.table.sample_rate)
+        return self.table.read(index, start, samples)
 
 
 def _identity(batch: PretrainingBatch) -> PretrainingBatch:

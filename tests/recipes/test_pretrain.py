@@ -192,15 +192,24 @@ def test_unreadable_and_empty_audio_is_named_and_skipped_up_to_the_limit(train, 
     assert json.loads((tmp_path / "lenient" / "run.json").read_text())["train_utterances"] == 6
 
 
-@pytest.mark.parametrize(("longest", "warnings"), [(3.4, 2), (3.5, 0)])
-def test_much_audio_that_is_too_long_is_said_and_recorded(train, librispeech, tmp_path, longest, warnings):
-    """Of six utterances of 1 to 3.5 s, 13.5 s in all, the last, in both sets."""
-    train.main(arguments("bestrq_small", librispeech, tmp_path, f"--max_seconds={longest}"))
+def test_long_recordings_are_cut_and_none_of_their_audio_is_left_out(train, librispeech, tmp_path):
+    """Of six utterances of 1 to 3.5 s, 13.5 s in all: the last four, into two each."""
+    train.main(arguments("bestrq_small", librispeech, tmp_path, "--max_seconds=1.9"))
+    assert "4 training recordings are longer than max_seconds = 1.9: each is cut" in (tmp_path / "log.txt").read_text()
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["train_utterances"], run["recordings_cut"], run["train_hours_left_out"]) == (10, 4, 0.0)
+    assert run["train_hours"] * 3600 == pytest.approx(13.5)
+
+
+@pytest.mark.parametrize(("shortest", "warnings"), [(1.1, 2), (1.0, 0)])
+def test_much_audio_that_is_too_short_is_said_and_recorded(train, librispeech, tmp_path, shortest, warnings):
+    """Of six utterances of 1 to 3.5 s, 13.5 s in all, the first, in both sets."""
+    train.main(arguments("bestrq_small", librispeech, tmp_path, f"--min_seconds={shortest}"))
     log = (tmp_path / "log.txt").read_text()
-    assert log.count(f"audio, 26 % of it, are left out: recordings longer than max_seconds = {longest}") == warnings
+    assert log.count(f"audio, 7 % of it, are left out, as shorter than min_seconds = {shortest}:") == warnings
     run = json.loads((tmp_path / "run.json").read_text())
     left_out = [run["train_hours_left_out"] * 3600, run["valid_hours_left_out"] * 3600]
-    assert left_out == pytest.approx([3.5, 3.5] if warnings else [0.0, 0.0])
+    assert left_out == pytest.approx([1.0, 1.0] if warnings else [0.0, 0.0])
 
 
 def test_another_models_checkpoint_is_refused_and_left_alone(train, librispeech, tmp_path):

@@ -50,7 +50,7 @@ def test_batches_are_those_of_the_files(table, tmp_path):
 def test_a_cache_is_made_once_and_again_when_a_file_changes(table, tmp_path, monkeypatch):
     first = cache_audio(table, tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(pcm_cache, "read_samples", None)  # nothing is decoded
+        patch.setattr(AudioTable, "read", None)  # nothing is decoded
         assert cache_audio(table, tmp_path / "cache").path == first.path
     os.utime(table.path(3), (1, 1))
     second = cache_audio(table, tmp_path / "cache")
@@ -78,14 +78,26 @@ def test_other_audio_is_rounded_and_counted(tmp_path, caplog):
         assert np.abs(found - np.clip(exact, -1, 32767 / 32768)).max() <= 0.5 / 32768 + 1e-9
 
 
+def test_parts_of_a_recording_are_cached_by_where_they_lie_in_it(tmp_path):
+    audio = np.random.default_rng(0).integers(-9000, 9000, 5 * RATE).astype(np.int16)
+    soundfile.write(tmp_path / "a.flac", audio, RATE)
+    rows = {"a": {"wav": f"{tmp_path}/a.flac", "duration": 5.0}}
+    cache = cache_audio(AudioTable.from_manifest(rows, RATE, max_seconds=1.3), tmp_path / "cache")
+    parts = [cache.read(part, 0, 5 * RATE // 4) for part in range(4)]
+    assert np.array_equal(np.concatenate(parts), audio)
+    # as many of the same length from elsewhere in the same file are others
+    moved = AudioTable("abcd", [f"{tmp_path}/a.flac"] * 4, [1.25] * 4, RATE, starts=[0, 100, 200, 300])
+    assert np.array_equal(cache_audio(moved, tmp_path / "cache").read(3, 0, 50), audio[300:350])
+
+
 def test_a_kill_leaves_nothing_that_looks_whole(table, tmp_path, monkeypatch):
-    def killed(path, *arguments):
-        if path == table.path(7):
+    def killed(self, index, start, samples):
+        if index == 7:
             raise KeyboardInterrupt
-        return np.zeros(arguments[1], dtype=np.int16)
+        return np.zeros(samples, dtype=np.int16)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pcm_cache, "read_samples", killed)
+        patch.setattr(AudioTable, "read", killed)
         with pytest.raises(KeyboardInterrupt):
             cache_audio(table, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.int16*"))
@@ -97,7 +109,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(table, tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_refused_before_any_decoding(table, tmp_path, monkeypatch):
     monkeypatch.setattr(pcm_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
-    monkeypatch.setattr(pcm_cache, "read_samples", None)
+    monkeypatch.setattr(AudioTable, "read", None)
     with pytest.raises(InputError, match="takes 0.00 GB, and .* has room for 0.00 GB: name another cache_folder"):
         cache_audio(table, tmp_path / "cache")
 

@@ -41,7 +41,7 @@ from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run
 
 logger = logging.getLogger(__name__)
 
-#: Share of the audio that may be left out, as too long or too short, without a warning.
+#: Share of the audio that may be left out, as too short, without a warning.
 MOST_LEFT_OUT = 0.05
 
 
@@ -94,7 +94,7 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         "train_hours": train_table.hours,
         "train_utterances": len(train_table),
         "too_short": train_table.too_short,
-        "too_long": train_table.too_long,
+        "recordings_cut": train_table.recordings_cut,
         "train_hours_left_out": train_table.hours_left_out,
         "batches": train_sampler.describe(),
         "valid_hours": valid_table.hours,
@@ -104,19 +104,24 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     return train_loader, valid_loader, statistics_audio, facts
 
 
-def warn_of_audio_left_out(facts: dict[str, Any], min_seconds: float, max_seconds: float) -> None:
-    """Say so when a good part of a set is of recordings that are too long, or too short."""
+def tell_of_limits(facts: dict[str, Any], min_seconds: float, max_seconds: float) -> None:
+    """Say that long recordings are cut, and warn when a good part of a set is left out as too short."""
+    if facts["recordings_cut"]:
+        logger.info(
+            "%d training recordings are longer than max_seconds = %g: each is cut into parts of equal length.",
+            facts["recordings_cut"],
+            max_seconds,
+        )
     for name, title in (("train", "training"), ("valid", "validation")):
         hours = facts[f"{name}_hours_left_out"]
         share = hours / (facts[f"{name}_hours"] + hours)
         if share > MOST_LEFT_OUT:
             logger.warning(
-                "%.2f hours of the %s audio, %.0f %% of it, are left out: recordings longer than max_seconds = %g or "
-                "shorter than min_seconds = %g. Cut long ones into shorter files, at pauses, or raise max_seconds.",
+                "%.2f hours of the %s audio, %.0f %% of it, are left out, as shorter than min_seconds = %g: lower it, "
+                "or join what belongs together.",
                 hours,
                 title,
                 100 * share,
-                max_seconds,
                 min_seconds,
             )
 
@@ -142,7 +147,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
     for name, value in facts.items():
         logger.info("%s: %s", name, value)
-    run_on_main(warn_of_audio_left_out, args=[facts, hparams["min_seconds"], hparams["max_seconds"]])
+    run_on_main(tell_of_limits, args=[facts, hparams["min_seconds"], hparams["max_seconds"]])
     brain = PretrainingBrain(
         modules={"model": hparams["model"]},
         opt_class=hparams["optimizer"],
