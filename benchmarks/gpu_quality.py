@@ -108,6 +108,7 @@ def pretraining_options(
         "optimizer_step_limit": updates,
         "warmup_updates": max(updates // 12, 1),
         "max_batch_seconds": 20 if settings.toy else MICRO_BATCH_SECONDS,
+        "max_seconds": 20 if settings.toy else 60,
         "grad_accumulation_factor": 1 if settings.toy else UPDATE_SECONDS // MICRO_BATCH_SECONDS,
         "statistics_hours": 0.01 if settings.toy else 0.5,
         "cache": cache,
