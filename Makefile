@@ -1,5 +1,5 @@
 # make setup     the environment .venv with everything (again only after a change of setup.cfg or pyproject.toml)
-# make demo      redoes the paper in small on synthetic speech, and its tables: a quarter of an hour on two cores
+# make demo      redoes the paper in small on synthetic speech, and its tables: 15 to 25 minutes on two cores
 # make test      all tests but the slow ones, with the examples in the docstrings
 # make test-all  these, then the slow ones
 # make lint      style and format

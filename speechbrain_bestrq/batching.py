@@ -355,6 +355,7 @@ def _checked_lengths(lengths: np.ndarray, max_batch_samples: int, sample_rate: i
     if lengths.max() > max_batch_samples:
         raise InputError(
             f"max_batch_seconds is {max_batch_samples / sample_rate:g}, less than the longest utterance of "
-            f"{lengths.max() / sample_rate:.2f} s: raise max_batch_seconds, or lower max_seconds to leave it out."
+            f"{lengths.max() / sample_rate:.2f} s: raise max_batch_seconds, or lower max_seconds, at which longer ones "
+            "are cut."
         )
     return lengths

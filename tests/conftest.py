@@ -1,8 +1,10 @@
 """Small models, batches and runs that several tests share."""
 
 import importlib.util
+import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from speechbrain.utils.importutils import LazyModule
@@ -12,6 +14,18 @@ from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
 
 # hypothesis asks every module for its file; SpeechBrain's lazy ones would import what is not installed (k2), and raise
 LazyModule.__file__ = None
+
+# examples take what they take on a busy machine
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heed_ctrl_c():
+    """Have SIGINT interrupt, here and in what is started: a shell's job in the background is born ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

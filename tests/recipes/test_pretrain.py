@@ -129,7 +129,8 @@ def test_a_folder_of_any_audio_is_a_corpus(train, tmp_path):
     output = tmp_path / "run"
     train.main(arguments("bestrq_small", tmp_path / "audio", output, "--corpus=folder"))
     assert read_log(output)[-1]["event"] == "valid"
-    assert json.loads((output / "run.json").read_text())["train_utterances"] == 3
+    run = json.loads((output / "run.json").read_text())
+    assert (run["train_utterances"], run["update_seconds_at_most"]) == (3, 16.0)
 
 
 def test_torchrun_on_two_devices_trains_and_ends(librispeech, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from speechbrain_bestrq.audio import AudioTable, as_float, read_segment
@@ -96,7 +96,6 @@ def test_table_cuts_the_too_long_and_leaves_out_the_too_short():
     assert table.hours_left_out * 3600 == pytest.approx(0.5)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 500_000), min_size=1, max_size=20),
     st.floats(0.05, 20.0),

@@ -86,7 +86,7 @@ def test_rungs_cut_as_little_as_the_best_of_all_ladders_of_that_size(count):
             assert fewer > max_cut / 2 * lengths.sum()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(corpora, st.sampled_from([0.005, 0.02, 0.1]))
 def test_rungs_ascend_from_the_shortest_utterance_and_keep_the_cut(lengths, max_cut):
     rungs = fit_rungs(lengths, max_cut=max_cut)
@@ -140,7 +140,7 @@ def test_leftovers_fall_while_their_fall_is_worth_it():
 # ---- batches of an epoch
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(corpora, batch_seconds, st.integers(0, 3))
 def test_every_utterance_is_in_exactly_one_batch_and_the_cut_is_as_stated(lengths, seconds, epoch):
     (plans,) = all_ranks(lengths, seconds, 1, epoch)
@@ -158,7 +158,7 @@ def test_every_utterance_is_in_exactly_one_batch_and_the_cut_is_as_stated(length
         assert (plan.starts >= 0).all() and (plan.starts + plan.samples <= lengths[plan.indices]).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(corpora, batch_seconds, st.sampled_from([2, 3, 8]))
 def test_ranks_take_equal_steps_and_share_the_utterances_out(lengths, seconds, world_size):
     try:
@@ -347,7 +347,7 @@ def test_settings_out_of_range_are_refused_by_name(options):
 # ---- padded batches
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(corpora, batch_seconds, st.sampled_from([1, 2, 3, 8]))
 def test_padded_batches_cover_all_once_and_do_not_depend_on_the_number_of_ranks(lengths, seconds, world_size):
     samplers = [

@@ -3,7 +3,7 @@
 import jiwer
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from speechbrain.utils.edit_distance import accumulatable_wer_stats
 
@@ -24,7 +24,6 @@ def collect(pairs, speakers=None):
 
 
 @given(PAIRS)
-@settings(deadline=None)
 def test_rates_are_jiwers(pairs):
     rates = collect(pairs)
     single = [[" ".join(text.split()) for text in side] for side in zip(*pairs, strict=True)]
@@ -33,7 +32,6 @@ def test_rates_are_jiwers(pairs):
 
 
 @given(st.lists(st.integers(0, 3), max_size=80), st.lists(st.integers(0, 3), max_size=80))
-@settings(deadline=None)
 def test_the_distance_is_speechbrains(reference, hypothesis):
     stats = accumulatable_wer_stats([reference], [hypothesis])
     expected = stats["insertions"] + stats["deletions"] + stats["substitutions"]

@@ -2,7 +2,8 @@
 """Pre-train a speech encoder without labels, on LibriSpeech or on a folder of one's own audio.
 
     python train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech
-    torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech
+    torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech \
+        --grad_accumulation_factor 4
     python train.py hparams/bestrq.yaml --data_folder /path/to/audio --corpus folder
 
 A run that was stopped goes on when the same command is given again. What governs what:
@@ -14,7 +15,7 @@ A run that was stopped goes on when the same command is given again. What govern
     the size of an update       --max_batch_seconds x --grad_accumulation_factor x devices
     the length of the run       --optimizer_step_limit (updates)
     precision, compilation      --precision fp32|bf16|fp16, --compile
-    what is kept                best and last checkpoint in save/, the encoder of the best validation in encoder/,
+    what is kept                best and last two checkpoints in save/, the encoder of the best validation in encoder/,
                                 those of --encoder_at_steps in encoder@<update>/
     validation                  at the end of each epoch, and every --valid_interval updates
     checkpoints in between      --ckpt_interval_steps (updates), or 0 and --ckpt_interval_minutes
@@ -97,6 +98,7 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         "recordings_cut": train_table.recordings_cut,
         "train_hours_left_out": train_table.hours_left_out,
         "batches": train_sampler.describe(),
+        "update_seconds_at_most": hparams["max_batch_seconds"] * hparams["grad_accumulation_factor"] * world_size,
         "valid_hours": valid_table.hours,
         "valid_hours_left_out": valid_table.hours_left_out,
         "command": command_line(),
