@@ -3,6 +3,7 @@
 Tests get this module from the fixture ``toy``; the processes of :func:`train_ranks` load it too.
 """
 
+import errno
 import os
 import runpy
 import signal
@@ -16,6 +17,7 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.epoch_loop import EpochCounter
 
+from speechbrain_bestrq import checkpointing
 from speechbrain_bestrq.accounting import JsonLines
 from speechbrain_bestrq.audio import AudioTable
 from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
@@ -422,6 +424,23 @@ def rank_train_diverging(**settings):
 
     ToyBrain.compute_objectives = compute_objectives
     return rank_train(**settings)
+
+
+def rank_train_on_a_full_disk(**settings):
+    """As :func:`rank_train`; the main process' disk takes neither of the first two checkpoints."""
+    sync_tree, refused = checkpointing.sync_tree, []
+
+    def full(path):
+        if len(refused) < 2:
+            refused.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync_tree(path)
+
+    checkpointing.sync_tree = full
+    saved = Path(settings["output"]) / "save"
+    done = rank_train(**settings)
+    metas = AtomicCheckpointer(checkpoints_dir=saved).list_checkpoints()
+    return {**done, "refused": len(refused), "saved": [checkpoint.meta for checkpoint in metas]}
 
 
 def rank_load_recipe(yaml, more):

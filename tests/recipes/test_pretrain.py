@@ -193,6 +193,32 @@ def test_unreadable_and_empty_audio_is_named_and_skipped_up_to_the_limit(train, 
     assert json.loads((tmp_path / "lenient" / "run.json").read_text())["train_utterances"] == 6
 
 
+def damage(path: Path) -> None:
+    """Spoil what a file holds, but not its head, size and date, as a disk does."""
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 :] = bytes(len(content) - len(content) // 3)
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(("split", "ends"), [("train-clean-100", False), ("dev-clean", True)])
+def test_audio_damaged_meanwhile_is_replaced_in_training_and_ends_validation(train, tmp_path, split, ends):
+    corpus = write_librispeech(tmp_path / "LibriSpeech")
+    train.main(arguments("bestrq_small", corpus, tmp_path / "run"))
+    path = next(corpus.glob(f"{split}/*/1/*-0005.flac"))
+    damage(path)
+    more = arguments("bestrq_small", corpus, tmp_path / "run", "--max_unreadable=1", "--optimizer_step_limit=6")
+    if ends:
+        with pytest.raises(InputError, match=path.name):
+            train.main(more)
+    else:
+        train.main(more)
+        log = (tmp_path / "run" / "log.txt").read_text()
+        assert sum(path.name in line for line in log.splitlines() if "is heard instead" in line) == 1
+        assert read_log(tmp_path / "run")[-1]["step"] == 6
+
+
 def test_long_recordings_are_cut_and_none_of_their_audio_is_left_out(train, librispeech, tmp_path):
     """Of six utterances of 1 to 3.5 s, 13.5 s in all: the last four, into two each."""
     train.main(arguments("bestrq_small", librispeech, tmp_path, "--max_seconds=1.9"))

@@ -8,8 +8,8 @@ from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
 def test_labels_under_autocast_are_those_without(toy):
     """Trap: under autocast the projection runs in bf16 and about 1 % of the labels change.
 
-    Mutation: in quantizer.py, RandomProjectionQuantizer.forward, ``with full_precision(x.device.type):`` ->
-    ``if True:``; or in frontend.py, LogMel.forward, the same line in the same way.
+    Mutations: in quantizer.py, FrameQuantizer.forward, ``with full_precision(x.device.type):`` -> ``if True:``; in
+    frontend.py, LogMel.forward, the same line in the same way.
     """
     quantizer = RandomProjectionQuantizer(320)
     frontend = toy.make_model().speech_encoder.frontend
@@ -22,3 +22,23 @@ def test_labels_under_autocast_are_those_without(toy):
     expected = labels()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(labels(), expected)
+
+
+def test_the_models_labels_under_autocast_are_those_without(toy):
+    """Trap: as above, where the model puts front end and quantizer together.
+
+    Mutation: in bestrq.py, BestRQ.forward, before the labels are made, ``features = features.bfloat16().float()``
+    under autocast.
+    """
+    model = toy.make_model(codebook_size=512).eval()
+    wavs = torch.randn(2, 64000, generator=torch.Generator().manual_seed(1))
+
+    def label_counts():
+        generator = torch.Generator().manual_seed(2)
+        mask = model.masking(model.speech_encoder.num_frames(torch.tensor([64000, 64000])), 100, generator)
+        return model(wavs, mask=mask, generator=generator).metrics["label_counts"]
+
+    expected = label_counts()
+    assert int(expected.sum()) > 50
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(label_counts(), expected)

@@ -29,8 +29,8 @@ def test_ranks_have_different_masks_and_noise(toy, tmp_path):
 def test_the_recipe_tells_the_training_data_its_rank(toy, tmp_path):
     """Trap: as above, where the recipe puts the parts together; validation masks are those of any number of ranks.
 
-    Mutation: in train.py, dataio_prepare, ``waveforms(train_table, hparams["seed"], rank,`` ->
-    ``waveforms(train_table, hparams["seed"], 0,``.
+    Mutation: in train.py, dataio_prepare, ``make_loader(training_waveforms(rank),`` ->
+    ``make_loader(training_waveforms(0),``.
     """
     spec = importlib.util.spec_from_file_location("train", RECIPE)
     recipe = importlib.util.module_from_spec(spec)
@@ -47,6 +47,34 @@ def test_the_recipe_tells_the_training_data_its_rank(toy, tmp_path):
     assert [train.batch_sampler.rank for train, _ in loaders] == [0, 1]
     assert [(valid.dataset.rank, valid.dataset.seed) for _, valid in loaders] == [(0, 0), (0, 0)]
     assert [valid.batch_sampler.rank for _, valid in loaders] == [0, 1]
+    # what statistics and centres are measured on is the same audio for any number of ranks, and so are the labels
+    hparams["statistics_hours"] = 5 / 3600
+    places = ((0, 1), (0, 2), (1, 2))
+    one, *others = [[wavs for wavs, _ in recipe.dataio_prepare(hparams, manifests, *place)[2]()] for place in places]
+    assert 0 < len(one) < 3
+    for other in others:
+        assert len(other) == len(one) and all(map(torch.equal, one, other))
+
+
+def test_dropout_of_a_step_is_drawn_by_the_batchs_own_seed(toy, tmp_path, monkeypatch):
+    """Trap: dropout and layer drop are the same in each step and on each rank.
+
+    Mutation: in pretraining.py, PretrainingBrain.fit_batch, ``torch.manual_seed(batch.dropout_seed)`` ->
+    ``torch.manual_seed(self.hparams.seed)``.
+    """
+    model = toy.make_model(dropout=0.1)
+    waves = [0.1 * torch.randn(9600) for _ in range(4)]
+    batches = [toy.make_batch(model, [wave], rank=number % 2, number=number // 2) for number, wave in enumerate(waves)]
+    used = []
+    forward = toy.PretrainingBrain.compute_forward
+
+    def noting(brain, batch, stage):
+        used.append(torch.initial_seed())
+        return forward(brain, batch, stage)
+
+    monkeypatch.setattr(toy.PretrainingBrain, "compute_forward", noting)
+    toy.fit_batches(tmp_path, model, batches)
+    assert used == [batch.dropout_seed for batch in batches] and len(set(used)) == 4
 
 
 def test_the_quantizer_is_the_same_on_all_ranks():

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from speechbrain_bestrq import encoder
+from speechbrain_bestrq.accounting import LateReader
 
 #: Operations whose result, or the size of it, the host has to wait for.
 WAITING = (
@@ -67,6 +68,38 @@ def test_a_step_off_the_log_line_reads_nothing_back(method, toy, tmp_path, monke
     assert len(steps) == 6
     assert all(waits.operations > 100 for _, waits in steps)
     assert {number: waits.found for number, waits in steps if waits.found} == {}
+
+
+def test_a_step_with_a_log_line_only_starts_to_read_back(toy, tmp_path, monkeypatch, readings):
+    """Trap: as above; the log's values are read when they have arrived, and the filters of the front end are made once.
+
+    Mutations: in pretraining.py, PretrainingBrain.on_fit_batch_end, ``_write_log_lines(wait=False)`` -> ``wait=True``;
+    in _submit_log_line, ``"learning_rate":`` -> ``"norm": self.gradient_norm.tolist(), "learning_rate":``; in
+    frontend.py, make the filters in LogMel.forward.
+    """
+    model = toy.make_model()
+    monkeypatch.setattr("torchaudio.functional.melscale_fbanks", None)
+    waves = np.random.default_rng(1).standard_normal((6, 1, 9600))
+    batches = [toy.make_batch(model, list(wave), number=number) for number, wave in enumerate(waves)]
+    asked, within = [], []
+    fit_batch, submit = toy.PretrainingBrain.fit_batch, LateReader.submit
+    submitted = []
+
+    def watched(brain, batch):
+        asked.clear()
+        readings.clear()
+        with Waits() as waits:
+            loss = fit_batch(brain, batch)
+        within.append((list(asked), waits.found + readings))
+        return loss
+
+    monkeypatch.setattr(toy.ToyBrain, "fit_batch", watched)
+    monkeypatch.setattr(LateReader, "submit", lambda *all: submitted.append(1) or submit(*all))
+    monkeypatch.setattr(LateReader, "ready", lambda reader, wait=False: asked.append(wait) or iter(()))
+    toy.fit_batches(tmp_path, model, batches, log_interval=1)
+    assert len(submitted) == 6
+    assert within == [([False], [])] * 6
+    assert asked[-1]  # at the end of the epoch it does wait
 
 
 @pytest.mark.parametrize("read", [lambda x: x.tolist(), torch.Tensor.item, lambda x: x[x > 1], lambda x: bool(x.sum())])

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from speechbrain_bestrq import pretraining
 from speechbrain_bestrq.artefact import load_encoder
+from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.resuming import load_state, save_state
 
@@ -446,6 +448,53 @@ def test_log_lines(toy, tmp_path, corpus):
     assert run["corpus"] == "Toy" and run["parameters"] > 1000 and run["updates_planned"] == 5
 
 
+def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkeypatch):
+    """Each of three micro-batches takes half a second and 3 GFLOP; two updates of the six planned are a line."""
+    now = [100.0]
+    monkeypatch.setattr(pretraining.time, "perf_counter", lambda: now[0])
+    fit_batch = toy.PretrainingBrain.fit_batch
+
+    def timed(brain, batch):
+        now[0] += 0.5
+        return fit_batch(brain, batch)
+
+    monkeypatch.setattr(toy.ToyBrain, "fit_batch", timed)
+    model = toy.make_model()
+    monkeypatch.setattr(model, "flops", lambda *shape: 3e9)
+    batches = [toy.make_batch(model, waves(0.5, seed=number), number=number) for number in range(12)]
+    toy.fit_batches(tmp_path, model, batches, accumulation=3, updates=6, log_interval=2)
+    first, second = toy.log_lines(tmp_path)
+    for line in (first, second):
+        assert line["gflops_per_second"] == pytest.approx(6.0)
+        assert line["audio_seconds_per_second"] == pytest.approx(1.0)
+        assert line["data_wait_share"] == pytest.approx(1.0)  # before a micro-batch is there
+    assert first["eta_hours"] == pytest.approx(4 * 1.5 / 3600) and second["eta_hours"] == pytest.approx(2 * 1.5 / 3600)
+    assert second["device_hours"] - first["device_hours"] == pytest.approx(3.0 / 3600)
+    assert second["audio_hours"] == pytest.approx(6.0 / 3600)
+
+
+def test_checkpoints_are_saved_by_minutes(toy, tmp_path, corpus, monkeypatch):
+    """An update takes 40 s, and more than a minute has to be over."""
+    now, steps = [0.0], []
+    monkeypatch.setattr("speechbrain.core.time", SimpleNamespace(time=lambda: now[0]))
+    save, on_fit_batch_end = AtomicCheckpointer.save_checkpoint, toy.ToyBrain.on_fit_batch_end
+
+    def later(*arguments):
+        now[0] += 40.0
+        on_fit_batch_end(*arguments)
+
+    def noted(self, *arguments, **options):
+        steps.append(options["meta"]["step"])
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(toy.ToyBrain, "on_fit_batch_end", later)
+    monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", noted)
+    model = toy.make_model()
+    batches = [toy.make_batch(model, waves(0.5, seed=number), number=number) for number in range(8)]
+    toy.fit_batches(tmp_path, model, batches, updates=8, checkpoints=True, ckpt_interval_minutes=1)
+    assert steps == [2, 4, 6, 8]
+
+
 def test_audio_hours_are_those_of_the_batches(toy, tmp_path, corpus):
     result = toy.train(tmp_path, **corpus, updates=None, epochs=2)
     hours = toy.log_lines(tmp_path)[-1]["audio_hours"]
@@ -529,7 +578,7 @@ def test_loudness_is_learnt(toy, tmp_path):
     assert line["gain"] > 0.3 and line["accuracy"] > line["commonest_share"] + 0.1
 
 
-def test_labels_hang_on_the_quantizers_seed_alone(toy, tmp_path, corpus):
+def test_labels_of_a_quantizer_that_measures_nothing_hang_on_its_seed_alone(toy, tmp_path, corpus):
     """Other weights, masks and order of the data: the same labels of the same audio."""
     audio = torch.randn(2, 16000)
 
@@ -543,7 +592,7 @@ def test_labels_hang_on_the_quantizers_seed_alone(toy, tmp_path, corpus):
     assert not torch.equal(first, labels(3, model_seed=1, quantizer_seed=1))
 
 
-def test_building_model_and_loaders_does_not_hang_on_the_global_generator(toy, tmp_path, corpus):
+def test_losses_do_not_hang_on_the_global_generator(toy, tmp_path, corpus):
     """Another state of the global generator before training changes no loss, with dropout on."""
     for name, seed in (("first", 5), ("second", 6)):
         model = toy.make_model(dropout=0.1, layer_drop=0.2)

@@ -194,7 +194,7 @@ def test_of_a_long_stage_the_last_line_is_told_now_and_then(tmp_path, monkeypatc
     assert not [line for line in lines if " left" in line]  # nothing to tell it by
 
 
-def test_while_a_stage_runs_the_time_left_is_told_and_shrinks(tmp_path, monkeypatch):
+def test_while_a_stage_runs_the_time_left_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(stages_module, "PROGRESS_SECONDS", 0.3)
     stages = [stage(tmp_path, "train/a"), stage(tmp_path, "train/b", seconds=1.5), stage(tmp_path, "train/c")]
     state = StageState(stages, tmp_path)

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -232,6 +233,16 @@ def test_a_run_whose_end_could_not_be_saved_says_so_and_goes_on_when_there_is_ro
     assert toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
 
 
+def test_ranks_go_on_together_while_the_disk_of_the_main_one_is_full(toy, tmp_path, corpus):
+    call = {"output": str(tmp_path / "run"), **{name: str(path) for name, path in corpus.items()}}
+    call |= {"updates": 8, "checkpoint_every": 2}
+    ranks = toy.train_ranks(tmp_path / "ranks", ("rank_train_on_a_full_disk", call))
+    assert [rank["steps"] for rank in ranks] == [8, 8]
+    assert all(torch.equal(ranks[1]["state"][name], tensor) for name, tensor in ranks[0]["state"].items())
+    assert sorted(checkpoint["step"] for checkpoint in ranks[0]["saved"])[-1] == 8
+    assert [rank["refused"] for rank in ranks] == [2, 0]
+
+
 def test_the_best_encoder_that_could_not_be_written_is_written_before_the_checkpoint(
     toy, tmp_path, corpus, monkeypatch
 ):
@@ -430,6 +441,22 @@ def test_too_many_skipped_updates_go_back_to_the_checkpoint_with_half_the_rate(t
     assert again.brain.rate_scale == 0.5
 
 
+def test_a_run_that_diverges_at_any_rate_is_given_up(toy, tmp_path, corpus, caplog, monkeypatch):
+    optimizers_step = toy.ToyBrain.optimizers_step
+
+    def spoilt(self):
+        if self.optimizer_step >= 4:
+            next(iter(self.model.parameters())).grad.fill_(float("nan"))
+        optimizers_step(self)
+
+    monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
+    options = {"updates": 12, "checkpoint_every": 2, "max_skipped_updates": 3, "on_nonfinite": "rewind"}
+    with pytest.raises(RuntimeError, match="3 updates in a row"):
+        toy.train(tmp_path, **corpus, **options)
+    found = [message for message in caplog.messages if "Going back to the last checkpoint" in message]
+    assert [float(re.search(r"with ([\d.]+) of", message)[1]) for message in found] == [0.5, 0.25, 0.125, 0.0625]
+
+
 def test_ranks_go_back_together(toy, tmp_path, corpus):
     """One of them has a loss that is not finite."""
     options = {"updates": 10, "checkpoint_every": 2, "max_skipped_updates": 3, "on_nonfinite": "rewind"}
@@ -488,7 +515,7 @@ def test_a_spike_is_skipped_and_counted(toy, tmp_path):
     assert int(brain.totals[1]) == 1 and brain.untouched
 
 
-def test_falling_codebook_use_warns_once(tmp_path, caplog):
+def test_codebook_use_that_has_halved_is_warned_of_each_time(tmp_path, caplog):
     log = ProgressLog(tmp_path)
     log.open(0, None, show_bar=False)
     for step, perplexity in enumerate((100.0, 200.0, 150.0, 90.0, 80.0, 40.0)):

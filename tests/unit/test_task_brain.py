@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import speechbrain as sb
 import torch
 from speechbrain.nnet.schedulers import LinearScheduler, NewBobScheduler
 from speechbrain.utils.epoch_loop import EpochCounter
@@ -77,6 +78,24 @@ class Stopping(LoudnessBrain):
         if self.validated == self.signals.get("validation"):
             os.kill(os.getpid(), self.signals["number"])
         return super().stage_metrics(stage)
+
+
+def test_each_rank_epoch_and_batch_draws_dropout_of_its_own(rows, folder, tmp_path, monkeypatch):
+    used = []
+    for rank in (0, 1):
+        brain = make_brain(tmp_path / str(rank), str(folder))
+        brain.rank = rank
+        listen = LoudnessBrain.compute_forward
+
+        def noting(brain, batch, stage, listen=listen):
+            if stage == sb.Stage.TRAIN:
+                used.append(torch.initial_seed())
+            return listen(brain, batch, stage)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LoudnessBrain, "compute_forward", noting)
+            brain.fit(brain.hparams.epoch_counter, *loaders(rows))
+    assert len(used) >= 8 and len(set(used)) == len(used)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_an_unknown_character_is_named_with_its_utterance():
         ("A\t", r"'\\t', which cannot be a unit"),
         ("A▁", "cannot be a unit"),
         (" ", "nothing"),
-        ("", "n"),
+        ("", "nothing"),
     ],
 )
 def test_characters_that_cannot_be_units_are_refused(characters, reason):

@@ -90,6 +90,7 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     usual_name = "LibriSpeech" if hparams["corpus"] == "librispeech" else Path(hparams["data_folder"]).name
     names = [corpus_name(hparams["data_folder"], usual_name)]
     names += [corpus_name(folder, Path(folder).name) for folder in hparams["extra_folders"]]
+    micro_batches = hparams.get("grad_accumulation_factor", 1) * world_size
     facts = {
         "corpus": " + ".join(names),
         "train_hours": train_table.hours,
@@ -98,7 +99,7 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         "recordings_cut": train_table.recordings_cut,
         "train_hours_left_out": train_table.hours_left_out,
         "batches": train_sampler.describe(),
-        "update_seconds_at_most": hparams["max_batch_seconds"] * hparams["grad_accumulation_factor"] * world_size,
+        "update_seconds_at_most": hparams["max_batch_seconds"] * micro_batches,
         "valid_hours": valid_table.hours,
         "valid_hours_left_out": valid_table.hours_left_out,
         "command": command_line(),
