@@ -11,7 +11,7 @@ from speechbrain_bestrq.artefact import encoder_config
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.masking import MaskedFrames, SpanMasking
-from speechbrain_bestrq.pretraining_model import IGNORED, PretrainingModel, PretrainingOutput
+from speechbrain_bestrq.pretraining_model import IGNORED, OBJECTIVE, PretrainingModel, PretrainingOutput
 from speechbrain_bestrq.quantizer import FrameQuantizer
 
 
@@ -232,6 +232,7 @@ class BestRQ(PretrainingModel):
             **encoder_config(self.speech_encoder),
             "quantizer": self.quantizer.settings(),
             **chosen,
+            OBJECTIVE: {"masking": self.masking.settings(), "noise_deviation": self.noise_deviation},
         }
 
     def flops(self, utterances: int, frames: int, targets: int) -> float:

@@ -94,7 +94,7 @@ class CentroidQuantizer(FrameQuantizer):
             If there are fewer frames than centres.
         """
         frames = torch.cat([batch.reshape(-1, self.input_dim).float().cpu() for batch in batches])
-        frames = frames[:: -(-len(frames) // MOST_FRAMES)]
+        frames = frames[:: -(-len(frames) // MOST_FRAMES)].clone()  # a view would keep all of them
         if len(frames) < self.codebook_size:
             raise ValueError(
                 f"{len(frames)} frames are too few to find {self.codebook_size} centres: give more audio, or a "

@@ -37,7 +37,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 _TORCH_DISK_ERRORS = ("PytorchStreamWriter", "unexpected pos", "enforce fail at inline_container")
 
 
-class SaveError(Exception):
+class SaveError(InputError):
     """A checkpoint could not be written; those before are whole."""
 
 

@@ -308,6 +308,29 @@ class BeamDecoder:
         return Hypothesis(found.text, float(found.score), float(found.lm_score))
 
 
+def decode_on_all_ranks(decoder: BeamDecoder, utterances: Sequence[Tensor | NDArray]) -> list[str]:
+    """Decode utterances that all ranks hold, each rank its share; a collective of all ranks.
+
+    Arguments
+    ---------
+    decoder : BeamDecoder
+        The same on all.
+    utterances : sequence of Tensor or array
+        As :meth:`BeamDecoder.decode` takes them, the same on all.
+
+    Returns
+    -------
+    list of str
+        The best text of each utterance, on all ranks.
+    """
+    if not torch.distributed.is_initialized():
+        return decoder.decode(utterances)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    torch.distributed.all_gather_object(shares, decoder.decode(utterances[rank::ranks]))
+    return [shares[place % ranks][place // ranks] for place in range(len(utterances))]
+
+
 def _to_array(log_probs: Tensor | NDArray) -> NDArray:
     """Sums of hundreds of frames want float64; NumPy knows no bf16."""
     if isinstance(log_probs, Tensor):

@@ -121,10 +121,33 @@ class ErrorRates:
         for cached in ("wer", "cer", "by_speaker"):
             self.__dict__.pop(cached, None)
 
-    def _rate(self, metric: str) -> Interval:
+    def rate(self, metric: str) -> float:
+        """Give an error rate without its interval, which takes a thousand resamples.
+
+        Arguments
+        ---------
+        metric : str
+            "wer" or "cer".
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        ValueError
+            If nothing was added that has any words.
+        """
+        return sum(row[f"{metric}_errors"] for row in self._rows) / sum(self._totals(metric))
+
+    def _totals(self, metric: str) -> list[int]:
         totals = [row[f"{metric}_total"] for row in self._rows]
         if not any(totals):
             raise ValueError("there is no error rate: no utterance was added, or nothing was said in any.")
+        return totals
+
+    def _rate(self, metric: str) -> Interval:
+        totals = self._totals(metric)
         groups = [row["group"] for row in self._rows] if self.by_speaker else None
         return bootstrap_rate([row[f"{metric}_errors"] for row in self._rows], totals, groups)
 

@@ -233,7 +233,12 @@ def _audio(rows: Rows) -> dict[str, list[Any]]:
     """Which audio each utterance is, as far as it can be told without reading it."""
     audio = {}
     for name, row in rows.items():
-        file = os.stat(row["wav"])
+        try:
+            file = os.stat(row["wav"])
+        except OSError as error:
+            raise InputError(
+                f"{row['wav']} cannot be read ({error.strerror}): restore it, or prepare the corpus again."
+            ) from error
         audio[name] = [str(row["wav"]), float(row["duration"]), file.st_size, file.st_mtime_ns]
     return audio
 

@@ -1,5 +1,6 @@
 """Labels of several kinds for each frame."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ class JointQuantizer(FrameQuantizer):
     Raises
     ------
     ValueError
-        If there is none, or sizes differ.
+        If there is none, sizes differ, or two are the same.
 
     Example
     -------
@@ -41,6 +42,8 @@ class JointQuantizer(FrameQuantizer):
                 "quantizers that label together have one input_dim and one codebook_size, not "
                 f"{', '.join(map(str, sorted(sizes))) or 'none'}: give all the same."
             )
+        if any(one.settings() == other.settings() for one, other in itertools.combinations(quantizers, 2)):
+            raise ValueError("two quantizers are the same, and so are their labels: give them different seeds.")
         input_dim, codebook_size = sizes.pop()
         books = sum(one.num_codebooks for one in quantizers)
         measured = all(one.measured for one in quantizers)
@@ -67,7 +70,7 @@ class JointQuantizer(FrameQuantizer):
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Measure on training audio what the quantizers rest on that are not measured yet."""
-        batches = list(batches)
+        batches = [batch.cpu() for batch in batches]  # all of it would not fit beside the model on a GPU
         for number, one in enumerate(self.quantizers):
             if not one.measured:
                 start = number * self.input_dim

@@ -256,7 +256,7 @@ def _halve(sizes: list[list[int]], rungs: np.ndarray, multiple_of: int) -> None:
         if not divisible:
             raise InputError(
                 f"{sum(map(sum, sizes))} utterances are too few to give each of {multiple_of} processes "
-                "equally many batches: use fewer processes, more audio or a larger max_cut."
+                "equally many batches: use fewer processes or more audio."
             )
         rung = max(divisible, key=lambda rung: sizes[rung][0] * int(rungs[rung]))
         size = sizes[rung].pop(0)

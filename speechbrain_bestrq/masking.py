@@ -1,7 +1,7 @@
 """Which encoder frames are hidden from the encoder and have to be predicted."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,6 +155,10 @@ class SpanMasking:
 
     def __init__(self, prob: float, span: int, min_spans: int = 1, grid: bool = False):
         self.prob, self.span, self.min_spans, self.grid = prob, span, min_spans, grid
+
+    def settings(self) -> dict[str, Any]:
+        """What masks are a function of, beside lengths and generator: plain values."""
+        return {"prob": self.prob, "span": self.span, "min_spans": self.min_spans, "grid": self.grid}
 
     @property
     def expected_share(self) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from speechbrain_bestrq.resuming import (
 from speechbrain_bestrq.run_log import RUN_FILE
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
+from speechbrain_bestrq.writing import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,18 @@ MOST_REWINDS = 4
 
 #: Updates from which on the usual gradient norm is known, and how much of it stays from one to the next.
 SPIKES_FROM, NORM_MEMORY = 100, 0.99
+
+#: Run options of SpeechBrain's that are for what this Brain does in its own way; and what to give instead.
+WITHOUT_EFFECT = frozenset(
+    "jit jit_module_keys compile_module_keys data_parallel_backend data_parallel_count find_unused_parameters "
+    "nonfinite_patience skip_nonfinite_grads".split()
+)
+WITHOUT_EFFECT_BUT = {
+    "data_parallel_backend": "start it by torchrun",
+    "jit": "give --compile",
+    "nonfinite_patience": "set max_skipped_updates in the YAML",
+    "skip_nonfinite_grads": "updates that are not finite are skipped in any case",
+}
 
 #: Sums over the batches of an update, in the order of the tensor that ranks add up; the model's loss terms come after.
 SUMS = ("targets", "loss", "correct", "frames", "seconds")
@@ -96,6 +110,9 @@ class PretrainingBrain(sb.Brain):
         checkpointer: Any,
         run_facts: dict[str, Any],
     ):
+        for name in sorted(WITHOUT_EFFECT & getattr(run_opts, "overridden_args", set())):
+            instead = WITHOUT_EFFECT_BUT.get(name, "leave it out")
+            raise InputError(f"--{name} has no effect on a pre-training: {instead}.")
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
         if self.optimizer_step_limit is not None:
             # a run option without a default arrives as text
@@ -229,14 +246,24 @@ class PretrainingBrain(sb.Brain):
             updates=(self.grad_accumulation_factor, self.optimizer_step_limit),
         )
 
-    def _tell_of_another_precision(self, path: Path) -> None:
-        """Warn where the run was trained in another one before, on another machine perhaps."""
+    def _tell_what_is_otherwise(self, path: Path) -> None:
+        """Warn where the run was trained in another precision before, or was to end elsewhere."""
         try:
             facts = read_json(path)
         except (InputError, OSError):
             return
-        before = facts.get("precision") if isinstance(facts, dict) else None
-        if self.optimizer_step and before not in (None, self.precision):
+        if not self.optimizer_step or not isinstance(facts, dict):
+            return
+        planned, now = facts.get("updates_planned"), self.optimizer_step_limit
+        if planned not in (None, now):
+            logger.warning(
+                "%s was to end at update %s and now is to at %s: the rates of a schedule that rests on that change.",
+                self.folder,
+                planned,
+                now,
+            )
+        before = facts.get("precision")
+        if before not in (None, self.precision):
             logger.warning(
                 "%s was trained in %s until update %d and goes on in %s: give --precision %s to stay with it.",
                 self.folder,
@@ -255,8 +282,8 @@ class PretrainingBrain(sb.Brain):
         self.optimizer_parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if if_main_process():
             path = self.folder / RUN_FILE
-            self._tell_of_another_precision(path)
-            path.write_text(json.dumps(self.run_facts, indent=2) + "\n", encoding="utf-8")
+            self._tell_what_is_otherwise(path)
+            write_text(path, json.dumps(self.run_facts, indent=2) + "\n")
         self.log.open(self.optimizer_step, self.optimizer_step_limit, show_bar=not self.noprogressbar)
         ddp_barrier()
         self.started = time.perf_counter()
@@ -339,7 +366,7 @@ class PretrainingBrain(sb.Brain):
         good = norm.isfinite()
         if getattr(self.hparams, "spike_ratio", 0) and update > SPIKES_FROM:
             good &= (norm <= self.hparams.spike_ratio * self.usual_norm) | (self.usual_norm == 0)
-        memory = NORM_MEMORY if update > 1 else 0.0
+        memory = torch.where(self.usual_norm == 0, 0.0, NORM_MEMORY)  # none yet
         self.usual_norm = torch.where(good, memory * self.usual_norm + (1 - memory) * norm, self.usual_norm)
         # what GradScaler does for fused optimizers: the kernel itself skips the update. The norm is not finite
         # where a gradient is not
@@ -600,7 +627,9 @@ class PretrainingBrain(sb.Brain):
             self._save_encoder("encoder", entry)
             self.best_valid_loss = values["loss"]
         # a run that ends amid an epoch can be continued there
-        self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), valid_loss=values["loss"])
+        # the best has the least: a loss that is no number has no place in that order
+        meta = {"valid_loss": values["loss"]} if math.isfinite(values["loss"]) else {}
+        self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), **meta)
 
     # ---------------------------------------------------------------- saving
 

@@ -18,6 +18,9 @@ from speechbrain_bestrq.stopping import leave_stopping_to_parent
 
 logger = logging.getLogger(__name__)
 
+#: Utterances that are tried in place of a batch that is all damaged: the files next to it may be so too.
+MOST_OTHERS = 10
+
 
 @dataclass(frozen=True)
 class PretrainingBatch:
@@ -102,7 +105,8 @@ class WaveformDataset(torch.utils.data.Dataset):
     max_unreadable : int
         Up to so many files, counted in each process that reads, may turn out to be damaged: in place of what cannot be
         read, a batch has the next of its utterances that can be once more, always the same one, and a warning names
-        the file. For batches without padding alone.
+        the file; where it has none, the next utterance of the corpus, again and again until it is as long. For batches
+        without padding alone.
 
     Example
     -------
@@ -154,7 +158,7 @@ class WaveformDataset(torch.utils.data.Dataset):
         ------
         InputError
             As :func:`~speechbrain_bestrq.audio.read_segment`, if more than ``max_unreadable`` files cannot be read, or
-            nothing of the batch can.
+            nothing of the batch can, nor of the utterances next to it.
         """
         available = self.table.lengths[plan.indices]
         lengths = np.minimum(available - plan.starts, plan.samples)
@@ -193,9 +197,20 @@ class WaveformDataset(torch.utils.data.Dataset):
                 last_error = error
         readable = [row for row, audio in enumerate(read) if audio is not None]
         if not readable:
-            raise InputError(f"no audio of a batch can be read, of {len(read)} files: {last_error}") from last_error
+            read[-1] = self._read_another(index, samples, last_error)
+            readable = [len(read) - 1]
         following = np.searchsorted(readable, np.arange(len(read))) % len(readable)
         return [read[readable[place]] for place in following]
+
+    def _read_another(self, index: int, samples: int, error: InputError) -> np.ndarray:
+        """The next utterance that can be read, as often as it takes to be as long."""
+        for step in range(1, min(MOST_OTHERS, len(self)) + 1):
+            other = (index + step) % len(self)
+            try:
+                return np.resize(self._read(other, 0, min(samples, int(self.table.lengths[other]))), samples)
+            except InputError:
+                continue
+        raise InputError(f"nothing of a batch can be read, nor what could stand for it: {error}") from error
 
     def _pass_over(self, path: str, error: InputError) -> None:
         """Name a file that cannot be read, once; refuse it when there are too many of them."""
@@ -209,7 +224,7 @@ class WaveformDataset(torch.utils.data.Dataset):
                 f"more than max_unreadable = {self.max_unreadable} files of the training audio are damaged: {error}"
             ) from error
         logger.warning(
-            "%s Do so before the run is started again; until then another utterance of its batch is heard instead.",
+            "%s Do so before the run is started again; until then another utterance is heard instead.",
             error,
         )
 
@@ -264,5 +279,6 @@ def make_loader(
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
         worker_init_fn=leave_stopping_to_parent,
+        multiprocessing_context="fork" if num_workers else None,  # Python's default since 3.14 would pickle the model
         generator=torch.Generator(),
     )

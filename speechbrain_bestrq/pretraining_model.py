@@ -12,6 +12,8 @@ from speechbrain_bestrq.masking import MaskedFrames, SpanMasking
 
 #: Label of the indices that only fill up a batch's fixed number of targets.
 IGNORED = -100
+#: The part of a :meth:`PretrainingModel.signature` that changes no weight's shape, but what is learned.
+OBJECTIVE = "objective"
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """What the downstream tasks share: encoder, mix and head, each with its own optimiser, their cost, their records."""
 
+import hashlib
 import json
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.recipe import GOVERNING, command_line
 from speechbrain_bestrq.results import machine
-from speechbrain_bestrq.resuming import digest, text_digest
+from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -298,10 +299,15 @@ class TaskBrain(sb.Brain):
                 "trained. Give a lower one, or more epochs."
             )
         with self.requests:
-            super().fit(epoch_counter, train_set, valid_set)
+            super().fit(self._epochs_left(epoch_counter), train_set, valid_set)
             self._stop_if_asked(saved=True)  # another rank was, in the last validation
         if self.layer_weights and if_main_process():
             draw_layer_weights(self.layer_weights, Path(self.hparams.output_folder) / LAYER_WEIGHTS_PLOT)
+
+    def _epochs_left(self, epoch_counter: Any) -> Iterator[int]:
+        """The epochs; none where a checkpoint, which is loaded by then, is of the last update at the end of one."""
+        if self.step or not self._optimizer_step_limit_exceeded:
+            yield from epoch_counter
 
     def on_fit_start(self) -> None:
         """Load the newest checkpoint; take the epochs that it has not seen the end of out of the log."""
@@ -515,8 +521,12 @@ def _check_progress(
 
 def _fingerprint(rows: dict[str, dict[str, Any]]) -> str:
     """Digest what is known of utterances, but not where they lie."""
-    told = {name: {key: str(value) for key, value in row.items() if key != "wav"} for name, row in rows.items()}
-    return text_digest(json.dumps(told, sort_keys=True))
+    hashed = hashlib.sha256()
+    for number, name in enumerate(sorted(rows)):  # piece by piece: there may be millions
+        told = {key: str(value) for key, value in rows[name].items() if key != "wav"}
+        hashed.update(f"{', ' if number else '{'}{json.dumps(name)}: {json.dumps(told, sort_keys=True)}".encode())
+    hashed.update(b"}" if rows else b"{}")
+    return hashed.hexdigest()[:16]
 
 
 def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:

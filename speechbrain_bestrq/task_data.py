@@ -231,6 +231,7 @@ def make_task_loader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_stopping_to_parent,
+        multiprocessing_context="fork" if num_workers else None,  # Python's default since 3.14 would pickle all of it
         generator=torch.Generator(),
     )
 

@@ -12,7 +12,7 @@ from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer, code_shares, mean_shares, perplexity
 from speechbrain_bestrq.masking import MaskedFrames, SpanMasking
-from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
+from speechbrain_bestrq.pretraining_model import OBJECTIVE, PretrainingModel, PretrainingOutput
 
 
 class Wav2Vec2(PretrainingModel):
@@ -228,12 +228,20 @@ class Wav2Vec2(PretrainingModel):
         """Describe, as plain JSON, what a checkpoint must agree with to be loaded."""
         quantizer = self.quantizer
         settings = ("code_dim", "codebook_size", "num_groups")
+        temperatures = ("first_temperature", "last_temperature", "temperature_decay")
+        weights = ("logit_temperature", "diversity_weight", "penalty_weight", "feature_gradient_scale")
         return {
             "model": type(self).__name__,
             **encoder_config(self.speech_encoder),
             "quantizer": {name: getattr(quantizer, name) for name in settings},
             "target_dim": self.target_head.out_features,
             "num_negatives": self.num_negatives,
+            OBJECTIVE: {
+                "masking": self.masking.settings(),
+                "quantizer_dropout": self.quantizer_dropout.p,
+                **{name: getattr(quantizer, name) for name in temperatures},
+                **{name: getattr(self, name) for name in weights},
+            },
         }
 
     def flops(self, utterances: int, frames: int, targets: int) -> float:

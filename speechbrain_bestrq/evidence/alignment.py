@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 HIDDEN_SIZE, EPOCHS, LEARNING_RATE, BATCH_SECONDS = 128, 12, 4e-3, 60.0
 #: A frame has the character nearest to it, if that is no farther than so many seconds: CTC marks single frames.
 REACH = 0.08
+#: What an alignment is a function of, beside the audio: raise the first when the code gives another.
+ALIGNER_SETTINGS = (1, HIDDEN_SIZE, EPOCHS, LEARNING_RATE, BATCH_SECONDS, REACH)
 
 Times = dict[str, tuple[Tensor, Tensor]]
 

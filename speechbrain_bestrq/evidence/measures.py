@@ -24,7 +24,7 @@ from speechbrain_bestrq.corpora import (
 from speechbrain_bestrq.corpora.iemocap import FOLDS
 from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.evidence.alignment import cached_alignment
+from speechbrain_bestrq.evidence.alignment import ALIGNER_SETTINGS, cached_alignment
 from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts
 from speechbrain_bestrq.evidence.linear import Examples, Score, effective_rank, linear_probe, within_class_whitening
 from speechbrain_bestrq.metrics import equal_error_rate
@@ -285,7 +285,8 @@ class Characters(Corpus):
         every = read_manifest(self.manifests["train"])
         total = sum(float(row["duration"]) for row in every.values()) / 3600
         trained_on = take_hours(every, ALIGNER_HOURS) if total > ALIGNER_HOURS else every
-        key = hashlib.sha256(json.dumps(self.mark).encode()).hexdigest()[:16]
+        made_by = [self.mark, ALIGNER_HOURS, ALIGNER_SETTINGS]
+        key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
         self.times = cached_alignment(folder / f"alignment-{key}.pt", trained_on, sets, SAMPLE_RATE, device)
         self.sets = {name: {key: rows[key] for key in self.times[name]} for name, rows in sets.items()}
         for name, rows in self.sets.items():

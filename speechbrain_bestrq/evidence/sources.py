@@ -64,6 +64,8 @@ def find_sources(folders: list[Path], seeds: int) -> list[Source]:
         if not (folder / PLAN_FILE).is_file():
             runs.append(folder)
             continue
+        if not inner.is_dir():
+            raise InputError(f"{folder} is a reproduction that has not pre-trained anything yet: let it go on.")
         for run in sorted(path for path in inner.iterdir() if path.is_dir()):
             # of each seed, or of one
             several = sorted(path for path in run.iterdir() if path.is_dir() and path.name.isdecimal())

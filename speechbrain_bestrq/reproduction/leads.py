@@ -1,5 +1,6 @@
 """Whether pre-training pays: how far each encoder of a reproduction is ahead of those that were not pre-trained."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -98,16 +99,24 @@ def is_trained(row: str) -> bool:
 def _of_common_seeds(*cells: Cell) -> list[Cell]:
     """The cells with the seeds that all have."""
     seeds = set.intersection(*(set(cell.values) for cell in cells))
-    return [replace(cell, values={seed: cell.values[seed] for seed in sorted(seeds)}) for cell in cells]
+    return [
+        replace(
+            cell,
+            values={seed: cell.values[seed] for seed in sorted(seeds)},
+            intervals={seed: cell.intervals[seed] for seed in sorted(seeds & cell.intervals.keys())},
+        )
+        for cell in cells
+    ]
 
 
 def _doubt(*cells: Cell) -> float:
     """Half the width of a 95 % interval of the difference of two cells of the same seeds.
 
-    The utterances are the same for all seeds, so their part does not shrink with the number of these; that of
-    the seeds is Welch's.
+    The utterances are the same for all seeds, so their part does not shrink with the number of these: it is a seed's,
+    in the mean; that of the seeds is Welch's.
     """
-    of_utterances = sum(((cell.high - cell.low) / 2) ** 2 for cell in cells if cell.low is not None)
+    halves = [[(high - low) / 2 for low, high in cell.intervals.values()] for cell in cells]
+    of_utterances = sum(statistics.fmean(half**2 for half in own) for own in halves if own)
     if len(cells[0].values) < 2:
         return of_utterances**0.5
     of_seeds = difference_over_seeds(*(list(cell.values.values()) for cell in cells))

@@ -310,7 +310,7 @@ class _Plan:
             words = ["--layout", corpus, "--output_folder", str(self.corpora[corpus]), "--hours", str(hours)]
             words += [] if corpus == "iemocap" else ["--speakers", str(speakers)]
             command = (sys.executable, "-m", "speechbrain_bestrq", "synthesize", *words)
-            self.stages.append(Stage(name, command, (corpus,)))
+            self.stages.append(Stage(name, command, (corpus,), same_as=command[1:]))
 
     def add_pretraining(self) -> None:
         for name, (method, seed) in pretraining_names(self.preset).items():
@@ -330,10 +330,10 @@ class _Plan:
             **settings["options"],
             **self._extra(),
         }
-        command = [sys.executable, "-m", "speechbrain_bestrq", "check-codebook", str(path)]
-        command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        program, more = [sys.executable, "-m", "speechbrain_bestrq", "check-codebook"], _options(words)
+        same_as = (*program[1:], path.name, *more)
         speech = (self.speech["librispeech"],) if "librispeech" in self.speech else ()
-        self.stages.append(Stage(name, tuple(command), (CODEBOOK_PICTURE,), speech))
+        self.stages.append(Stage(name, (*program, str(path), *more), (CODEBOOK_PICTURE,), speech, same_as=same_as))
 
     def _extra(self) -> dict[str, str]:
         """The option for other audio, where there is some."""
@@ -453,6 +453,8 @@ class _Plan:
         after: tuple[str, ...] = (),
     ) -> None:
         path = RECIPES / recipe
+        words = {"data_folder": self.corpora[corpus], "output_folder": self.folder / name, **self.options, **given}
+        same_as = (f"{recipe}/train.py", f"hparams/{hparams}.yaml", "--noprogressbar", *_options(words))
         program, devices = [sys.executable], 1
         if recipe == PRETRAINING and self.pretraining_devices > 1:
             factor = self._accumulation(hparams, given)
@@ -464,9 +466,13 @@ class _Plan:
             program += ["-m", "torch.distributed.run", f"--nproc_per_node={devices}"]
             # a free port, for two at once
             program += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-            given = {**given, "grad_accumulation_factor": factor // devices}
-        words = {"data_folder": self.corpora[corpus], "output_folder": self.folder / name, **self.options, **given}
+            words |= {"grad_accumulation_factor": factor // devices}
         command = [*program, str(path / "train.py"), str(path / "hparams" / f"{hparams}.yaml"), "--noprogressbar"]
-        command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        command += _options(words)
         speech = (self.speech[corpus],) if corpus in self.speech else ()
-        self.stages.append(Stage(name, tuple(command), products, (*speech, *needs), devices, after))
+        self.stages.append(Stage(name, tuple(command), products, (*speech, *needs), devices, after, same_as))
+
+
+def _options(words: Mapping[str, Any]) -> list[str]:
+    """Options of a command."""
+    return [word for key, value in words.items() for word in (f"--{key}", str(value))]

@@ -63,6 +63,9 @@ class Stage:
         GPUs that it takes, where stages are given some.
     after : tuple of str
         Names of stages that have to be over before, done or failed.
+    same_as : tuple of str
+        What the command comes to, whatever interpreter and launcher run it on however many devices, wherever its
+        program lies: a stage is done once for all commands that come to the same. The command itself if left out.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     devices: int = 1
     after: tuple[str, ...] = ()
+    same_as: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -109,7 +113,8 @@ class StageState:
         for stage in stages:
             if missing := [name for name in (*stage.needs, *stage.after) if name not in self.marks]:
                 raise ValueError(f"{stage.name} needs {', '.join(missing)}, which comes later or not at all.")
-            known = [_governing(stage.command), _yaml_contents(stage.command), stage.products]
+            governing = _governing(stage.same_as or stage.command, self.folder)
+            known = [governing, _yaml_contents(stage.command), stage.products]
             known += _language_model(stage.command)
             self.marks[stage.name] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
@@ -183,9 +188,9 @@ class StageState:
         return record["seconds"] if self.spent(name) is not None and "made" in record else None
 
 
-def _governing(command: Sequence[str]) -> list[str]:
-    """A command without what may change."""
-    words = list(command)
+def _governing(command: Sequence[str], folder: Path) -> list[str]:
+    """A command without what may change, such as the place of the plan's folder."""
+    words = [word.replace(f"{folder}{os.sep}", "") for word in command]
     for option in FREE_OPTIONS:
         if option in words:
             place = words.index(option)

@@ -102,9 +102,8 @@ class Cell:
 
     values: dict[int, float] = field(default_factory=dict)
     """By seed."""
-    low: float | None = None
-    high: float | None = None
-    """The 95 % interval, of a single seed."""
+    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """The 95 % interval of each seed's value, over utterances or speakers."""
     paper: float | None = None
     paper_corpus: str = ""
     corpora: set[str] = field(default_factory=set)
@@ -134,7 +133,10 @@ class Cell:
         lacking = f", {len(self.values)} of {self.seeds} seeds" if 0 < len(self.values) < self.seeds else ""
         if len(self.values) > 1:
             return f"± {statistics.stdev(self.values.values()):.2f}{lacking}"
-        return lacking.lstrip(", ") if self.low is None else f"({self.low:.2f} to {self.high:.2f}){lacking}"
+        if not self.intervals:
+            return lacking.lstrip(", ")
+        ((low, high),) = self.intervals.values()
+        return f"({low:.2f} to {high:.2f}){lacking}"
 
 
 @dataclass
@@ -321,7 +323,7 @@ def _cell(
 
 def _fill(cell: Cell, seed: int, score: Mapping[str, float]) -> None:
     cell.values[seed] = 100 * score["value"]
-    cell.low, cell.high = 100 * score["low"], 100 * score["high"]
+    cell.intervals[seed] = (100 * score["low"], 100 * score["high"])
 
 
 def _describe(cell: Cell, results: Mapping[str, Any], column: Column, run: str) -> None:

@@ -297,7 +297,7 @@ def test_a_damaged_file_is_named_once_however_often_it_is_met(equally_long, capl
     assert len(caplog.messages) == 1
 
 
-def test_too_many_damaged_files_and_batches_of_them_alone_are_refused_in_one_line(equally_long):
+def test_too_many_damaged_files_are_refused_in_one_line(equally_long):
     with pytest.raises(InputError, match="cannot be read") as refused:
         damage(Path(equally_long["4"]["wav"]))
         training_batches(equally_long)
@@ -309,9 +309,28 @@ def test_too_many_damaged_files_and_batches_of_them_alone_are_refused_in_one_lin
     ) as refused:
         training_batches(equally_long, max_unreadable=2)
     assert "\n" not in str(refused.value)
-    plan = BatchPlan(1, 0, RATE, np.array([0, 4]), np.array([0, 0]))
-    with pytest.raises(InputError, match=r"no audio of a batch can be read, of 2 files: .*4.flac .* same length"):
-        make_dataset(equally_long, max_unreadable=9).__getitems__(plan)
+
+
+def test_for_a_batch_of_damaged_files_alone_the_next_of_the_corpus_stands_in(equally_long):
+    for index in (0, 4, 10, 11):
+        damage(Path(equally_long[str(index)]["wav"]))
+    dataset = make_dataset(equally_long, max_unreadable=9)
+    for indices, stands_in in (([0, 4], 5), ([10, 11], 1)):  # after the last comes the first that can be read
+        batch = dataset.__getitems__(BatchPlan(1, 0, RATE, np.array(indices), np.array([0, 0])))
+        expected = torch.from_numpy(noise(RATE, seed=stands_in)[:, 0])
+        assert torch.equal(batch.wavs, expected.expand(2, -1))
+    with_a_short_one = make_dataset(
+        {**equally_long, "9": {"wav": equally_long["9"]["wav"], "duration": 0.25}}, max_unreadable=9
+    )
+    damage(Path(equally_long["8"]["wav"]))
+    batch = with_a_short_one.__getitems__(BatchPlan(1, 0, RATE, np.array([8]), np.array([0])))
+    quarter = torch.from_numpy(noise(RATE, seed=9)[: RATE // 4, 0])
+    assert torch.equal(batch.wavs[0], quarter.repeat(4))
+    for index in (1, 2, 3, 5, 6, 7, 9):
+        damage(Path(equally_long[str(index)]["wav"]))
+    with pytest.raises(InputError, match=r"nothing of a batch can be read, nor .*: .*4.flac .* same length") as refused:
+        dataset.__getitems__(BatchPlan(1, 1, RATE, np.array([0, 4]), np.array([0, 0])))
+    assert "\n" not in str(refused.value)
 
 
 # ---- batches

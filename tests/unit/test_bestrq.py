@@ -20,11 +20,19 @@ FRAMES = 25  # encoder frames of a second
 def make_model(make_speech_encoder):
     """Return a function that builds a tiny model in eval mode."""
 
-    def make(num_codebooks=1, normalize="feature", frontend="utterance", utterance_norm=False, states=None, **encoder):
+    def make(
+        num_codebooks=1,
+        normalize="feature",
+        frontend="utterance",
+        utterance_norm=False,
+        states=None,
+        noise_deviation=0.1,
+        **encoder,
+    ):
         speech_encoder = make_speech_encoder(normalize=frontend, **encoder)
         settings = {"num_codebooks": num_codebooks, "normalize": normalize, "utterance_norm": utterance_norm}
         quantizer = RandomProjectionQuantizer(320, codebook_size=64, **settings)
-        return BestRQ(speech_encoder, quantizer, SpanMasking(prob=0.2, span=3), codebook_states=states).eval()
+        return BestRQ(speech_encoder, quantizer, SpanMasking(prob=0.2, span=3), noise_deviation, states).eval()
 
     return make
 
@@ -278,6 +286,9 @@ def test_the_signature_is_json_and_tells_models_apart(make_model):
     assert signature["model"] == "BestRQ"
     assert signature != make_model(num_codebooks=2).signature()
     assert signature != make_model(attention="relative").signature()
+    other = make_model()
+    other.masking = SpanMasking(prob=0.2, span=2)
+    assert signature != other.signature() != make_model(noise_deviation=1.0).signature() != signature
     two = make_model(num_codebooks=2)
     assert two.signature() == make_model(num_codebooks=2, states=[2, 2]).signature()
     assert two.signature() != make_model(num_codebooks=2, states=[2, 1]).signature()

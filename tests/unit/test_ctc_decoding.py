@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from speechbrain_bestrq.ctc_decoding import BeamDecoder, check_language_model, greedy_decode, tune
+from speechbrain_bestrq.ctc_decoding import BeamDecoder, check_language_model, decode_on_all_ranks, greedy_decode, tune
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.ngram import NGramModel, train_ngram
 from speechbrain_bestrq.text import CharacterTokenizer, SentencePieceTokenizer
@@ -67,6 +67,25 @@ def test_the_same_texts_with_any_number_of_workers_and_again(heard, lm_file):
         for workers in (1, 1, 2, 7)
     ]
     assert texts[0] == texts[1] == texts[2] == texts[3] and len(set(texts[0])) == 3
+
+
+def test_ranks_that_share_the_work_have_the_same_texts_in_their_order(heard, monkeypatch):
+    decoder = BeamDecoder(CharacterTokenizer(), beam_size=8)
+    utterances = [*heard, *reversed(heard), heard[1]]
+    assert decode_on_all_ranks(decoder, utterances) == decoder.decode(utterances)
+    shares = [decoder.decode(utterances[rank::3]) for rank in range(3)]
+    decoded = []
+
+    def gather(found, own):
+        decoded.append(own)
+        found[:] = shares
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    assert decode_on_all_ranks(decoder, utterances) == decoder.decode(utterances)
+    assert decoded == [shares[1]]
 
 
 def test_a_language_model_helps(heard, lm_file):

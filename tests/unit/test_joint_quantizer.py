@@ -66,6 +66,12 @@ def test_a_state_dict_restores_the_labels_and_what_is_not_measured_refuses():
     assert not again.measured
 
 
+def test_twins_are_refused():
+    with pytest.raises(ValueError, match="two quantizers are the same.*different seeds"):
+        JointQuantizer([*parts(), *parts()[2:]])
+    assert JointQuantizer([*parts(), *parts(1)]).num_codebooks == 8
+
+
 def test_settings_tell_every_part():
     settings = JointQuantizer(parts()).settings()
     assert settings["quantizer"] == "JointQuantizer"

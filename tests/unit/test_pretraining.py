@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import speechbrain as sb
 import torch
+from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_bestrq import pretraining
 from speechbrain_bestrq.artefact import load_encoder
@@ -260,9 +262,12 @@ def test_a_run_that_goes_on_in_another_precision_says_so(toy, tmp_path, corpus, 
     assert "trained in" not in caplog.text
     toy.train(tmp_path, **settings, precision="fp32")
     assert "was trained in bf16 until update 2 and goes on in fp32: give --precision bf16" in caplog.text
+    assert "was to end at update" not in caplog.text
+    toy.train(tmp_path, **corpus, updates=6)
+    assert "was to end at update 4 and now is to at 6" in caplog.text
     (tmp_path / "run.json").write_text("no JSON")  # is written anew, and hinders nothing
-    toy.train(tmp_path, **{**settings, "updates": 5}, precision="fp32")
-    assert toy.losses(tmp_path)[-1][0] == 5
+    toy.train(tmp_path, **{**settings, "updates": 7}, precision="fp32")
+    assert toy.losses(tmp_path)[-1][0] == 7
 
 
 @pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (1, 2)])
@@ -446,6 +451,47 @@ def test_log_lines(toy, tmp_path, corpus):
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["corpus"] == "Toy" and run["parameters"] > 1000 and run["updates_planned"] == 5
+
+
+def test_a_validation_without_a_finite_loss_is_never_the_best(toy, tmp_path, corpus, monkeypatch):
+    settings = {**corpus, "updates": 6, "valid_interval": 2, "checkpoint_every": 1}
+    compute_forward = toy.PretrainingBrain.compute_forward
+
+    def spoilt(self, batch, stage):
+        output = compute_forward(self, batch, stage)
+        if stage == sb.Stage.VALID and self.optimizer_step in (4, 6):
+            output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(toy.ToyBrain, "compute_forward", spoilt)
+    result = toy.train(tmp_path, **settings)
+    metas = {one.meta["step"]: one.meta for one in result.brain.checkpointer.list_checkpoints()}
+    assert "valid_loss" not in metas[6]
+    assert result.brain.checkpointer.find_checkpoint(min_key="valid_loss").meta["step"] in (2, 5)
+
+
+def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path, monkeypatch):
+    optimizers_step, norms = toy.ToyBrain.optimizers_step, []
+
+    def spoilt(self):
+        if self.optimizer_step == 0:
+            next(iter(self.model.parameters())).grad.fill_(float("nan"))
+        optimizers_step(self)
+        norms.append((float(self.gradient_norm), float(self.usual_norm)))
+
+    monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
+    model = toy.make_model()
+    batches = [toy.make_batch(model, waves(0.5, seed=number), number=number) for number in range(3)]
+    toy.fit_batches(tmp_path, model, batches)
+    (_, first), (second, usual), (third, later) = norms
+    assert first == 0.0 and usual == second and later == pytest.approx(0.99 * second + 0.01 * third)
+
+
+@pytest.mark.parametrize(("option", "instead"), [("skip_nonfinite_grads", "skipped in any case"), ("jit", "--compile")])
+def test_run_options_without_effect_are_refused(toy, tmp_path, option, instead):
+    options = RunOptions.from_dictionary({"device": "cpu", option: True})
+    with pytest.raises(InputError, match=f"--{option} has no effect on a pre-training: .*{instead}"):
+        pretraining.PretrainingBrain({"model": toy.make_model()}, None, {}, options, None, run_facts={})
 
 
 def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkeypatch):

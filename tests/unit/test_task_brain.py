@@ -1,5 +1,6 @@
 """Training a head, a mix and an encoder: what is trained, when, at what rate, and what is kept of it."""
 
+import errno
 import json
 import os
 import re
@@ -433,6 +434,29 @@ def test_an_epoch_that_is_done_again_is_in_the_log_once(rows, folder, tmp_path):
     fit(make_brain(tmp_path / "run", folder, epochs=3), rows)
     assert [line.split(",")[0] for line in logged(tmp_path / "run")] == ["epoch: 1", "epoch: 2", "epoch: 3"]
     assert "killed" not in "".join(logged(tmp_path / "run"))
+
+
+def test_a_run_that_has_made_its_updates_is_tested_again_and_nothing_else(rows, folder, tmp_path):
+    limited = {"epochs": 9, "run_opts": {"optimizer_step_limit": "5"}}
+    first = fit(make_brain(tmp_path / "run", folder, **limited), rows)
+    before, log = first.modules.head.weight.clone(), logged(tmp_path / "run")
+    again = fit(make_brain(tmp_path / "run", folder, **limited), rows)
+    assert logged(tmp_path / "run") == log and again.optimizer_step == 5
+    assert torch.equal(again.modules.head.weight, before)
+    assert again.hparams.epoch_counter.current == first.hparams.epoch_counter.current == len(log)
+    # with more updates it goes on
+    more = fit(make_brain(tmp_path / "run", folder, **{**limited, "run_opts": {"optimizer_step_limit": "7"}}), rows)
+    assert more.optimizer_step == 7 and len(logged(tmp_path / "run")) > len(log)
+
+
+def test_a_disk_that_takes_no_checkpoint_ends_a_task_in_one_line(rows, folder, tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("speechbrain_bestrq.checkpointing.sync_tree", refuse)
+    with pytest.raises(InputError, match="no checkpoint could be saved in .*No space left on device") as refused:
+        fit(make_brain(tmp_path / "run", folder), rows)
+    assert "\n" not in str(refused.value)
 
 
 def test_training_on_cached_states_is_training_on_the_audio(rows, folder, tmp_path):

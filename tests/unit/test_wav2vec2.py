@@ -353,6 +353,8 @@ def test_masks_of_the_authors_settings_cover_half_of_the_frames_of_any_utterance
 def test_the_signature_is_json_and_tells_models_apart(make_model):
     signature = json.loads(json.dumps(make_model().signature()))
     assert signature == make_model().signature() != make_model(codebook_size=7).signature()
+    others = [make_model(**{name: 0.3}) for name in ("diversity_weight", "penalty_weight", "temperature_decay")]
+    assert all(other.signature() != signature for other in others)
     assert signature["model"] == "Wav2Vec2" and signature["encoder"]["type"] == "TransformerEncoder"
 
 

@@ -29,7 +29,13 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from speechbrain_bestrq.corpora import prepare_librispeech
 from speechbrain_bestrq.corpora.manifest import corpus_name, count_unreadable, read_manifest
-from speechbrain_bestrq.ctc_decoding import BeamDecoder, check_language_model, greedy_decode, tune
+from speechbrain_bestrq.ctc_decoding import (
+    BeamDecoder,
+    check_language_model,
+    decode_on_all_ranks,
+    greedy_decode,
+    tune,
+)
 from speechbrain_bestrq.error_rates import ErrorRates
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
@@ -70,7 +76,7 @@ class ASRBrain(TaskBrain):
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> tuple[torch.Tensor, torch.Tensor]:
         """Give log-probabilities (B, T, V) of the units, and frames (B,)."""
-        features, lengths = self.listen(batch.to(self.device), stage)
+        features, lengths = self.listen(batch.to(self.device, non_blocking=True), stage)
         return self.modules.head(features, lengths).float().log_softmax(-1), lengths
 
     def compute_objectives(
@@ -118,7 +124,7 @@ class ASRBrain(TaskBrain):
         """Word and character error rate of the greedy decoding; the loss, of the utterances that CTC can align."""
         losses = torch.cat(self._losses).double()
         loss = float(losses.sum()) / max(len(losses), 1)
-        return {"loss": loss, "wer": self.rates.wer.value, "cer": self.rates.cer.value}
+        return {"loss": loss, "wer": self.rates.rate("wer"), "cer": self.rates.rate("cer")}
 
 
 def check_options(hparams: dict) -> None:
@@ -191,7 +197,7 @@ def make_decoder(hparams: dict) -> BeamDecoder | None:
 
 def search(brain: ASRBrain, decoder: BeamDecoder) -> ErrorRates:
     """Decode what the last test kept."""
-    rates, texts = ErrorRates(), iter(decoder.decode(brain.log_probs))
+    rates, texts = ErrorRates(), iter(decode_on_all_ranks(decoder, brain.log_probs))
     for names, references, speakers in brain.heard:
         rates.append(names, [next(texts) for _ in names], references, speakers)
     return rates

@@ -61,8 +61,10 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     batch_samples = round(hparams["max_batch_seconds"] * rate)
     ranks = {"rank": rank, "world_size": world_size}
 
-    train_sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"], **ranks)
-    valid_sampler = PaddedBatchSampler(valid_table.lengths, batch_samples, **ranks)
+    train_sampler = LadderBatchSampler(
+        train_table.lengths, batch_samples, seed=hparams["seed"], sample_rate=rate, **ranks
+    )
+    valid_sampler = PaddedBatchSampler(valid_table.lengths, batch_samples, sample_rate=rate, **ranks)
 
     def training_waveforms(rank: int) -> WaveformDataset:
         place = {"seed": hparams["seed"], "rank": rank}
@@ -76,7 +78,7 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     valid_loader = make_loader(valid_waveforms, valid_sampler, **loader)
 
     def statistics_audio() -> list[tuple[torch.Tensor, None]]:
-        sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"])
+        sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"], sample_rate=rate)
         batches, hours = [], 0.0
         for batch in make_loader(training_waveforms(0), sampler):
             batch = batch.to("cpu")

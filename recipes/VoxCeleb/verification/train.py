@@ -79,7 +79,7 @@ class VerificationBrain(TaskBrain):
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> torch.Tensor:
         """Give embeddings (B, E)."""
-        features, lengths = self.listen(batch.to(self.device), stage)
+        features, lengths = self.listen(batch.to(self.device, non_blocking=True), stage)
         return self.modules.embedder(features, lengths)
 
     def compute_objectives(self, embeddings: torch.Tensor, batch: Any, stage: sb.Stage) -> torch.Tensor:
@@ -248,10 +248,10 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     # from here on the run's folder is written to
     sb.create_experiment_directory(output_folder, hparams_file, overrides)
     encoder = hparams["speech_encoder"]
+    speakers = speakers_of(rows["train"])
+    run_on_main(keep_speakers, args=[hparams, speakers])  # before an encoder runs for hours
     cache = open_cache(hparams, rows, run_opts["device"])
     loaders = dataio_prepare(hparams, rows, cache)
-    speakers = speakers_of(rows["train"])
-    run_on_main(keep_speakers, args=[hparams, speakers])
     modules = {
         "encoder": encoder,
         "mix": hparams["mix"],
