@@ -24,7 +24,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@touch $@
 
 demo: setup
-	$(BIN)/sb-bestrq reproduce --preset demo --output_folder demo
+	$(BIN)/sb-bestrq demo
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"

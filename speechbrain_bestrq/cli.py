@@ -29,6 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 COMMANDS = (
+    reproduce.DEMO,
     prepare.COMMAND,
     synthesize.COMMAND,
     check_codebook.COMMAND,

@@ -24,6 +24,7 @@ _CORPORA = ("librispeech", "voxceleb", "iemocap", "slurp")
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", required=True, help="demo, small, three_seeds, paper, or a YAML file like them")
     parser.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(reproduction/<preset>)")
+    _add_arguments_of_a_run(parser)
     for corpus in _CORPORA:
         parser.add_argument(f"--{corpus}", type=Path, metavar="FOLDER", help="the corpus, as its recipe takes it")
     parser.add_argument(
@@ -35,18 +36,33 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
         help="other audio to pre-train on as well",
     )
     parser.add_argument("--language_model", type=Path, metavar="FILE", help="of words, .arpa or .arpa.gz")
+    parser.add_argument("--pretraining_devices", type=int, default=1, metavar="COUNT", help="under torchrun (1)")
+
+
+def _add_arguments_of_a_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices",
         metavar="0,1,...",
         help="GPUs: so many stages at once, each on one; cpu,cpu: so many, which share the cores",
     )
-    parser.add_argument("--pretraining_devices", type=int, default=1, metavar="COUNT", help="under torchrun (1)")
     parser.add_argument("--json", action="store_true", help="print files and failures as one JSON object")
     parser.add_argument("--num_workers", type=int, metavar="COUNT", help="that load audio, of every run")
     parser.add_argument(
         "--dry_run",
         action="store_true",
         help="print the stages, their commands and what they will cost, and train nothing",
+    )
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_folder", type=Path, metavar="FOLDER", default=Path("demo"), help="(%(default)s)")
+    _add_arguments_of_a_run(parser)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    without = dict.fromkeys((*_CORPORA, "language_model"))
+    return _reproduce(
+        argparse.Namespace(preset="demo", extra_folders=[], pretraining_devices=1, **without, **vars(arguments))
     )
 
 
@@ -151,6 +167,19 @@ def _begin_apart(parent: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())
 
+
+DEMO = Command(
+    "demo",
+    "redo the paper in small, on synthetic speech",
+    """\
+  sb-bestrq demo
+  sb-bestrq demo --dry_run
+
+It is sb-bestrq reproduce --preset demo: tables, curves and costs of the whole in a quarter of an hour or so, in
+demo/report.html. Called again, it goes on.""",
+    _add_demo_arguments,
+    _demo,
+)
 
 COMMAND = Command(
     "reproduce",

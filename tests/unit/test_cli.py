@@ -12,6 +12,7 @@ import soundfile
 
 from speechbrain_bestrq import __version__, cli, report
 from speechbrain_bestrq.cli import COMMANDS, main
+from speechbrain_bestrq.commands import reproduce
 
 
 @pytest.fixture
@@ -178,3 +179,12 @@ def test_installed_command_runs_and_its_exit_status_is_that_of_main(tmp_path):
     done = subprocess.run([command, "report", tmp_path / "nowhere"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("sb-bestrq: error: run folder")
+
+
+def test_the_demo_is_the_reproduction_of_its_preset(monkeypatch):
+    found = []
+    monkeypatch.setattr(reproduce, "_reproduce", lambda arguments: found.append(vars(arguments)) or 0)
+    assert main(["demo", "--devices", "cpu,cpu", "--dry_run"]) == 0
+    words = ["reproduce", "--preset", "demo", "--output_folder", "demo", "--devices", "cpu,cpu", "--dry_run"]
+    expected = vars(cli.build_parser().parse_args(words))
+    assert found == [{**expected, "subcommand": "demo"}]

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib.metadata
+import inspect
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 
 import speechbrain_bestrq
 
@@ -161,3 +163,16 @@ def test_ci_lints_then_tests_and_stops_at_a_failure(tmp_path, failing, calls):
     assert (done.returncode == 0) == (failing == "none")
     lines = (tmp_path / "calls").read_text().splitlines()
     assert lines[1::2] == calls and set(lines[::2]) == {str(tmp_path)}
+
+
+def test_every_public_name_can_be_imported():
+    assert len(speechbrain_bestrq.__all__) > 15
+    assert all(getattr(speechbrain_bestrq, name) is not None for name in speechbrain_bestrq.__all__)
+
+
+def test_the_encoder_takes_what_speechbrains_lobe_takes_in_its_order_with_its_defaults():
+    ours = inspect.signature(speechbrain_bestrq.PretrainedEncoder).parameters
+    theirs = [one for one in inspect.signature(Wav2Vec2).parameters.values() if one.kind is not one.VAR_KEYWORD]
+    assert len(theirs) == 7 and list(ours)[:7] == [one.name for one in theirs]
+    for one in theirs:
+        assert one.default is one.empty or ours[one.name].default == one.default, one.name
