@@ -125,11 +125,12 @@ class AudioTable:
         >>> table.too_short, table.recordings_cut
         (1, 1)
         """
-        if not max_seconds * sample_rate >= 1:
+        longest = np.floor(max_seconds * sample_rate + 1e-6)  # 16.06 s at 16 kHz is a hair less than its samples
+        if not longest >= 1:
             raise InputError(f"max_seconds = {max_seconds:g} holds no sample: raise it.")
         seconds = np.fromiter((float(row["duration"]) for row in data.values()), np.float64, len(data))
         samples = np.rint(seconds * sample_rate).astype(np.int64)
-        parts = np.maximum(np.ceil(samples / np.floor(max_seconds * sample_rate)), 1).astype(np.int64)
+        parts = np.maximum(np.ceil(samples / longest), 1).astype(np.int64)
         # of each part: its recording, its number there, where it begins and ends
         recording = np.repeat(np.arange(len(data)), parts)
         number = np.arange(len(recording)) - np.repeat(np.cumsum(parts) - parts, parts)

@@ -1,5 +1,6 @@
 """BEST-RQ: predict the quantized features behind a mask (arXiv 2202.01855, 2405.04296)."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -80,6 +81,15 @@ class BestRQ(PretrainingModel):
             raise ValueError(
                 f"codebook_states names a hidden state, 1 to {layers}, for each of {books} codebooks, the last for one "
                 f"at least, so that every layer is trained; not {states}."
+            )
+        predicted, place = [], 0
+        for one in getattr(quantizer, "quantizers", []):
+            predicted.append((one.settings(), states[place : place + one.num_codebooks]))
+            place += one.num_codebooks
+        if any(one == other for one, other in itertools.combinations(predicted, 2)):
+            raise ValueError(
+                "two quantizers are the same, and their labels are predicted from the same state: give them different "
+                "seeds, or codebook_states that differ."
             )
         self.quantizer, self.noise_deviation, self.codebook_states = quantizer, noise_deviation, states
         self.head = nn.Linear(speech_encoder.encoder.d_model, quantizer.num_codebooks * quantizer.codebook_size)

@@ -1,6 +1,5 @@
 """Labels of several kinds for each frame."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ class JointQuantizer(FrameQuantizer):
     Raises
     ------
     ValueError
-        If there is none, sizes differ, or two are the same.
+        If there is none, or sizes differ.
 
     Example
     -------
@@ -42,8 +41,6 @@ class JointQuantizer(FrameQuantizer):
                 "quantizers that label together have one input_dim and one codebook_size, not "
                 f"{', '.join(map(str, sorted(sizes))) or 'none'}: give all the same."
             )
-        if any(one.settings() == other.settings() for one, other in itertools.combinations(quantizers, 2)):
-            raise ValueError("two quantizers are the same, and so are their labels: give them different seeds.")
         input_dim, codebook_size = sizes.pop()
         books = sum(one.num_codebooks for one in quantizers)
         measured = all(one.measured for one in quantizers)

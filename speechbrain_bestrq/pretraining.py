@@ -110,9 +110,6 @@ class PretrainingBrain(sb.Brain):
         checkpointer: Any,
         run_facts: dict[str, Any],
     ):
-        for name in sorted(WITHOUT_EFFECT & getattr(run_opts, "overridden_args", set())):
-            instead = WITHOUT_EFFECT_BUT.get(name, "leave it out")
-            raise InputError(f"--{name} has no effect on a pre-training: {instead}.")
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
         if self.optimizer_step_limit is not None:
             # a run option without a default arrives as text
@@ -254,13 +251,13 @@ class PretrainingBrain(sb.Brain):
             return
         if not self.optimizer_step or not isinstance(facts, dict):
             return
-        planned, now = facts.get("updates_planned"), self.optimizer_step_limit
-        if planned not in (None, now):
+        planned, now = facts.get("updates_planned", self.optimizer_step_limit), self.optimizer_step_limit
+        if planned != now:
             logger.warning(
                 "%s was to end at update %s and now is to at %s: the rates of a schedule that rests on that change.",
                 self.folder,
-                planned,
-                now,
+                planned or "without number",
+                now or "one without number",
             )
         before = facts.get("precision")
         if before not in (None, self.precision):
@@ -569,7 +566,7 @@ class PretrainingBrain(sb.Brain):
         if rewind and has_checkpoint and self.rewinds < MOST_REWINDS:
             self.requests.ask(Request.REWIND)
             return
-        raise RuntimeError(
+        raise InputError(
             f"{skipped} updates in a row, of those up to {step}, had no finite, ordinary gradients: "
             "lower the learning rate or lengthen the warm-up, train in bf16 or fp32, and start again to resume."
         )
@@ -753,6 +750,30 @@ class PretrainingBrain(sb.Brain):
         self._save_encoder(name)
         if self.encoders.owed:
             raise InputError(f"{self.folder / name} could not be written: make room, and start again.")
+
+
+def check_run_options(run_opts: Any) -> None:
+    """Refuse run options of SpeechBrain's that would do nothing.
+
+    Arguments
+    ---------
+    run_opts : RunOptions
+        Of the command line.
+
+    Raises
+    ------
+    InputError
+        Naming one, and what to give instead.
+
+    Example
+    -------
+    >>> from speechbrain.utils.run_opts import RunOptions
+    >>> check_run_options(RunOptions.from_dictionary({"jit": True}))
+    Traceback (most recent call last):
+    speechbrain_bestrq.errors.InputError: --jit has no effect on a pre-training: give --compile.
+    """
+    for name in sorted(WITHOUT_EFFECT & run_opts.overridden_args):
+        raise InputError(f"--{name} has no effect on a pre-training: {WITHOUT_EFFECT_BUT.get(name, 'leave it out')}.")
 
 
 def allow_many_shapes() -> None:

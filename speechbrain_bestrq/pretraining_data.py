@@ -18,7 +18,7 @@ from speechbrain_bestrq.stopping import leave_stopping_to_parent
 
 logger = logging.getLogger(__name__)
 
-#: Utterances that are tried in place of a batch that is all damaged: the files next to it may be so too.
+#: Files that are tried in place of a batch that is all damaged: those next to it may be so too.
 MOST_OTHERS = 10
 
 
@@ -204,12 +204,17 @@ class WaveformDataset(torch.utils.data.Dataset):
 
     def _read_another(self, index: int, samples: int, error: InputError) -> np.ndarray:
         """The next utterance that can be read, as often as it takes to be as long."""
-        for step in range(1, min(MOST_OTHERS, len(self)) + 1):
+        tried = {self.table.path(index)}
+        for step in range(1, len(self)):
             other = (index + step) % len(self)
+            if len(tried) > MOST_OTHERS:
+                break
+            if self.table.path(other) in tried:  # another part of a long recording
+                continue
             try:
                 return np.resize(self._read(other, 0, min(samples, int(self.table.lengths[other]))), samples)
             except InputError:
-                continue
+                tried.add(self.table.path(other))
         raise InputError(f"nothing of a batch can be read, nor what could stand for it: {error}") from error
 
     def _pass_over(self, path: str, error: InputError) -> None:

@@ -95,6 +95,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     devices = arguments.devices.split(",") if arguments.devices else [None]
     check_devices(stages, devices)
     state = StageState(stages, folder)
+    state.check_begun()
     done = {stage.name for stage in stages if state.is_done(stage.name)}
     left = [stage for stage in stages if stage.name not in done]
 

@@ -88,8 +88,8 @@ def encode_parts(encoder: TaskEncoder, rows: Rows, sample_rate: int, device: tor
 class Frames:
     """Chosen frames of a corpus."""
 
-    states: Tensor
-    """Shape (S, N, D)."""
+    states: Tensor | None
+    """Shape (S, N, D), float32; None if they were not wanted."""
     centred: Tensor
     """The same, each channel with mean 0 and variance 1 over the frames of its utterance."""
     classes: Tensor
@@ -100,7 +100,12 @@ class Frames:
 
 @torch.no_grad()
 def encode_frames(
-    encoder: TaskEncoder, rows: Rows, times: Mapping[str, tuple[Tensor, Tensor]], sample_rate: int, device: torch.device
+    encoder: TaskEncoder,
+    rows: Rows,
+    times: Mapping[str, tuple[Tensor, Tensor]],
+    sample_rate: int,
+    device: torch.device,
+    keep_states: bool = True,
 ) -> Frames:
     """Encode utterances and keep the frames at given times.
 
@@ -116,6 +121,8 @@ def encode_frames(
     sample_rate : int
         Of the encoder, Hz.
     device : torch.device
+    keep_states : bool
+        Keep them as they are too, not only centred: twice the memory.
 
     Returns
     -------
@@ -136,11 +143,13 @@ def encode_frames(
             utterances.append(torch.full_like(label, number))
             classes.append(label)
         index = torch.cat(utterances).to(device), torch.cat(places).to(device)
-        chosen.append(hidden[:, index[0], index[1]].cpu())
+        if keep_states:
+            chosen.append(hidden[:, index[0], index[1]].cpu())
         centred.append(normal[:, index[0], index[1]].cpu())
         means.append(mean[:, :, 0].cpu())
         within = within + variance.sum((1, 2, 3)).cpu()
     every = torch.cat(means, 1)
     between = every.var(1, correction=0).sum(1)
     share = between / (between + within / every.shape[1])
-    return Frames(torch.cat(chosen, 1), torch.cat(centred, 1), torch.cat(classes), share.tolist())
+    states = torch.cat(chosen, 1) if keep_states else None
+    return Frames(states, torch.cat(centred, 1), torch.cat(classes), share.tolist())

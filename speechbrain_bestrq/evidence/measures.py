@@ -308,7 +308,9 @@ class Characters(Corpus):
         parts = {"few": few, "rest": rest, "valid": self.sets["valid"], "test": self.sets["test"]}
         times = {name: self.times["train" if name in ("few", "rest") else name] for name in parts}
         frames = {
-            name: encode_frames(encoder, rows, times[name], SAMPLE_RATE, device) for name, rows in parts.items() if rows
+            name: encode_frames(encoder, rows, times[name], SAMPLE_RATE, device, keep_states=name == "test")
+            for name, rows in parts.items()
+            if rows
         }
         number = 1 + max(int(one.classes.max()) for one in frames.values())
         found: Found = {name: [] for name in ("characters_few", "characters_all", "rank", "scale", "between")}

@@ -44,7 +44,7 @@ def lead(cell: Cell, base: Cell, lower_is_better: bool) -> Lead | None:
 
     Example
     -------
-    >>> error, other = Cell({1: 20.0}, 19.0, 21.0), Cell({1: 25.0, 2: 9.0}, 24.0, 26.0)
+    >>> error, other = Cell({1: 20.0}, {1: (19.0, 21.0)}), Cell({1: 25.0, 2: 9.0}, {1: (24.0, 26.0)})
     >>> found = lead(error, other, lower_is_better=True)
     >>> f"{found.points:+.1f} ± {found.doubt:.1f}, {found.seeds} seed"
     '+5.0 ± 1.4, 1 seed'

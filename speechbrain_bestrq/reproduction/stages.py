@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -134,6 +135,23 @@ class StageState:
         """Which products of a stage are not there."""
         return [one for one in self.stages[name].products if not (self.folder_of(name) / one).exists()]
 
+    def check_begun(self) -> None:
+        """Refuse to go on with a stage amid which another number of devices was at work.
+
+        Raises
+        ------
+        InputError
+            Naming the stage and its devices.
+        """
+        for name, stage in self.stages.items():
+            record = self._record(name)
+            devices = record.get("devices", stage.devices)
+            if record.get("mark") == self.marks[name] and "made" not in record and devices != stage.devices:
+                raise InputError(
+                    f"{name} was begun on {devices} devices and has not got to its end: give --pretraining_devices "
+                    f"{devices}, or delete {self.folder_of(name)} to begin it anew."
+                )
+
     def begin(self, name: str) -> None:
         """Make a stage's folder its own: what another command left there is moved aside, and nothing is lost."""
         folder, record = self.folder_of(name), self._record(name)
@@ -145,7 +163,7 @@ class StageState:
             folder.rename(aside)
             record = {}
         folder.mkdir(parents=True, exist_ok=True)
-        begun = {"mark": self.marks[name], "needed": needed, "commit": commit()}
+        begun = {"mark": self.marks[name], "needed": needed, "commit": commit(), "devices": self.stages[name].devices}
         if record and "made" not in record:  # taken up again
             begun["spent"] = record.get("spent")
         self._write(name, begun)
@@ -190,7 +208,9 @@ class StageState:
 
 def _governing(command: Sequence[str], folder: Path) -> list[str]:
     """A command without what may change, such as the place of the plan's folder."""
-    words = [word.replace(f"{folder}{os.sep}", "") for word in command]
+    # where a path begins, and not within another
+    own = re.compile(rf"(?<![\w./-]){re.escape(str(folder))}{os.sep}")
+    words = [own.sub("", word) for word in command]
     for option in FREE_OPTIONS:
         if option in words:
             place = words.index(option)

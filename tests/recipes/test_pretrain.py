@@ -255,6 +255,12 @@ def test_run_options_reach_what_refers_to_them_in_the_yaml(librispeech, tmp_path
     assert hparams["eval_precision"] == "bf16"
 
 
+def test_an_option_without_effect_is_refused_before_anything_is_written(train, librispeech, tmp_path):
+    with pytest.raises(InputError, match="--skip_nonfinite_grads has no effect"):
+        train.main([*arguments("bestrq_small", librispeech, tmp_path / "run"), "--skip_nonfinite_grads"])
+    assert not (tmp_path / "run" / "manifests").exists()
+
+
 def test_a_key_given_twice_is_refused(librispeech, tmp_path):
     with pytest.raises(InputError, match="--seed is given more than once"):
         load_recipe([*arguments("bestrq_small", librispeech, tmp_path), "--seed=1", "--seed=2"])

@@ -104,12 +104,19 @@ def test_table_cuts_the_too_long_and_leaves_out_the_too_short():
 def test_the_parts_of_a_long_recording_are_all_of_it_in_order_and_none_is_too_long(lengths, longest, rate):
     data = {str(i): {"wav": str(i), "duration": samples / rate} for i, samples in enumerate(lengths)}
     table = AudioTable.from_manifest(data, rate, max_seconds=longest)
-    assert table.lengths.max() <= longest * rate and table.lengths.min() >= 1
+    assert table.lengths.max() <= longest * rate + 1e-6 and table.lengths.min() >= 1
     ends = {}
     for i in range(len(table)):
         assert table.starts[i] == ends.get(table.path(i), 0)
         ends[table.path(i)] = table.starts[i] + table.lengths[i]
     assert ends == {str(i): samples for i, samples in enumerate(lengths)}
+
+
+@pytest.mark.parametrize("longest", [16.06, 32.05, 25.0, 0.1])
+def test_a_recording_of_just_the_most_seconds_stays_whole(longest):
+    data = {"a": {"wav": "a", "duration": longest}, "b": {"wav": "b", "duration": longest + 1 / RATE}}
+    table = AudioTable.from_manifest(data, RATE, max_seconds=longest)
+    assert [table.name(i) for i in range(len(table))] == ["a", "b#0", "b#1"]
 
 
 def test_parts_that_are_too_short_are_left_out():
@@ -237,6 +244,30 @@ def test_a_file_cut_short_on_disk_is_refused(tmp_path):
         read_segment(str(path), 16000, 16000, RATE)
 
 
+def test_a_long_vorbis_is_read_from_where_a_part_lies_but_not_from_within_its_last_page(tmp_path, monkeypatch):
+    rate, seconds = 8000, 60
+    path = str(tmp_path / "a.ogg")
+    with soundfile.SoundFile(path, "w", rate, 1, format="OGG", subtype="VORBIS") as file:
+        for block in range(seconds):  # libsndfile's encoder overflows its stack on much at once
+            file.write(noise(rate, seed=block) / 2**17)
+    whole = read_segment(path, 0, seconds * rate, rate)
+    sought, seek = [], soundfile.SoundFile.seek
+
+    def noted(file, frames, *more):
+        sought[-1].append(frames)  # reading asks for its place, too
+        return seek(file, frames, *more)
+
+    monkeypatch.setattr(soundfile.SoundFile, "seek", noted)
+    starts = [0, 10 * rate, 39 * rate, 41 * rate, 55 * rate, 59 * rate, 60 * rate - 100]
+    for start in starts:
+        samples = min(2 * rate, seconds * rate - start)
+        sought.append([])
+        part = read_segment(path, start, samples, rate)
+        assert np.abs(part - whole[start : start + samples]).max() < 1e-5, start
+    # to read the first parts, an hour of a podcast is not decoded
+    assert [first for first, *_ in sought] == [*starts[:3], *[40 * rate] * 4]
+
+
 # ---- files that turn out to be damaged
 
 
@@ -309,6 +340,17 @@ def test_too_many_damaged_files_are_refused_in_one_line(equally_long):
     ) as refused:
         training_batches(equally_long, max_unreadable=2)
     assert "\n" not in str(refused.value)
+
+
+def test_for_a_long_recording_that_is_damaged_no_other_part_of_it_stands_in(tmp_path):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", noise(20 * RATE, seed=ord(name)), RATE)
+    data = {name: {"wav": str(tmp_path / f"{name}.wav"), "duration": 20.0} for name in "ab"}
+    table = AudioTable.from_manifest(data, RATE, max_seconds=1.0)
+    dataset = WaveformDataset(table, SpanMasking(0.06, 10), frame_lengths, max_unreadable=1)
+    (tmp_path / "a.wav").unlink()
+    batch = dataset.__getitems__(BatchPlan(1, 0, RATE, np.array([3]), np.array([0])))
+    assert torch.equal(batch.wavs[0], torch.from_numpy(noise(20 * RATE, seed=ord("b"))[:RATE, 0]))
 
 
 def test_for_a_batch_of_damaged_files_alone_the_next_of_the_corpus_stands_in(equally_long):

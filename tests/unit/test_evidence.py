@@ -124,6 +124,8 @@ def test_frames_are_those_at_the_times_given_and_centred_within_their_utterance(
         torch.testing.assert_close(frames.states[0, place : place + 2], alone[[0, 7]], atol=2e-4, rtol=1e-4)
         normal = (alone - alone.mean(0)) / alone.std(0, correction=0)
         torch.testing.assert_close(frames.centred[0, place : place + 2], normal[[0, 7]], atol=2e-3, rtol=1e-3)
+    less = encode_frames(encoder, noise, times, 16000, CPU, keep_states=False)
+    assert less.states is None and torch.equal(less.centred, frames.centred) and less.between == frames.between
     whole = encode_parts(encoder, noise, 16000, CPU)
     assert whole.keys() == noise.keys() and whole["1"].shape == (1, 4, 320)
 

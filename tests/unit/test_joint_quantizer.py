@@ -66,10 +66,15 @@ def test_a_state_dict_restores_the_labels_and_what_is_not_measured_refuses():
     assert not again.measured
 
 
-def test_twins_are_refused():
+def test_twins_are_refused_where_both_would_be_predicted_from_one_state(make_speech_encoder):
+    def model(seed, states):
+        quantizers = [RandomProjectionQuantizer(320, 8, CODES, num_codebooks=2, seed=one) for one in (0, seed)]
+        masking = SpanMasking(0.5, 1)
+        return BestRQ(make_speech_encoder(), JointQuantizer(quantizers), masking, codebook_states=states)
+
     with pytest.raises(ValueError, match="two quantizers are the same.*different seeds"):
-        JointQuantizer([*parts(), *parts()[2:]])
-    assert JointQuantizer([*parts(), *parts(1)]).num_codebooks == 8
+        model(0, [2, 2, 2, 2])
+    assert model(1, [2, 2, 2, 2]).quantizer.num_codebooks == model(0, [2, 2, 2, 1]).quantizer.num_codebooks == 4
 
 
 def test_settings_tell_every_part():

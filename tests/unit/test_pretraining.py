@@ -194,7 +194,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(toy, tmp_path):
 def test_nothing_but_skipped_updates_stops_the_run(toy, tmp_path):
     model = toy.make_model()
     batches = [toy.make_batch(model, [np.full(3200, np.nan, dtype=np.float32)])] * 100
-    with pytest.raises(RuntimeError, match="50 updates in a row, .* had no finite, ordinary gradients"):
+    with pytest.raises(InputError, match="50 updates in a row, .* had no finite, ordinary gradients"):
         toy.fit_batches(tmp_path, model, batches, log_interval=50)
 
 
@@ -453,17 +453,18 @@ def test_log_lines(toy, tmp_path, corpus):
     assert run["corpus"] == "Toy" and run["parameters"] > 1000 and run["updates_planned"] == 5
 
 
-def test_a_validation_without_a_finite_loss_is_never_the_best(toy, tmp_path, corpus, monkeypatch):
+@pytest.mark.parametrize("spoilt", ["nan", "-inf"])
+def test_a_validation_without_a_finite_loss_is_never_the_best(toy, tmp_path, corpus, monkeypatch, spoilt):
     settings = {**corpus, "updates": 6, "valid_interval": 2, "checkpoint_every": 1}
     compute_forward = toy.PretrainingBrain.compute_forward
 
-    def spoilt(self, batch, stage):
+    def spoil(self, batch, stage):
         output = compute_forward(self, batch, stage)
         if stage == sb.Stage.VALID and self.optimizer_step in (4, 6):
-            output.loss = output.loss * float("nan")
+            output.loss = output.loss * float(spoilt)
         return output
 
-    monkeypatch.setattr(toy.ToyBrain, "compute_forward", spoilt)
+    monkeypatch.setattr(toy.ToyBrain, "compute_forward", spoil)
     result = toy.train(tmp_path, **settings)
     metas = {one.meta["step"]: one.meta for one in result.brain.checkpointer.list_checkpoints()}
     assert "valid_loss" not in metas[6]
@@ -488,10 +489,10 @@ def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path,
 
 
 @pytest.mark.parametrize(("option", "instead"), [("skip_nonfinite_grads", "skipped in any case"), ("jit", "--compile")])
-def test_run_options_without_effect_are_refused(toy, tmp_path, option, instead):
-    options = RunOptions.from_dictionary({"device": "cpu", option: True})
+def test_run_options_without_effect_are_refused(option, instead):
+    pretraining.check_run_options(RunOptions.from_dictionary({"device": "cpu", "compile": True}))
     with pytest.raises(InputError, match=f"--{option} has no effect on a pre-training: .*{instead}"):
-        pretraining.PretrainingBrain({"model": toy.make_model()}, None, {}, options, None, run_facts={})
+        pretraining.check_run_options(RunOptions.from_dictionary({"device": "cpu", option: True}))
 
 
 def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -332,3 +333,26 @@ def test_an_interrupt_while_a_stage_is_started_is_not_lost(tmp_path):
     assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr and "[3/3]" not in done.stdout
     time.sleep(1.5)
     assert not (tmp_path / "train" / "b" / "results.json").exists(), "the stage went on without anybody waiting"
+
+
+def test_a_stage_that_was_begun_on_other_devices_is_refused_until_it_is_done(tmp_path):
+    one = Stage("train/a", ("program", "--factor", "8"), ("done",), same_as=("train",))
+    eight = Stage("train/a", ("program", "--factor", "1"), ("done",), devices=8, same_as=("train",))
+    state = StageState([one], tmp_path)
+    state.begin("train/a")
+    state.check_begun()
+    with pytest.raises(InputError, match=r"train/a was begun on 1 devices .*: give --pretraining_devices 1, or delete"):
+        StageState([eight], tmp_path).check_begun()
+    (tmp_path / "train" / "a" / "done").touch()
+    state.set_done("train/a", 1.0)
+    again = StageState([eight], tmp_path)
+    again.check_begun()
+    assert again.is_done("train/a")
+
+
+def test_the_folder_of_a_plan_is_taken_out_of_paths_within_it_alone(tmp_path):
+    def mark(folder, path):
+        words = ("train", f"--encoder=random:{folder}/a", f"[{folder}/b]", path)
+        return StageState([Stage("train/a", words, ())], Path(folder)).marks["train/a"]
+
+    assert mark("/data", "/mnt/data/x") == mark("/moved", "/mnt/data/x") != mark("/moved", "/mnt/x")

@@ -451,7 +451,7 @@ def test_a_run_that_diverges_at_any_rate_is_given_up(toy, tmp_path, corpus, capl
 
     monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
     options = {"updates": 12, "checkpoint_every": 2, "max_skipped_updates": 3, "on_nonfinite": "rewind"}
-    with pytest.raises(RuntimeError, match="3 updates in a row"):
+    with pytest.raises(InputError, match="3 updates in a row"):
         toy.train(tmp_path, **corpus, **options)
     found = [message for message in caplog.messages if "Going back to the last checkpoint" in message]
     assert [float(re.search(r"with ([\d.]+) of", message)[1]) for message in found] == [0.5, 0.25, 0.125, 0.0625]
@@ -491,7 +491,7 @@ def test_updates_skipped_in_a_row_are_counted_across_log_lines(toy, tmp_path, co
     monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
     settings = {**corpus, "updates": 12, "log_interval": 6, "max_skipped_updates": most}
     if ends:
-        with pytest.raises(RuntimeError, match="6 updates in a row, of those up to 12"):
+        with pytest.raises(InputError, match="6 updates in a row, of those up to 12"):
             toy.train(tmp_path, **settings)
     else:
         assert int(toy.train(tmp_path, **settings).brain.totals[1]) == 6

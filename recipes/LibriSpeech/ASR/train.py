@@ -25,7 +25,7 @@ from typing import Any
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process, run_on_main
 
 from speechbrain_bestrq.corpora import prepare_librispeech
 from speechbrain_bestrq.corpora.manifest import corpus_name, count_unreadable, read_manifest
@@ -221,8 +221,10 @@ def evaluate(brain: ASRBrain, hparams: dict, loaders: dict[str, Any], output_fol
         tuning = tune(decoder, *tuning_set(brain, hparams["tuning_utterances"]), hparams["alphas"], hparams["betas"])
         for point in tuning.table:
             logger.info("valid: alpha %(alpha)g, beta %(beta)g: WER %(wer).4f, CER %(cer).4f", point)
-        decoder = decoder.with_weights(tuning.alpha, tuning.beta)
-        tuned, suffix = {"alpha": tuning.alpha, "beta": tuning.beta}, "lm"
+        # one answer for all ranks, which share the decoding
+        alpha, beta = ddp_broadcast((tuning.alpha, tuning.beta), src=0)
+        decoder = decoder.with_weights(alpha, beta)
+        tuned, suffix = {"alpha": alpha, "beta": beta}, "lm"
     sets = {}
     for name in hparams["test_splits"]:
         metrics = brain.test(loaders[name])

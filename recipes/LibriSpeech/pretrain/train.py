@@ -36,7 +36,7 @@ from speechbrain_bestrq.corpora import prepare_corpus
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.pcm_cache import cache_audio
-from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
+from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable, check_run_options
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
 from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
 
@@ -140,6 +140,7 @@ def main(arguments: list[str]) -> None:
 
 def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
     """Prepare and train, with the output folder to ourselves."""
+    check_run_options(run_opts)
     manifests = run_on_main(prepare_corpus, args=[hparams])
     ranks = (0, 1)
     if torch.distributed.is_initialized():
