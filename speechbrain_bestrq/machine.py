@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,29 @@ def device_name(device: str | torch.device = "cpu") -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return f"{model or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def peak_memory_gb(device: str | torch.device = "cpu") -> float:
+    """Tell the most memory that has been held.
+
+    Arguments
+    ---------
+    device : str or torch.device
+        Of a GPU, what tensors have held there; else what this process has.
+
+    Returns
+    -------
+    float
+        GB.
+
+    Example
+    -------
+    >>> 0.01 < peak_memory_gb() < 1000
+    True
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def package_versions() -> dict[str, str]:

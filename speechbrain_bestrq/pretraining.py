@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.encoder_folders import EncoderFolders
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.machine import device_name, package_versions
+from speechbrain_bestrq.machine import device_name, package_versions, peak_memory_gb
 from speechbrain_bestrq.model_card import write_card
 from speechbrain_bestrq.pretraining_data import PretrainingBatch
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
@@ -35,10 +34,11 @@ from speechbrain_bestrq.resuming import (
     digest,
     load_state,
     save_state,
+    warn_of_changes,
 )
 from speechbrain_bestrq.run_log import RUN_FILE
-from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
+from speechbrain_bestrq.update_guard import UpdateGuard
 from speechbrain_bestrq.writing import write_text
 
 logger = logging.getLogger(__name__)
@@ -48,21 +48,6 @@ HISTOGRAM_MEMORY = 0.995
 
 #: Times that a run goes back to its last checkpoint, each time with half the learning rate, before it is given up.
 MOST_REWINDS = 4
-
-#: Updates from which on the usual gradient norm is known, and how much of it stays from one to the next.
-SPIKES_FROM, NORM_MEMORY = 100, 0.99
-
-#: Run options of SpeechBrain's that are for what this Brain does in its own way; and what to give instead.
-WITHOUT_EFFECT = frozenset(
-    "jit jit_module_keys compile_module_keys data_parallel_backend data_parallel_count find_unused_parameters "
-    "nonfinite_patience skip_nonfinite_grads".split()
-)
-WITHOUT_EFFECT_BUT = {
-    "data_parallel_backend": "start it by torchrun",
-    "jit": "give --compile",
-    "nonfinite_patience": "set max_skipped_updates in the YAML",
-    "skip_nonfinite_grads": "updates that are not finite are skipped in any case",
-}
 
 #: Sums over the batches of an update, in the order of the tensor that ranks add up; the model's loss terms come after.
 SUMS = ("targets", "loss", "correct", "frames", "seconds")
@@ -128,12 +113,10 @@ class PretrainingBrain(sb.Brain):
         self.saved_update, self.saving_seconds = None, 0.0
         self.encoders = EncoderFolders(self.folder)
         self.requests = Requests()  # heeds signals within fit only
-        self.usual_norm = torch.zeros((), device=self.device)
+        self.guard = UpdateGuard(self.device, getattr(self.hparams, "spike_ratio", 0.0))
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
         self.device_seconds_before = self.device_seconds_rewound = 0.0
         self.started = time.perf_counter()
-        # updates skipped in a row: now, and the most since the last log line
-        self.skipped_row, self.longest_skipped_row = torch.zeros(2, dtype=torch.int64, device=self.device).unbind()
         # a micro-batch of this many masked frames weighs 1, so that summed losses keep their scale in fp16
         self.nominal_targets = 1000.0
         self.histogram, self.window_sums, self.update_sums = None, self._zero_sums(), self._zero_sums()
@@ -243,33 +226,6 @@ class PretrainingBrain(sb.Brain):
             updates=(self.grad_accumulation_factor, self.optimizer_step_limit),
         )
 
-    def _tell_what_is_otherwise(self, path: Path) -> None:
-        """Warn where the run was trained in another precision before, or was to end elsewhere."""
-        try:
-            facts = read_json(path)
-        except (InputError, OSError):
-            return
-        if not self.optimizer_step or not isinstance(facts, dict):
-            return
-        planned, now = facts.get("updates_planned", self.optimizer_step_limit), self.optimizer_step_limit
-        if planned != now:
-            logger.warning(
-                "%s was to end at update %s and now is to at %s: the rates of a schedule that rests on that change.",
-                self.folder,
-                planned or "without number",
-                now or "one without number",
-            )
-        before = facts.get("precision")
-        if before not in (None, self.precision):
-            logger.warning(
-                "%s was trained in %s until update %d and goes on in %s: give --precision %s to stay with it.",
-                self.folder,
-                before,
-                self.optimizer_step,
-                self.precision,
-                before,
-            )
-
     def on_fit_start(self) -> None:
         """Refuse a foreign checkpoint, else load the newest; open the logs."""
         check_resumable(self.checkpointer, self.model, self.sampler)
@@ -279,7 +235,8 @@ class PretrainingBrain(sb.Brain):
         self.optimizer_parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if if_main_process():
             path = self.folder / RUN_FILE
-            self._tell_what_is_otherwise(path)
+            if self.optimizer_step:
+                warn_of_changes(path, self.run_facts)
             write_text(path, json.dumps(self.run_facts, indent=2) + "\n")
         self.log.open(self.optimizer_step, self.optimizer_step_limit, show_bar=not self.noprogressbar)
         ddp_barrier()
@@ -360,11 +317,7 @@ class PretrainingBrain(sb.Brain):
         if self.max_grad_norm > 0:
             scale = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
-        good = norm.isfinite()
-        if getattr(self.hparams, "spike_ratio", 0) and update > SPIKES_FROM:
-            good &= (norm <= self.hparams.spike_ratio * self.usual_norm) | (self.usual_norm == 0)
-        memory = torch.where(self.usual_norm == 0, 0.0, NORM_MEMORY)  # none yet
-        self.usual_norm = torch.where(good, memory * self.usual_norm + (1 - memory) * norm, self.usual_norm)
+        good = self.guard.judge(norm, update)
         # what GradScaler does for fused optimizers: the kernel itself skips the update. The norm is not finite
         # where a gradient is not
         self.optimizer.found_inf = (~good).float()
@@ -375,8 +328,6 @@ class PretrainingBrain(sb.Brain):
             self.scaler._scale.clamp_(min=1.0)
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_step = update
-        self.skipped_row = torch.where(good, 0, self.skipped_row + 1)
-        self.longest_skipped_row = torch.maximum(self.longest_skipped_row, self.skipped_row)
         self.window_sums += torch.where(good, sums, 0.0)
         self.totals += torch.stack([sums[4], (~good).double()])
         self.histogram *= HISTOGRAM_MEMORY
@@ -526,7 +477,7 @@ class PretrainingBrain(sb.Brain):
             "device_hours": self.device_hours,
             "gflops_per_second": flops / 1e9,
             "utilisation": None if peak is None else flops / peak,
-            "peak_memory_gb": _peak_memory_gb(self.device_type),
+            "peak_memory_gb": peak_memory_gb(self.device),
             "data_wait_share": self.window_wait / seconds,
             "saving_seconds": self.saving_seconds,
             "eta_hours": left * seconds / self.window_updates / 3600,
@@ -537,10 +488,10 @@ class PretrainingBrain(sb.Brain):
             "audio_seconds": self.totals[0] - self.clocked_seconds,
             "audio_hours": self.totals[0] / 3600,
             "skipped_updates": self.totals[1],
-            "skipped_row": self.skipped_row,
-            "longest_skipped_row": self.longest_skipped_row,
+            "skipped_row": self.guard.skipped_row,
+            "longest_skipped_row": self.guard.longest_row,
         }
-        self.longest_skipped_row = self.skipped_row
+        self.guard.start_row()
         self.reader.submit(known, values)
         self.window_sums, self.saving_seconds = self._zero_sums(), 0.0
         self._start_clock()
@@ -659,7 +610,7 @@ class PretrainingBrain(sb.Brain):
             return
         self._write_log_lines(wait=True)  # a resumed run logs nothing of before its checkpoint
         # in a row of skipped updates the weights may be beyond help, which a rewind must not go back to
-        self.withheld = bool(self.skipped_row) and not (stopping or self._optimizer_step_limit_exceeded)
+        self.withheld = bool(self.guard.skipped_row) and not (stopping or self._optimizer_step_limit_exceeded)
         if self.withheld:
             return
         signature = json.dumps(self.model.signature(), sort_keys=True)
@@ -704,9 +655,8 @@ class PretrainingBrain(sb.Brain):
             "rate_scale": self.rate_scale,
             "rewinds": self.rewinds,
             "best_perplexity": self.log.best_perplexity,
-            "skipped_row": self.skipped_row,
             "validation_due": self.validation_due,
-            "usual_norm": self.usual_norm,
+            **self.guard.state(),
         }
         torch.save(state, path)
 
@@ -720,8 +670,8 @@ class PretrainingBrain(sb.Brain):
         # a run that went back here with a lower rate keeps it
         self.rate_scale = min(self.rate_scale, state["rate_scale"])
         self.rewinds = max(self.rewinds, state["rewinds"])
-        self.log.best_perplexity, self.usual_norm = state["best_perplexity"], state["usual_norm"]
-        self.skipped_row = self.longest_skipped_row = state["skipped_row"]
+        self.log.best_perplexity = state["best_perplexity"]
+        self.guard.load(state)
         self.validation_due, self.saved_update = state["validation_due"], None
 
     def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> None:
@@ -752,30 +702,6 @@ class PretrainingBrain(sb.Brain):
             raise InputError(f"{self.folder / name} could not be written: make room, and start again.")
 
 
-def check_run_options(run_opts: Any) -> None:
-    """Refuse run options of SpeechBrain's that would do nothing.
-
-    Arguments
-    ---------
-    run_opts : RunOptions
-        Of the command line.
-
-    Raises
-    ------
-    InputError
-        Naming one, and what to give instead.
-
-    Example
-    -------
-    >>> from speechbrain.utils.run_opts import RunOptions
-    >>> check_run_options(RunOptions.from_dictionary({"jit": True}))
-    Traceback (most recent call last):
-    speechbrain_bestrq.errors.InputError: --jit has no effect on a pre-training: give --compile.
-    """
-    for name in sorted(WITHOUT_EFFECT & run_opts.overridden_args):
-        raise InputError(f"--{name} has no effect on a pre-training: {WITHOUT_EFFECT_BUT.get(name, 'leave it out')}.")
-
-
 def allow_many_shapes() -> None:
     """Have PyTorch compile every shape of the ladder: by default it stops after eight."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
@@ -784,10 +710,3 @@ def allow_many_shapes() -> None:
 
 class _RewindError(Exception):
     """Leaves SpeechBrain's loop over the epochs, to begin it again from the last checkpoint."""
-
-
-def _peak_memory_gb(device_type: str) -> float:
-    """The most memory that tensors have held on the GPU, or this process without one, GB."""
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import nn
 from speechbrain_bestrq.batching import LadderBatchSampler
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.pretraining_model import OBJECTIVE
+from speechbrain_bestrq.safe_reading import read_json
+
+logger = logging.getLogger(__name__)
 
 
 def check_resumable(checkpointer: Any, model: nn.Module, sampler: LadderBatchSampler) -> None:
@@ -116,6 +120,41 @@ def check_optimizer(optimizer: torch.optim.Optimizer, checkpointer: Any) -> None
         raise InputError(
             f"{checkpoint.path} was trained with other settings of the optimizer ({told}): give another output_folder, "
             "or the settings it was trained with."
+        )
+
+
+def warn_of_changes(path: Path, facts: dict[str, Any]) -> None:
+    """Warn where a run that goes on was trained in another precision before, or was to end elsewhere.
+
+    Arguments
+    ---------
+    path : Path
+        What the run told of itself when it was started last; where it is not readable, nothing is said.
+    facts : dict
+        What it tells now, with "precision" and "updates_planned".
+    """
+    try:
+        before = read_json(path)
+    except (InputError, OSError):
+        return
+    if not isinstance(before, dict):
+        return
+    planned, now = before.get("updates_planned", facts["updates_planned"]), facts["updates_planned"]
+    if planned != now:
+        logger.warning(
+            "%s was to end at update %s and now is to at %s: the rates of a schedule that rests on that change.",
+            path.parent,
+            planned or "without number",
+            now or "one without number",
+        )
+    precision = before.get("precision", facts["precision"])
+    if precision != facts["precision"]:
+        logger.warning(
+            "%s was trained in %s before and goes on in %s: give --precision %s to stay with it.",
+            path.parent,
+            precision,
+            facts["precision"],
+            precision,
         )
 
 

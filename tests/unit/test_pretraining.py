@@ -17,6 +17,7 @@ from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.resuming import load_state, save_state
+from speechbrain_bestrq.run_options import check_run_options
 
 RATE = 16000
 
@@ -261,7 +262,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(toy, tmp_path, corpus, 
     toy.train(tmp_path, **settings, precision="bf16", stop_after=3)
     assert "trained in" not in caplog.text
     toy.train(tmp_path, **settings, precision="fp32")
-    assert "was trained in bf16 until update 2 and goes on in fp32: give --precision bf16" in caplog.text
+    assert "was trained in bf16 before and goes on in fp32: give --precision bf16" in caplog.text
     assert "was to end at update" not in caplog.text
     toy.train(tmp_path, **corpus, updates=6)
     assert "was to end at update 4 and now is to at 6" in caplog.text
@@ -305,8 +306,8 @@ def test_on_another_number_of_ranks_it_goes_on_after_an_epoch_and_says_so(toy, t
 def test_what_a_run_has_learned_of_itself_outlives_it(toy, tmp_path, corpus):
     settings = {**corpus, "updates": 6, "checkpoint_every": 2}
     first = toy.train(tmp_path, **settings, stop_after=4).brain
-    first.usual_norm, first.rewinds, first.rate_scale = torch.tensor(3.5), 2, 0.25
-    first.skipped_row, first.log.best_perplexity, first.best_valid_loss = torch.tensor(7), 12.5, 0.75
+    first.guard.usual_norm, first.rewinds, first.rate_scale = torch.tensor(3.5), 2, 0.25
+    first.guard.skipped_row, first.log.best_perplexity, first.best_valid_loss = torch.tensor(7), 12.5, 0.75
     first.checkpointer.save_checkpoint(meta={"step": 4, "signature": json.dumps(first.model.signature())})
     hours = first.device_hours
     again = toy.make_brain(tmp_path, toy.make_model(), updates=6)
@@ -314,8 +315,8 @@ def test_what_a_run_has_learned_of_itself_outlives_it(toy, tmp_path, corpus):
     again.checkpointer.add_recoverable("sampler", first.sampler, load_state, save_state)
     again.init_optimizers()
     again.checkpointer.recover_if_possible()
-    assert (float(again.usual_norm), again.rewinds, again.rate_scale) == (3.5, 2, 0.25)
-    assert (int(again.skipped_row), again.log.best_perplexity, again.best_valid_loss) == (7, 12.5, 0.75)
+    assert (float(again.guard.usual_norm), again.rewinds, again.rate_scale) == (3.5, 2, 0.25)
+    assert (int(again.guard.skipped_row), again.log.best_perplexity, again.best_valid_loss) == (7, 12.5, 0.75)
     assert again.device_hours >= hours and torch.equal(again.totals, first.totals)
 
 
@@ -478,7 +479,7 @@ def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path,
         if self.optimizer_step == 0:
             next(iter(self.model.parameters())).grad.fill_(float("nan"))
         optimizers_step(self)
-        norms.append((float(self.gradient_norm), float(self.usual_norm)))
+        norms.append((float(self.gradient_norm), float(self.guard.usual_norm)))
 
     monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
     model = toy.make_model()
@@ -490,9 +491,9 @@ def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path,
 
 @pytest.mark.parametrize(("option", "instead"), [("skip_nonfinite_grads", "skipped in any case"), ("jit", "--compile")])
 def test_run_options_without_effect_are_refused(option, instead):
-    pretraining.check_run_options(RunOptions.from_dictionary({"device": "cpu", "compile": True}))
+    check_run_options(RunOptions.from_dictionary({"device": "cpu", "compile": True}))
     with pytest.raises(InputError, match=f"--{option} has no effect on a pre-training: .*{instead}"):
-        pretraining.check_run_options(RunOptions.from_dictionary({"device": "cpu", option: True}))
+        check_run_options(RunOptions.from_dictionary({"device": "cpu", option: True}))
 
 
 def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkeypatch):

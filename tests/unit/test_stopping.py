@@ -18,7 +18,7 @@ import speechbrain as sb
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from speechbrain_bestrq import checkpointing, encoder_folders, pretraining, stopping
+from speechbrain_bestrq import checkpointing, encoder_folders, stopping, update_guard
 from speechbrain_bestrq.accounting import JsonLines
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer, SaveError
 from speechbrain_bestrq.errors import InputError
@@ -517,7 +517,7 @@ def test_a_spike_is_skipped_and_counted(toy, tmp_path):
 
     original, toy.ToyBrain = toy.ToyBrain, Spiking
     patch = pytest.MonkeyPatch()
-    patch.setattr(pretraining, "SPIKES_FROM", 5)
+    patch.setattr(update_guard, "SPIKES_FROM", 5)
     try:
         brain = toy.fit_batches(tmp_path, model, batches, spike_ratio=20.0)
     finally:

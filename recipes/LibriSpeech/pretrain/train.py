@@ -36,9 +36,10 @@ from speechbrain_bestrq.corpora import prepare_corpus
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.pcm_cache import cache_audio
-from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable, check_run_options
+from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
 from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
+from speechbrain_bestrq.run_options import check_run_options
 
 logger = logging.getLogger(__name__)
 
