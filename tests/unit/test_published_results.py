@@ -52,7 +52,12 @@ EVIDENCE = sorted(path.parent for path in RESULTS.glob("*/evidence.json"))
 
 
 def test_all_evidence_is_there():
-    assert [folder.name for folder in EVIDENCE] == ["one_kind_evidence", "three_seeds_evidence", "two_kinds_evidence"]
+    assert [folder.name for folder in EVIDENCE] == [
+        "long_run_evidence",
+        "one_kind_evidence",
+        "three_seeds_evidence",
+        "two_kinds_evidence",
+    ]
 
 
 @pytest.mark.parametrize("folder", EVIDENCE, ids=lambda folder: folder.name)
