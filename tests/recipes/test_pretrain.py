@@ -81,9 +81,9 @@ def read_log(output_folder):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_full_size_model_has_the_stated_number_of_parameters(name):
+def test_full_size_model_has_the_stated_number_of_parameters(name, tmp_path):
     with open(RECIPE / "hparams" / f"{name}.yaml") as file, torch.device("meta"):
-        hparams = load_hyperpyyaml(file, {"data_folder": "none"})
+        hparams = load_hyperpyyaml(file, {"data_folder": "none", "output_folder": str(tmp_path)})
     assert sum(parameter.numel() for parameter in hparams["model"].parameters()) == PARAMETERS[name]
     header = file_header(name)
     assert f"hparams/{name}.yaml --data_folder" in header, "the header lacks its launch command"
