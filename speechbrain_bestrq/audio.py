@@ -215,6 +215,38 @@ class AudioTable:
         return read_samples(self.path(index), int(self.starts[index]) + start, samples, self.sample_rate)
 
 
+def stat_audio(path: str) -> os.stat_result:
+    """Ask for size and time of an audio file, without reading it.
+
+    Arguments
+    ---------
+    path : str
+        The file.
+
+    Returns
+    -------
+    os.stat_result
+
+    Raises
+    ------
+    InputError
+        If it is gone, or may not be asked.
+
+    Example
+    -------
+    >>> stat_audio("/nowhere/a.wav")
+    Traceback (most recent call last):
+    speechbrain_bestrq.errors.InputError: /nowhere/a.wav cannot be read (No such file or directory): restore it, or \
+prepare the corpus again.
+    """
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): restore it, or prepare the corpus again."
+        ) from error
+
+
 def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) -> np.ndarray:
     """Read a stretch of an audio file, at a given rate and in one channel.
 

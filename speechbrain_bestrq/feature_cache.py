@@ -14,6 +14,7 @@ import torch
 from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 from torch import Tensor
 
+from speechbrain_bestrq.audio import stat_audio
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.resuming import digest
@@ -233,12 +234,7 @@ def _audio(rows: Rows) -> dict[str, list[Any]]:
     """Which audio each utterance is, as far as it can be told without reading it."""
     audio = {}
     for name, row in rows.items():
-        try:
-            file = os.stat(row["wav"])
-        except OSError as error:
-            raise InputError(
-                f"{row['wav']} cannot be read ({error.strerror}): restore it, or prepare the corpus again."
-            ) from error
+        file = stat_audio(row["wav"])
         audio[name] = [str(row["wav"]), float(row["duration"]), file.st_size, file.st_mtime_ns]
     return audio
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 
-from speechbrain_bestrq.audio import FULL_SCALE, AudioTable
+from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, stat_audio
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.writing import replacing
@@ -189,11 +189,6 @@ def _digest(table: AudioTable) -> str:
         digest.update(table.starts.tobytes())
     for index in range(len(table)):
         path = table.path(index)
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be read ({error.strerror}): restore it, or prepare the corpus again."
-            ) from error
+        status = stat_audio(path)
         digest.update(json.dumps([path, status.st_size, status.st_mtime_ns]).encode())
     return digest.hexdigest()[:16]

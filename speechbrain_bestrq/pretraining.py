@@ -574,9 +574,9 @@ class PretrainingBrain(sb.Brain):
         if values["loss"] < self.best_valid_loss:
             self._save_encoder("encoder", entry)
             self.best_valid_loss = values["loss"]
-        # a run that ends amid an epoch can be continued there
         # the best has the least: a loss that is no number has no place in that order
         meta = {"valid_loss": values["loss"]} if math.isfinite(values["loss"]) else {}
+        # a run that ends amid an epoch can be continued there
         self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), **meta)
 
     # ---------------------------------------------------------------- saving
