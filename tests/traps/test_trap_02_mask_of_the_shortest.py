@@ -10,7 +10,8 @@ from speechbrain_bestrq.masking import SpanMasking, span_mask
 def test_a_short_utterance_in_the_batch_takes_nothing_from_the_others(settings):
     """Trap: one mask for the batch, drawn within its shortest utterance: 60 % become 10 %.
 
-    Mutation: in masking.py, first line of span_mask, add ``lengths = lengths.clamp(max=int(lengths.min()))``.
+    Mutation: in masking.py, span_mask, before ``device = lengths.device`` add ``lengths =
+    lengths.clamp(max=int(lengths.min()))``.
     """
     lengths = torch.tensor([500, 480, 490, 60])
     mask = span_mask(lengths, 500, **settings, generator=torch.Generator().manual_seed(3))
@@ -23,8 +24,10 @@ def test_a_short_utterance_in_the_batch_takes_nothing_from_the_others(settings):
 def test_utterances_have_different_masks():
     """Trap: the same frames are masked in all utterances of a batch.
 
-    Mutation: in masking.py, span_mask, both ``torch.rand(len(lengths), `` -> ``torch.rand(1, ``, with
-    ``.repeat(len(lengths), 1)`` at the end of the line.
+    Mutations: in masking.py, span_mask, ``torch.rand(len(lengths), cells, generator=generator, device=device)`` ->
+    ``torch.rand(1, cells, generator=generator, device=device).repeat(len(lengths), 1)``; in masking.py, span_mask,
+    ``torch.rand(len(lengths), starts, generator=generator, device=device)`` -> ``torch.rand(1, starts,
+    generator=generator, device=device).repeat(len(lengths), 1)``.
     """
     for settings in ({"prob": 0.6, "span": 1, "grid": True}, {"prob": 0.205, "span": 4}):
         mask = span_mask(torch.full((4,), 200), 200, **settings, generator=torch.Generator().manual_seed(4))

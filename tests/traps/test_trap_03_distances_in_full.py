@@ -38,8 +38,8 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_of_frames_times_codes_times_dimensions(label, frames):
     """Trap: distances are built as (batch, codes, frames, dimensions): 0.5 MB for each frame.
 
-    Mutations: in quantizer.py, RandomProjectionQuantizer._label, ``(chunk @ codes).max(dim=-1).indices`` ->
-    ``(chunk[:, None] * codes.t()).sum(-1).argmax(dim=-1)``; in centroids.py, nearest_centres, the last line ->
+    Mutations: in quantizer.py, RandomProjectionQuantizer._label, ``(chunk @ codes).max(dim=-1).indices`` -> ``(chunk[:,
+    None] * codes.t()).sum(-1).argmax(dim=-1)``; in centroids.py, nearest_centres, before ``codes, halves = `` add
     ``return (frames[:, None] - centres).square().sum(-1).argmin(-1)``.
     """
     with LargestTensor() as largest:

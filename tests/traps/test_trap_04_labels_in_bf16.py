@@ -8,8 +8,8 @@ from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
 def test_labels_under_autocast_are_those_without(toy):
     """Trap: under autocast the projection runs in bf16 and about 1 % of the labels change.
 
-    Mutations: in quantizer.py, FrameQuantizer.forward, ``with full_precision(x.device.type):`` -> ``if True:``; in
-    frontend.py, LogMel.forward, the same line in the same way.
+    Mutations: in quantizer.py, FrameQuantizer.label, ``with full_precision(x.device.type):`` -> ``if True:``; in
+    frontend.py, LogMel.forward, ``with full_precision(wavs.device.type):`` -> ``if True:``.
     """
     quantizer = RandomProjectionQuantizer(320)
     frontend = toy.make_model().speech_encoder.frontend
@@ -27,8 +27,8 @@ def test_labels_under_autocast_are_those_without(toy):
 def test_the_models_labels_under_autocast_are_those_without(toy):
     """Trap: as above, where the model puts front end and quantizer together.
 
-    Mutation: in bestrq.py, BestRQ.forward, before the labels are made, ``features = features.bfloat16().float()``
-    under autocast.
+    Mutation: in bestrq.py, BestRQ.forward, before ``labels = self._label(`` add ``features =
+    features.to(torch.get_autocast_dtype("cpu")).float() if torch.is_autocast_enabled("cpu") else features``.
     """
     model = toy.make_model(codebook_size=512).eval()
     wavs = torch.randn(2, 64000, generator=torch.Generator().manual_seed(1))

@@ -30,7 +30,8 @@ def test_masks_do_not_shrink_with_the_shortest_utterance_and_short_ones_raise_no
     """Trap: as many spans for all as fit the shortest utterance, and as many frames in all: 66 to 68 % of the frames
     instead of 49 %, mostly single ones; utterances of a few frames raise.
 
-    Mutation: in masking.py, first line of span_mask, add ``lengths = lengths.clamp(max=int(lengths.min()))``.
+    Mutation: in masking.py, span_mask, before ``device = lengths.device`` add ``lengths =
+    lengths.clamp(max=int(lengths.min()))``.
     """
     masking = SpanMasking(PROB, SPAN, min_spans=2)
     expected = 1 - (1 - PROB) ** SPAN

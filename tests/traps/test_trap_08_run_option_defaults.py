@@ -17,7 +17,8 @@ class Reached(Exception):  # noqa: N818 - not an error
 def test_the_yamls_settings_reach_the_brain(toy, tmp_path, monkeypatch, given):
     """Trap: ``hparams.update(run_opts)`` puts option defaults over the YAML: bf16 -> fp32, accumulation 2 -> 1.
 
-    Mutation: in train.py, run, before ``brain = PretrainingBrain(`` add ``hparams.update(run_opts.as_dict())``.
+    Mutation: in recipes/LibriSpeech/pretrain/train.py, run, before ``brain = PretrainingBrain(`` add
+    ``hparams.update(run_opts.as_dict())``.
     """
     spec = importlib.util.spec_from_file_location("train", RECIPE / "train.py")
     recipe = importlib.util.module_from_spec(spec)

@@ -6,8 +6,8 @@ import numpy as np
 def test_the_first_update_is_a_warm_up_update(toy, tmp_path):
     """Trap: the schedule steps after the optimizer, and the first update has the peak rate.
 
-    Mutation: in pretraining.py, PretrainingBrain.optimizers_step, move ``for group in self.optimizer.param_groups:
-    group["lr"] = rate`` to the end of the method.
+    Mutation: in pretraining.py, PretrainingBrain.optimizers_step, ``rate = self.hparams.lr_schedule(update)`` -> ``rate
+    = self.hparams.lr_schedule(update - 1 or 10**6)``.
     """
     model = toy.make_model()
     before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -50,8 +50,8 @@ def test_fit_leaves_a_frozen_encoder_in_eval_mode(make_speech_encoder, tmp_path,
 def test_what_is_partly_frozen_is_neither_dropped_nor_thawed_there(make_speech_encoder, tmp_path):
     """Trap: as above, for the lowest layers.
 
-    Mutations: in pretrained.py, PretrainedEncoder.train, ``part.eval()`` -> ``part.train()``;
-    ``self.model.encoder.training = False`` -> ``pass``.
+    Mutations: in pretrained.py, PretrainedEncoder.train, ``if _is_frozen(part):`` -> ``if False:``; in encoder.py,
+    run_layers, ``if keep or not layer.training`` -> ``if keep``.
     """
     speech_encoder = make_speech_encoder(num_layers=3, dropout=0.5, layer_drop=0.5)
     folder = save_encoder(speech_encoder, tmp_path / "encoder", "# Card")

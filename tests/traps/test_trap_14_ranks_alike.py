@@ -29,7 +29,7 @@ def test_ranks_have_different_masks_and_noise(toy, tmp_path):
 def test_the_recipe_tells_the_training_data_its_rank(toy, tmp_path):
     """Trap: as above, where the recipe puts the parts together; validation masks are those of any number of ranks.
 
-    Mutation: in train.py, dataio_prepare, ``make_loader(training_waveforms(rank),`` ->
+    Mutation: in recipes/LibriSpeech/pretrain/train.py, dataio_prepare, ``make_loader(training_waveforms(rank),`` ->
     ``make_loader(training_waveforms(0),``.
     """
     spec = importlib.util.spec_from_file_location("train", RECIPE)
@@ -80,8 +80,8 @@ def test_dropout_of_a_step_is_drawn_by_the_batchs_own_seed(toy, tmp_path, monkey
 def test_the_quantizer_is_the_same_on_all_ranks():
     """Trap: a quantizer drawn from the global generator, which no DDP broadcasts, is another one on each rank.
 
-    Mutation: in quantizer.py, RandomProjectionQuantizer._draw, ``generator = torch.Generator(device="cpu")
-    .manual_seed(self.seed)`` -> ``generator = None``.
+    Mutation: in quantizer.py, RandomProjectionQuantizer._draw, ``torch.Generator(device="cpu").manual_seed(self.seed)``
+    -> ``None``.
     """
     torch.manual_seed(1)
     first = RandomProjectionQuantizer(320, codebook_size=64, seed=5)

@@ -31,7 +31,7 @@ def test_hidden_states_in_a_padded_batch_are_those_alone(toy, attention):
 def test_features_of_padding_are_zero(toy):
     """Trap: as above; what is padded is normalised like speech.
 
-    Mutation: in frontend.py, LogMel.forward, ``if lengths is not None:`` (the last) -> ``if False:``.
+    Mutation: in frontend.py, LogMel.forward, ``if lengths is not None:`` -> ``if False:``.
     """
     for normalize in ("global", "utterance"):
         frontend = toy.make_model(normalize=normalize).speech_encoder.frontend

@@ -73,9 +73,9 @@ def test_a_step_off_the_log_line_reads_nothing_back(method, toy, tmp_path, monke
 def test_a_step_with_a_log_line_only_starts_to_read_back(toy, tmp_path, monkeypatch, readings):
     """Trap: as above; the log's values are read when they have arrived, and the filters of the front end are made once.
 
-    Mutations: in pretraining.py, PretrainingBrain.on_fit_batch_end, ``_write_log_lines(wait=False)`` -> ``wait=True``;
-    in _submit_log_line, ``"learning_rate":`` -> ``"norm": self.gradient_norm.tolist(), "learning_rate":``; in
-    frontend.py, make the filters in LogMel.forward.
+    Mutations: in pretraining.py, PretrainingBrain.on_fit_batch_end, ``_write_log_lines(wait=False)`` ->
+    ``_write_log_lines(wait=True)``; in pretraining.py, PretrainingBrain._submit_log_line, ``"learning_rate":`` ->
+    ``"norm": self.gradient_norm.tolist(), "learning_rate":``.
     """
     model = toy.make_model()
     monkeypatch.setattr("torchaudio.functional.melscale_fbanks", None)
@@ -100,6 +100,23 @@ def test_a_step_with_a_log_line_only_starts_to_read_back(toy, tmp_path, monkeypa
     assert len(submitted) == 6
     assert within == [([False], [])] * 6
     assert asked[-1]  # at the end of the epoch it does wait
+
+
+def test_a_batch_is_copied_without_waiting(toy, monkeypatch):
+    """Trap: blocking copies: the host waits until a batch has reached the device.
+
+    Mutation: in pretraining_data.py, PretrainingBatch.to, ``non_blocking: bool = True`` -> ``non_blocking: bool =
+    False``.
+    """
+    batch, waited, to = toy.make_batch(toy.make_model(), [np.zeros(9600)]), [], torch.Tensor.to
+
+    def noted(tensor, *arguments, **named):
+        waited.append(not named.get("non_blocking"))
+        return to(tensor, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    batch.to("cpu")
+    assert len(waited) >= 3 and not any(waited)
 
 
 @pytest.mark.parametrize("read", [lambda x: x.tolist(), torch.Tensor.item, lambda x: x[x > 1], lambda x: bool(x.sum())])

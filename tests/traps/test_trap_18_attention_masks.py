@@ -2,14 +2,16 @@
 
 import math
 
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from speechbrain_bestrq import attention
 from speechbrain_bestrq.attention import RotaryAttention
+from speechbrain_bestrq.transformer import SelfAttention
 
 
-def masks_given(monkeypatch, valid):
+def masks_given(monkeypatch, layer, valid):
     """The shapes of masks that the fused attention gets, and its scale."""
     masks = []
 
@@ -18,19 +20,22 @@ def masks_given(monkeypatch, valid):
         return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **named)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", spy)
-    RotaryAttention(16, 2)(torch.randn(3, 10, 16), valid)
+    layer(16, 2)(torch.randn(3, 10, 16), valid)
     return masks
 
 
-def test_no_mask_where_nothing_is_padded_and_a_small_one_where_something_is(monkeypatch):
+@pytest.mark.parametrize("layer", [RotaryAttention, SelfAttention])
+def test_no_mask_where_nothing_is_padded_and_a_small_one_where_something_is(monkeypatch, layer):
     """Trap: a mask of (B, H, T, T) is always built, so that no flash kernel is taken.
 
-    Mutation: in attention.py, RotaryAttention.forward, first line, ``valid = valid if valid is not None else
-    torch.ones(x.shape[:2], dtype=torch.bool)``; or ``valid[:, None, None]`` -> ``valid[:, None,
-    None].expand(-1, self.num_heads, x.shape[1], -1)``.
+    Mutations: in attention.py, RotaryAttention.forward, ``None if valid is None else valid[:, None, None]`` -> ``(valid
+    if valid is not None else torch.ones(x.shape[:2], dtype=torch.bool))[:, None, None]``; in attention.py,
+    RotaryAttention.forward, ``valid[:, None, None]`` -> ``valid[:, None, None].expand(-1, self.num_heads, x.shape[1],
+    -1)``; in transformer.py, SelfAttention.forward, ``valid[:, None, None]`` -> ``valid[:, None, None].expand(-1,
+    self.num_heads, x.shape[1], -1)``.
     """
-    assert masks_given(monkeypatch, None) == [(None, None)]
-    assert masks_given(monkeypatch, torch.ones(3, 10, dtype=torch.bool)) == [((3, 1, 1, 10), None)]
+    assert masks_given(monkeypatch, layer, None) == [(None, None)]
+    assert masks_given(monkeypatch, layer, torch.ones(3, 10, dtype=torch.bool)) == [((3, 1, 1, 10), None)]
 
 
 def test_the_encoder_masks_nothing_in_a_batch_without_padding(toy, monkeypatch):
@@ -73,8 +78,8 @@ def test_scores_are_scaled_by_the_size_of_a_head():
 def test_every_matrix_of_the_encoder_is_a_linear_layer(toy):
     """Trap: ``in_proj_weight`` is a raw parameter, which LoRA cannot reach.
 
-    Mutation: in attention.py, RotaryAttention.__init__, add ``self.in_proj_weight = nn.Parameter(torch.zeros(d_model,
-    d_model))``.
+    Mutation: in attention.py, RotaryAttention.__init__, before ``self.out = `` add ``self.in_proj_weight =
+    nn.Parameter(torch.zeros(d_model, d_model))``.
     """
     for kind in ("rotary", "relative"):
         encoder = toy.make_model(attention=kind).speech_encoder.encoder

@@ -11,8 +11,9 @@ from speechbrain_bestrq.batching import PaddedBatchSampler
 def test_hidden_states_are_as_many_in_training_and_end_with_the_norm(toy):
     """Trap: with layer drop the hidden states vary in number, and they leave out the final norm.
 
-    Mutations: in encoder.py, ConformerEncoder.forward, ``for layer, keep in zip(...):`` -> the same with ``if not keep:
-    continue`` under it; ``states[-1] = self.norm(states[-1])`` -> ``states[-1] = states[-1]``.
+    Mutations: in encoder.py, run_layers, ``states.append(layer(states[-1], valid) if keep or not layer.training else
+    _skip(states[-1], layer))`` -> ``states += [layer(states[-1], valid)] if keep or not layer.training else []``; in
+    encoder.py, ConformerEncoder.forward, ``states[-1] = self.norm(states[-1])`` -> ``states[-1] = states[-1]``.
     """
     encoder = toy.make_model(layer_drop=0.5).speech_encoder.encoder.train()
     torch.nn.init.constant_(encoder.norm.bias, 3.0)
@@ -57,8 +58,10 @@ def test_ranks_share_a_validation():
 def test_compilation_goes_on_after_eight_shapes(toy, tmp_path, monkeypatch, option):
     """Trap: the option's default, False, compiles anew for each shape, and PyTorch silently stops after eight.
 
-    Mutation: in pretraining.py, PretrainingBrain._compile, delete the line that sets ``recompile_limit``, or that
-    of ``accumulated_recompile_limit``.
+    Mutations: in pretraining.py, allow_many_shapes, ``max(torch._dynamo.config.recompile_limit, 1024)`` ->
+    ``torch._dynamo.config.recompile_limit``; in pretraining.py, allow_many_shapes,
+    ``max(torch._dynamo.config.accumulated_recompile_limit, 4096)`` ->
+    ``torch._dynamo.config.accumulated_recompile_limit``.
     """
     given = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **named: given.append(named["dynamic"]))

@@ -13,8 +13,8 @@ from speechbrain_bestrq.seeding import derived_generator
 def test_the_masked_share_is_the_same_at_any_batch_length(sampler):
     """Trap: buckets widen with the batch length, and the mask of a 1000 s batch covers 15.7 % instead of 60 %.
 
-    Mutation: in masking.py, first line of span_mask, add ``lengths = lengths.clamp(max=int(lengths.min()))``. (Batches
-    without padding are immune to it; padded ones are not.)
+    Mutation: in masking.py, span_mask, before ``device = lengths.device`` add ``lengths =
+    lengths.clamp(max=int(lengths.min()))``.
     """
     masking = SpanMasking(0.6, 1, grid=True)
     lengths = np.random.default_rng(1).integers(32000, 480000, 300)
@@ -30,8 +30,8 @@ def test_the_masked_share_is_the_same_at_any_batch_length(sampler):
 def test_a_batch_of_the_ladder_has_no_padding():
     """Trap: as above; utterances of very different lengths share a batch.
 
-    Mutation: in batching.py, LadderBatchSampler.__init__, ``self._rung = np.searchsorted(...) - 1`` -> the same ``* 0 +
-    len(self.rungs) - 1``.
+    Mutation: in batching.py, LadderBatchSampler.__init__, ``np.searchsorted(self.rungs, self.lengths, side="right") -
+    1`` -> ``np.full(len(self.lengths), len(self.rungs) - 1)``.
     """
     lengths = np.random.default_rng(1).integers(32000, 480000, 300)
     for seconds in (50, 1000):

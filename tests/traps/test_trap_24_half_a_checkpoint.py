@@ -13,8 +13,7 @@ class Killed(BaseException):
 def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
     """Trap: the meta file is written first, and half a checkpoint passes for a whole one.
 
-    Mutation: in checkpointing.py, AtomicCheckpointer, delete ``_new_checkpoint_dirpath``, and begin ``save_checkpoint``
-    with ``return Checkpointer.save_checkpoint(self, meta or {}, end_of_epoch, name)``.
+    Mutation: in checkpointing.py, ``UNFINISHED = "UNFINISHED"`` -> ``UNFINISHED = "CKPT"``.
     """
     model = torch.nn.Linear(2, 2)
     checkpointer = AtomicCheckpointer(checkpoints_dir=tmp_path / "save", recoverables={"model": model})

@@ -8,8 +8,8 @@ from speechbrain_bestrq.frontend import ConvSubsampling
 def test_the_last_frames_do_not_change_with_silence_behind_them(toy):
     """Trap: windows reflect at the edges.
 
-    Mutation: in frontend.py, LogMel._log_mel, ``nn.functional.pad(wavs, (self.window // 2, self.window - self.window //
-    2))`` -> the same with ``mode="reflect"``.
+    Mutation: in frontend.py, LogMel._log_mel, ``(self.window // 2, self.window - self.window // 2))`` -> ``(self.window
+    // 2, self.window - self.window // 2), mode="reflect")``.
     """
     frontend = toy.make_model(normalize="global").speech_encoder.frontend
     wavs = 0.1 * torch.randn(1, 16000, generator=torch.Generator().manual_seed(1))
@@ -38,8 +38,8 @@ def test_a_loud_moment_does_not_raise_the_floor_elsewhere(toy):
 def test_convolutions_see_zeros_beyond_the_edges():
     """Trap: convolutions reflect at the edges, and no stream or padded batch can equal them.
 
-    Mutation: in frontend.py, ConvSubsampling.__init__, ``stride=2, padding=kernel_size // 2)`` of ``conv1`` ->
-    ``stride=2, padding=kernel_size // 2, padding_mode="reflect")``.
+    Mutation: in frontend.py, ConvSubsampling.__init__, ``nn.Conv2d(1, first, kernel_size, stride=2, padding=kernel_size
+    // 2)`` -> ``nn.Conv2d(1, first, kernel_size, stride=2, padding=kernel_size // 2, padding_mode="reflect")``.
     """
     torch.manual_seed(1)
     subsampling = ConvSubsampling(d_model=16, channels=(4, 4), kernel_size=5, dropout=0.0).eval()

@@ -401,6 +401,7 @@ def test_ladder_batches_hold_the_planned_stretches_without_padding(corpus):
 
 def test_padded_batches_hold_whole_utterances_and_their_lengths(corpus):
     dataset = make_dataset(corpus)
+    beyond_the_shortest = []
     for plan in PaddedBatchSampler(dataset.table.lengths, 10 * RATE):
         batch = dataset.__getitems__(plan)
         lengths = torch.from_numpy(dataset.table.lengths[plan.indices])
@@ -409,6 +410,8 @@ def test_padded_batches_hold_whole_utterances_and_their_lengths(corpus):
         for row, length, frames in zip(batch.wavs, lengths, batch.masked.mask, strict=True):
             assert not row[length:].any() and row[:length].any()
             assert not frames[frame_lengths(length) :].any() and frames.any()
+            beyond_the_shortest.append(bool(frames[frame_lengths(lengths.min()) :].any()))
+    assert any(beyond_the_shortest)
 
 
 def test_relative_lengths_in_single_precision_give_every_integer_length_back():

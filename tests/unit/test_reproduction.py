@@ -529,13 +529,13 @@ def test_seeds_may_be_those_of_the_pre_trainings_too(tmp_path):
     for seed in preset["seeds"]:
         command = by_name[f"pretraining/bestrq/{seed}"].command
         assert command[command.index("--seed") + 1] == str(seed)
-        assert command[command.index("--encoder_at_steps") + 1] == "[800, 2400, 7200]"
+        assert command[command.index("--encoder_at_steps") + 1] == "[2400, 7200, 14400, 24000]"
         check = by_name[f"codebook-check/bestrq/{seed}"].command
         assert check[check.index("--seed") + 1] == str(seed)
-        probe = by_name[f"intent-frozen/bestrq-7200/{seed}"]
+        probe = by_name[f"intent-frozen/bestrq-24000/{seed}"]
         assert probe.needs == (f"pretraining/bestrq/{seed}",)
-        assert f"{tmp_path}/pretraining/bestrq/{seed}/encoder@7200" in probe.command
-        assert f"{tmp_path}/cache/intent/bestrq-7200-{seed}" in probe.command
+        assert f"{tmp_path}/pretraining/bestrq/{seed}/encoder@24000" in probe.command
+        assert f"{tmp_path}/cache/intent/bestrq-24000-{seed}" in probe.command
     write_plan(tmp_path, "three_seeds", preset, list(CORPORA), "reproduce", marks_of(preset, tmp_path))
     write_pretraining(tmp_path, "bestrq/1", 30.0)
     write_pretraining(tmp_path, "bestrq/3", 20.0)
