@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -42,6 +43,8 @@ DOWNSTREAM = {
     "IEMOCAP/emotion": ("iemocap", ["--fold=Ses01F"]),
     "SLURP/intent": ("slurp", []),
 }
+#: And one that trains the encoder too, on speech that is perturbed.
+FINE_TUNED = "LibriSpeech/ASR"
 #: Labels of two devices agree on so many frames, and differ only where two codes are so near.
 LEAST_EQUAL, NEAR_TIE = 0.9999, 1e-5
 #: How far losses, and gradients as vectors, may be apart, as a share.
@@ -195,7 +198,8 @@ def pretraining(settings: Settings, findings: Findings, seconds: float) -> None:
     work, ends = Path(settings.work), time.monotonic() + seconds
     write_corpus(work / "noise", "librispeech", *((0.01, 2, 2.0) if settings.toy else (0.25, 8, 12.5)))
     # the address, since a machine's own name need not resolve without a network
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     jobs: dict[str, Callable[[], None]] = {}
 
     def add(title: str, name: str, precision: str, *more: str, launcher: Sequence[str] = ()) -> None:
@@ -212,7 +216,10 @@ def pretraining(settings: Settings, findings: Findings, seconds: float) -> None:
     else:
         add("bestrq fp16", "bestrq", "fp16")
         add("wav2vec2 fp16", "wav2vec2", "fp16")
-    add("bestrq bf16, torchrun", "bestrq", "bf16", launcher=torchrun)
+    add("bestrq bf16, torchrun", "bestrq", "bf16", launcher=[*torchrun, "--nproc_per_node=1"])
+    # two ranks share the GPU, which NCCL does not allow
+    shared = ["--distributed_backend=gloo", *(["--device=cuda:0"] if settings.device == "cuda" else [])]
+    add("bestrq bf16, two ranks", "bestrq", "bf16", *shared, launcher=[*torchrun, "--nproc_per_node=2"])
     # last, for where one runs after the other, compiling may take all the time; one utterance a batch, so one shape:
     # each is compiled apart
     one_shape = [] if settings.toy else ["--max_batch_seconds=12.5"]
@@ -242,7 +249,10 @@ def _tell_run(
         title,
         f"{lines[-1]['step']} updates, loss {losses[0]:.3f} to {losses[-1]:.3f}, {skipped} skipped, "
         f"peak {lines[-1]['peak_memory_gb']:.1f} GB, {outcome.seconds:.0f} s in all",
-        lines[-1]["step"] == UPDATES and math.isfinite(losses[-1]) and (folder / "encoder/model.safetensors").is_file(),
+        # in fp16 the first updates may be skipped, until the scale of the loss fits
+        lines[-1]["step"] == UPDATES
+        and any(map(math.isfinite, losses))
+        and (folder / "encoder/model.safetensors").is_file(),
     )
 
 
@@ -284,10 +294,15 @@ def _stop_and_resume(settings: Settings, findings: Findings, ends: float) -> Non
     )
 
 
-def downstream_command(recipe: str, settings: Settings, data: Path, encoder: str, folder: Path) -> list[str]:
+def downstream_command(
+    recipe: str, settings: Settings, data: Path, encoder: str, folder: Path, fine_tune: bool = False
+) -> list[str]:
     """An epoch and a test of a recipe that uses an encoder."""
     more = [f"--data_folder={data}", f"--encoder={encoder}", f"--output_folder={folder}", "--number_of_epochs=1"]
     name = "probe_small" if settings.toy else "bestrq"
+    if fine_tune:
+        name = "bestrq_finetune"
+        more.append("--encoder_start_update=1")
     return command(recipe, name, settings, *more, "--num_workers=0", *DOWNSTREAM[recipe][1])
 
 
@@ -299,16 +314,22 @@ def downstream(settings: Settings, findings: Findings, seconds: float) -> None:
         findings.row("recipes", "there is no encoder: the part pretraining did not write one", False)
         return
 
-    def try_recipe(recipe: str) -> None:
-        layout = DOWNSTREAM[recipe][0]
-        data = write_corpus(work / layout, layout, 0.05, None if layout == "iemocap" else 4)
-        folder = work / "runs" / recipe
-        words = downstream_command(recipe, settings, data, str(encoder), folder)
-        outcome = _run(recipe, words, recipe, settings, ends)
+    data = {
+        layout: write_corpus(work / layout, layout, 0.05, None if layout == "iemocap" else 4)
+        for layout, _ in DOWNSTREAM.values()
+    }
+
+    def try_recipe(recipe: str, fine_tune: bool = False) -> None:
+        title = f"{recipe}, fine-tuned" if fine_tune else recipe
+        folder = work / "runs" / title.replace(", ", "_")
+        words = downstream_command(recipe, settings, data[DOWNSTREAM[recipe][0]], str(encoder), folder, fine_tune)
+        outcome = _run(title, words, recipe, settings, ends)
         if outcome.status != 0:
-            findings.row(recipe, outcome.failure(), False)
+            findings.row(title, outcome.failure(), False)
             return
         tested = any(folder.rglob(RESULTS_FILE))  # of emotion's one fold, in the fold's folder
-        findings.row(recipe, f"{words[2]}: an epoch and a test, {outcome.seconds:.0f} s", tested)
+        findings.row(title, f"{words[2]}: an epoch and a test, {outcome.seconds:.0f} s", tested)
 
-    _run_all({recipe: partial(try_recipe, recipe) for recipe in DOWNSTREAM}, settings)
+    jobs = {recipe: partial(try_recipe, recipe) for recipe in DOWNSTREAM}
+    jobs["fine-tuned"] = partial(try_recipe, FINE_TUNED, True)
+    _run_all(jobs, settings)

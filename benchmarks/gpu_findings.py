@@ -72,8 +72,9 @@ class Findings:
     def row(self, what: str, outcome: str, good: bool | None = None) -> None:
         """Set a line of the short table; ``good`` is None of what is measured and not judged."""
         new = {"what": what, "outcome": outcome, "good": good}
-        place = next((number for number, row in enumerate(self.rows) if row["what"] == what), len(self.rows))
-        self.rows[place:] = [new, *self.rows[place + 1 :]]
+        with self.lock:
+            place = next((number for number, row in enumerate(self.rows) if row["what"] == what), len(self.rows))
+            self.rows[place:] = [new, *self.rows[place + 1 :]]
         self.save()
 
     def section(self, title: str, text: str) -> None:

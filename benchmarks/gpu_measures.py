@@ -4,6 +4,7 @@ import gc
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,12 +17,13 @@ from contenders import Contender, Ours
 from equivalence import compare, make_pair
 from gpu_findings import Findings, Settings, markdown_table
 from pretraining_cost import Timed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
+from speechbrain_bestrq.convolution import FrameConvolution
 from speechbrain_bestrq.machine import device_name
 
 #: What the paper ran: updates, seconds of audio in each, and its hours of V100s (arXiv 2405.04296, Table 1).
@@ -78,8 +80,14 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
             findings.row(" ".join(stage), "left out: the time is over")
             continue
         arguments = pretrain_step.parse(step_words(settings, *stage))
-        with tempfile.TemporaryDirectory() as folder:
-            found = pretrain_step.measure(arguments, Path(folder), say)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                found = pretrain_step.measure(arguments, Path(folder), say)
+        except Exception as error:  # the other stages are worth having
+            traceback.print_exc()
+            findings.row(" ".join(stage), f"{type(error).__name__}: {str(error)[:160]}", False)
+            free_memory(settings)
+            continue
         measurements += found
         base |= {one.seconds: one.speed for one in found if one.contender == pretrain_step.SPEECHBRAIN}
         findings.figures["steps"] = [asdict(one) for one in measurements]
@@ -246,9 +254,7 @@ def trace(settings: Settings, findings: Findings, seconds: float) -> None:
         table = markdown_table(("kernel", "in a step", "ms", "share"), rows)
         findings.section(f"Where a step's time goes: {name}.yaml", f"{told}by {settings.device} time.\n\n{table}")
         findings.figures[f"trace {name}"] = {"kernels": rows, "idle": idle}
-        findings.row(
-            f"{name}, trace", f"{told}first {rows[0][0][:50]} {rows[0][3]}, then {rows[1][0][:50]} {rows[1][3]}"
-        )
+        findings.row(f"{name}, trace", told + ", then ".join(f"{row[0][:50]} {row[3]}" for row in rows[:2]))
         del contender
         free_memory(settings)
 
@@ -270,7 +276,38 @@ def top_kernels(contender: Contender, device: str) -> list[tuple[str, str, str, 
     ]
 
 
-def attention(settings: Settings, findings: Findings, seconds: float) -> None:
+def kernels(settings: Settings, findings: Findings, seconds: float) -> None:
+    """Which kernels of attention and of the depthwise convolution are the fastest."""
+    attention(settings, findings)
+    convolution(settings, findings)
+
+
+def convolution(settings: Settings, findings: Findings) -> None:
+    """Both ways of the encoder's depthwise convolution, at its sizes, forward and backward."""
+    batch, frames, channels = (1, 50, 64) if settings.toy else (64, 312, 576)
+    dtype = torch.float32 if settings.toy else torch.bfloat16
+    layer = FrameConvolution(channels, 31, groups=channels).to(settings.device, dtype)
+    x = torch.randn(batch, frames, channels, device=settings.device, dtype=dtype, requires_grad=True)
+    ways = {
+        "channel by channel": lambda: nn.Conv1d.forward(layer, x.mT).mT,
+        "as images": lambda: layer.convolve_image(x),
+    }
+    times = {
+        name: _milliseconds(lambda convolve=convolve: convolve().sum().backward(), None, settings.device)
+        for name, convolve in ways.items()
+    }
+    chosen = _milliseconds(lambda: layer(x).sum().backward(), None, settings.device)
+    findings.figures["convolution"] = {**times, "chosen": chosen}
+    told = ", ".join(f"{name} {_told(one)}" for name, one in times.items())
+    findings.row("depthwise convolution, forward and backward", f"{told}; chosen {_told(chosen)}")
+    findings.section(
+        "Depthwise convolution",
+        f"Forward and backward of {batch} x {frames} frames x {channels}, 31 wide, {dtype}: {told}; chosen "
+        f"{_told(chosen)}.",
+    )
+
+
+def attention(settings: Settings, findings: Findings) -> None:
     """Which attention kernel is the fastest at the encoder's sizes: 300 frames, 64-wide heads, forward and backward."""
     batch, heads, frames = (1, 2, 50) if settings.toy else (33, 9, 300)
     dtype = torch.float32 if settings.toy else torch.bfloat16

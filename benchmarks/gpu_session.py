@@ -20,7 +20,7 @@ Parts, in their order; each is a process with a time of its own, and one that fa
     steps          the table of pretrain_step.py, eager and compiled
     cost           device-seconds of an hour of audio, both methods; what the paper's runs would take
     trace          the kernels that a step spends its time in, and the share in which the GPU is idle
-    attention      which kernel is the fastest
+    kernels        of attention, and of the depthwise convolution: which is the fastest
     micro_batches  speed and memory up to a whole update in one piece
     quality        with the time that is left and --data_folder: both methods pre-trained for equal times and probed
 
@@ -46,7 +46,7 @@ from typing import Any
 import torch
 from gpu_checks import downstream, equality, pretraining
 from gpu_findings import Findings, Outcome, Settings, markdown_table
-from gpu_measures import attention, cost, micro_batches, steps, trace
+from gpu_measures import cost, kernels, micro_batches, steps, trace
 from gpu_quality import PROBES, quality
 from pretraining_cost import YAMLS
 
@@ -61,7 +61,7 @@ PARTS = {
     "steps": (steps, 120),
     "cost": (cost, 45),
     "trace": (trace, 30),
-    "attention": (attention, 20),
+    "kernels": (kernels, 30),
     "micro_batches": (micro_batches, 45),
     "quality": (quality, None),
 }

@@ -41,6 +41,10 @@ class FrameConvolution(nn.Conv1d):
         """Convolve (B, T, D)."""
         if x.device.type != "cpu" or self.groups == self.in_channels < FEWEST_CHANNELS:
             return super().forward(x.mT).mT
+        return self.convolve_image(x)
+
+    def convolve_image(self, x: Tensor) -> Tensor:
+        """Convolve (B, T, D) as images of one row, whatever device they are on."""
         weight, padding = self.weight.unsqueeze(2), (0, *self.padding)
         return nn.functional.conv2d(x.mT.unsqueeze(2), weight, self.bias, padding=padding, groups=self.groups)[
             :, :, 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from speechbrain_bestrq.audio import stat_audio
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
-from speechbrain_bestrq.resuming import digest
+from speechbrain_bestrq.resuming import text_digest
 from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
 from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.writing import replacing, write_text
@@ -226,8 +226,8 @@ def _together(sets: Mapping[str, Rows]) -> Rows:
 
 def _identify(encoder: TaskEncoder, sample_rate: int) -> dict[str, Any]:
     """What the cached values are a function of, besides the audio."""
-    settings = hashlib.sha256(f"{encoder!r} {encoder.options}".encode()).hexdigest()[:16]
-    return {"encoder": digest(encoder.state_dict()), "settings": settings, "sample_rate": sample_rate}
+    settings = text_digest(f"{encoder!r} {encoder.options}")
+    return {**encoder.identity(), "settings": settings, "sample_rate": sample_rate}
 
 
 def _audio(rows: Rows) -> dict[str, list[Any]]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from speechbrain_bestrq.precision import full_precision
+
 
 class Quantized(NamedTuple):
     """What the quantizer makes of some frames."""
@@ -167,9 +169,10 @@ def mean_shares(probabilities: Tensor, real: Tensor) -> Tensor:
     >>> mean_shares(torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]]), torch.tensor([True, True]))
     tensor([[0.7500, 0.2500]])
     """
-    # a product, not a masked copy: (K,) x (K, G V)
+    # a product, not a masked copy: (K,) x (K, G V); under autocast it would be rounded, or overflow
     weights = real.to(probabilities.dtype)
-    return (weights @ probabilities.flatten(1)).view(probabilities.shape[1:]) / weights.sum().clamp(min=1)
+    with full_precision(probabilities.device.type):
+        return (weights @ probabilities.flatten(1)).view(probabilities.shape[1:]) / weights.sum().clamp(min=1)
 
 
 def code_shares(codes: Tensor, real: Tensor, codebook_size: int) -> Tensor:

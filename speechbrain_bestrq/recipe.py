@@ -61,7 +61,8 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     # what preparation says is shown, before the run's own log is opened
     logging.basicConfig(level=logging.INFO, format="%(name)s - %(message)s")
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
-    if not torch.cuda.is_available() and "distributed_backend" not in run_opts.overridden_args:
+    on_cpu = not torch.cuda.is_available() or str(run_opts["device"]).startswith("cpu")
+    if on_cpu and "distributed_backend" not in run_opts.overridden_args:
         named = {name: run_opts[name] for name in run_opts.overridden_args}
         run_opts = RunOptions.from_dictionary({**named, "distributed_backend": "gloo"})
     sb.utils.distributed.ddp_init_group(run_opts)

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
+from speechbrain_bestrq.precision import full_precision
 from speechbrain_bestrq.recipe import GOVERNING, command_line
 from speechbrain_bestrq.results import machine
-from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -108,7 +108,7 @@ class TaskBrain(sb.Brain):
         self.settings, self.composed_settings = self.settings_of(hparams), self.composed_settings_of(hparams)
         if self.optimizer_step_limit is not None:
             self.optimizer_step_limit = int(self.optimizer_step_limit)  # arrives as text
-        self._begun_with = digest(self.encoder.state_dict())
+        self._begun_with = self.encoder.identity()
         self._trains_on: str | None = None
         if checkpointer is not None:
             # before the modules: those trained on another encoder may not fit, or fit and be of no use
@@ -185,7 +185,7 @@ class TaskBrain(sb.Brain):
         encoder: TaskEncoder = hparams["speech_encoder"]
         progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
         settings = cls.settings_of(hparams), cls.composed_settings_of(hparams)
-        _check_progress(progress, newest.path, *settings, digest(encoder.state_dict()), encoder.source)
+        _check_progress(progress, newest.path, *settings, encoder.identity(), encoder.source)
 
     # ---------------------------------------------------------------- computing
 
@@ -213,10 +213,17 @@ class TaskBrain(sb.Brain):
         else:
             wavs, wav_lens = batch.sig
             if stage == sb.Stage.TRAIN and hasattr(self.hparams, "speed_perturb"):
-                wavs = self.hparams.speed_perturb(wavs)
+                wavs = self._perturb(wavs)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained()):
                 hidden, lengths = self.modules.encoder(wavs, wav_lens)
         return (hidden[0] if self.mix is None else self.modules.mix(hidden, lengths)), lengths
+
+    def _perturb(self, wavs: Tensor) -> Tensor:
+        """Change the speed of waveforms where they are, and in float32 whatever precision the training has."""
+        perturb = self.hparams.speed_perturb
+        perturb.device = wavs.device  # SpeechBrain's goes to the CPU for it, and back
+        with full_precision(wavs.device.type):
+            return perturb(wavs)
 
     def _encoder_is_trained(self) -> bool:
         return not self.encoder.freeze and self.optimizer_step >= getattr(self.hparams, "encoder_start_update", 0)
@@ -292,6 +299,11 @@ class TaskBrain(sb.Brain):
         self._trains_on = _fingerprint(train_set.dataset.data)
         updates = epoch_counter.limit * (len(train_set) // self.grad_accumulation_factor)
         updates = min(updates, self.optimizer_step_limit or updates)
+        if not updates:
+            raise InputError(
+                f"an epoch has {len(train_set)} batches, and an update takes grad_accumulation_factor "
+                f"{self.grad_accumulation_factor}: nothing would be trained. Give a lower one, or smaller batches."
+            )
         start = getattr(self.hparams, "encoder_start_update", 0)
         if not self.encoder.freeze and start >= updates:
             raise InputError(
@@ -371,7 +383,7 @@ class TaskBrain(sb.Brain):
                 "updates": self.optimizer_step,
                 "settings": self.settings,
                 "composed_settings": self.composed_settings,
-                "encoder": self._begun_with,
+                **self._begun_with,
                 "trains_on": self._trains_on,
             }
             Path(path).write_text(json.dumps(progress), encoding="utf-8")
@@ -441,7 +453,7 @@ class TaskBrain(sb.Brain):
             "encoder": {
                 **self.encoder.describe(),
                 "frozen": self.encoder.freeze,
-                "digest": digest(self.encoder.state_dict()),
+                "digest": self.encoder.identity()["encoder"],
             },
             "seed": self.hparams.seed,
             "settings": self.settings,
@@ -501,12 +513,12 @@ def _check_progress(
     folder: Path,
     settings: dict[str, Any],
     composed_settings: dict[str, Any],
-    encoder: str,
+    encoder: dict[str, str],
     source: str,
 ) -> None:
     """Refuse a checkpoint of other settings or another encoder."""
     advice = "give another --output_folder, or that"
-    if progress["encoder"] != encoder:
+    if any(progress.get(name, value) != value for name, value in encoder.items()):  # older ones tell the weights alone
         raise InputError(f"the checkpoint in {folder} was trained on another encoder than {source}: {advice} encoder.")
     # a switch that the run's version did not have yet was off; what its version did not keep at all is not compared
     composed = progress.get("composed_settings", composed_settings)

@@ -477,7 +477,7 @@ def _dealt(rows: Rows, seed: int, group: str) -> list[str]:
     given: dict[Any, int] = {}
     rounds = []
     for name in shuffled:
-        key = rows[name].get(group)
+        key = rows[name].get(group) or name  # who is not known is nobody else
         given[key] = given.get(key, -1) + 1
         rounds.append(given[key])
     return [shuffled[place] for place in np.argsort(rounds, kind="stable")]

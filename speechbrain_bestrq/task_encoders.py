@@ -1,15 +1,17 @@
 """What a downstream task listens with: an encoder, pre-trained or not, or filter banks, under one interface."""
 
+import json
 import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from speechbrain_bestrq.artefact import CONFIG_FILE
+from speechbrain_bestrq.artefact import CONFIG_FILE, encoder_config
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import LogMel, absolute_lengths, normalize_utterances
 from speechbrain_bestrq.pretrained import RANDOM_PREFIX, PretrainedEncoder
+from speechbrain_bestrq.resuming import digest, text_digest
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.sources import find_encoder
 
@@ -154,6 +156,24 @@ class TaskEncoder(nn.Module):
     def num_frames(self, samples: int | Tensor) -> int | Tensor:
         """Frames of so many samples."""
         return self.encoder.num_frames(samples)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What the hidden states are a function of, beside the audio and the weights: plain JSON."""
+        if self.source == FILTERBANK:
+            return {"frontend": self.encoder.frontend.config}
+        return encoder_config(self.encoder.model)
+
+    def identity(self) -> dict[str, str]:
+        """Digest weights and architecture: equal for encoders that hear the same in the same audio.
+
+        Returns
+        -------
+        dict
+            "encoder" and "architecture": 16 hexadecimal digits each.
+        """
+        architecture = json.dumps(self.architecture, sort_keys=True)
+        return {"encoder": digest(self.state_dict()), "architecture": text_digest(architecture)}
 
     def describe(self) -> dict[str, Any]:
         """Say what this is, for the records.

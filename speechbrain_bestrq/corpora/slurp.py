@@ -56,7 +56,9 @@ def prepare_slurp(
     are in the order of the jsonl files.
 
     A recording belongs to one part and has one intent: one that the texts list in several is kept in the test part
-    before the validation part before the training part, and there as it comes first. The log counts them.
+    before the validation part before the training part, and there as it comes first. What two microphones recorded at
+    once is in one part too: of ``audio-1`` and ``audio-1-headset`` in two parts, the one in the earlier part is left
+    out (ten in the validation part of the release, of the tests' words). The log counts both.
 
     The intent is ``SCENARIO_ACTION``. The release's own key ``intent`` says something
     else in some lines, the action alone or with another scenario; it is not used.
@@ -148,6 +150,7 @@ def prepare_slurp(
         "microphones": sorted(microphones),
         "texts": {key: [file_digest(source.path) for source in files] for key, files in sources.items()},
         "metadata": file_digest(metadata) if metadata.is_file() else None,
+        "takes": "together",  # in one part: manifests from before they were are made anew
     }
     manifests = {key: save / f"{key}.csv" for key in sources}
     outcomes = {}
@@ -327,7 +330,25 @@ def _assign(
             len(listed_twice),
             next(iter(listed_twice.values())),
         )
+    _keep_takes_together(owners, list(sources))
     return owners, missing
+
+
+def _keep_takes_together(owners: dict[str, _Owner], parts: Sequence[str]) -> None:
+    """Leave out what another microphone recorded for a later part: the same words, spoken once."""
+    last: dict[str, int] = {}
+    for identifier, (key, _) in owners.items():
+        take = identifier.removesuffix("-headset")
+        last[take] = max(last.get(take, 0), parts.index(key))
+    apart = [one for one, (key, _) in owners.items() if parts.index(key) < last[one.removesuffix("-headset")]]
+    for identifier in apart:
+        del owners[identifier]
+    if apart:
+        logger.warning(
+            "%d recordings, such as %s, are left out: what another microphone heard of them is in a later part",
+            len(apart),
+            apart[0],
+        )
 
 
 def _read_speakers(path: Path) -> dict[str, str]:
@@ -380,7 +401,7 @@ class _Rows:
                 identifier = recording.identifier
                 if identifier in done or recording.file not in audio:
                     continue
-                if self.owners[identifier] != (self.key, recording.labels):
+                if self.owners.get(identifier) != (self.key, recording.labels):
                     continue
                 done.add(identifier)
                 duration, path = audio[recording.file]

@@ -22,7 +22,7 @@ from speechbrain_bestrq.corpora import (
     read_trials,
 )
 from speechbrain_bestrq.corpora.iemocap import FOLDS
-from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest
+from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, summary_path
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.evidence.alignment import ALIGNER_SETTINGS, cached_alignment
 from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts
@@ -101,7 +101,9 @@ class Corpus(ABC):
         self.name = corpus_name(data_folder, self.official)
         self.hours = hours
         self.manifests = self.prepare(data_folder, folder)
-        self.mark = [hours, *(file_digest(self.manifests[name]) for name in sorted(self.manifests))]
+        # a summary tells sizes and times of the audio, which a manifest does not
+        pairs = ((self.manifests[name], summary_path(self.manifests[name])) for name in sorted(self.manifests))
+        self.mark = [hours, *(file_digest(file) for pair in pairs for file in pair if file.is_file())]
 
     @abstractmethod
     def prepare(self, data_folder: Path, folder: Path) -> dict[str, Path]:
@@ -177,10 +179,7 @@ class Intents(Corpus):
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
         """Accuracy of linear probes with few labels and with all."""
-        rows, labels = self._sets()
-        sets = {
-            name: {key: row for key, row in one.items() if row[self.column] in labels} for name, one in rows.items()
-        }
+        sets, labels = self._sets()
         parts = {name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in sets.items()}
         draws = {f"intents_{count}": [take_examples(sets["train"], self.column, count, seed) for seed in range(DRAWS)]
                  for count in FEW_EXAMPLES}  # fmt: skip
@@ -346,7 +345,8 @@ def _examples(
     parts: Mapping[str, Tensor], rows: Rows, state: int, column: str, numbers: Mapping[str, int], whole: bool = False
 ) -> Examples:
     vectors = _stack(parts, rows, state)
-    classes = torch.tensor([numbers[row[column]] for row in rows.values()])
+    # what no example was drawn of cannot be told: no probe gives -1
+    classes = torch.tensor([numbers.get(row[column], -1) for row in rows.values()])
     return Examples(vectors.mean(1) if whole else vectors.flatten(1), classes)
 
 

@@ -96,7 +96,10 @@ def _rows(found: Mapping[str, Any]) -> dict[str, list[Record]]:
     """Sources by row: several untrained ones of a run share theirs."""
     rows: dict[str, list[Record]] = {}
     for record in found["sources"]:
-        rows.setdefault(row_title(record), []).append(record)
+        title = row_title(record)
+        if record["seed"] is None and title in rows:  # of nearly as many hours
+            title += f" (update {record['updates']:,})"
+        rows.setdefault(title, []).append(record)
     return rows
 
 

@@ -57,9 +57,11 @@ class MaskedBatchNorm(nn.Module):
         frames = x.float()
         if self.training:
             count = mask.sum()
-            mean = (frames * mask).sum((0, 2)) / count.clamp(min=1)
+            # of a frame by itself nothing would be left
+            several = count > 1
+            mean = torch.where(several, (frames * mask).sum((0, 2)) / count.clamp(min=1), self.running_mean)
             centred = (frames - mean[:, None]) * mask
-            variance = centred.square().sum((0, 2)) / count.clamp(min=1)
+            variance = torch.where(several, centred.square().sum((0, 2)) / count.clamp(min=1), self.running_var)
             self._track(mean.detach(), variance.detach(), count)
         else:
             mean, variance = self.running_mean, self.running_var

@@ -15,7 +15,7 @@ from speechbrain_bestrq import cli
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.evidence import alignment, evidence
+from speechbrain_bestrq.evidence import alignment, evidence, measures
 from speechbrain_bestrq.evidence.alignment import Aligner, spread
 from speechbrain_bestrq.evidence.evidence import gather
 from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts, part_means
@@ -258,6 +258,27 @@ def test_the_gain_of_several_pre_trainings_is_their_mean_less_that_of_the_untrai
     cells = [f"{gain:+.1f} ({gain - half:+.1f} to {gain + half:+.1f})" for gain in (10.5, 3.5)]
     assert len(rows) == 1 and rows[0].startswith("| BEST-RQ, 4.0 h, 2 pre-trainings, 2 untrained | ")
     assert {cell.strip() for cell in rows[0].split("|")[2:-1]} == set(cells)
+
+
+def test_two_updates_of_nearly_as_many_hours_have_a_row_each(tmp_path):
+    found = {
+        "sources": [record("BEST-RQ", None, updates, intents_5=updates / 1e4) for updates in (7198, 7200)],
+        "corpora": {},
+        "hours": 0.5,
+        "chances": {},
+        "provenance": {"versions": {}, "device": "cpu", "commit": None},
+    }
+    text = write_evidence(found, tmp_path)["markdown"].read_text()
+    assert "| BEST-RQ, 72.0 h | 72.0 |" in text and "| BEST-RQ, 72.0 h (update 7,200) | 72.0 |" in text
+
+
+def test_what_no_example_was_drawn_of_counts_as_wrong():
+    rows = {"a": {"scenario": "music"}, "b": {"scenario": "alarm"}, "c": {"scenario": "news"}}
+    parts = {name: torch.eye(3)[[number]][None] for number, name in enumerate(rows)}
+    examples = measures._examples(parts, rows, 0, "scenario", {"alarm": 0, "music": 1})
+    assert examples.classes.tolist() == [1, 0, -1]
+    trained = measures.Examples(examples.vectors[:2], examples.classes[:2])
+    assert linear_probe(trained, trained, examples, 2).test == pytest.approx(2 / 3)
 
 
 def test_a_score_of_no_single_state_is_in_no_table_of_states(tmp_path):

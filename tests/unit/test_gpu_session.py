@@ -38,14 +38,16 @@ def rows(findings):
 def test_a_part_runs_in_a_process_of_its_own_and_all_is_written(load, tmp_path, capsys):
     session = load("gpu_session")
     output = tmp_path / "session"
-    session.main(["--toy", "--output", str(output), "--parts", "attention", "--minutes", "600"])
+    session.main(["--toy", "--output", str(output), "--parts", "kernels", "--minutes", "600"])
     printed = capsys.readouterr().out
-    assert "| attention | attention, rotary |" in printed and "FAILED" not in printed
+    assert "| kernels | attention, rotary |" in printed and "FAILED" not in printed
+    assert "| kernels | depthwise convolution, forward and backward | " in printed
     (markdown,) = output.glob("*.md")
     text, known = markdown.read_text(), json.loads(markdown.with_suffix(".json").read_text())
-    assert "--parts attention" in text and "## Attention kernels" in text
-    times = known["parts"]["attention"]["figures"]["attention"]
-    assert times["rotary"]["math"] > 0 and times["rotary"]["cudnn"] is None
+    assert "--parts kernels" in text and "## Attention kernels" in text and "## Depthwise convolution" in text
+    figures = known["parts"]["kernels"]["figures"]
+    assert figures["attention"]["rotary"]["math"] > 0 and figures["attention"]["rotary"]["cudnn"] is None
+    assert all(figures["convolution"][name] > 0 for name in ("channel by channel", "as images"))
     with pytest.raises(SystemExit):
         session.main(["--toy", "--output", str(output)])
     assert "holds files already" in capsys.readouterr().err

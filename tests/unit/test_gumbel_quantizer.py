@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer, perplexity
+from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer, mean_shares, perplexity
 
 
 class Largest(TorchDispatchMode):
@@ -83,6 +83,15 @@ def test_gumbel_noise_has_the_mean_and_the_deviation_of_its_distribution():
     assert noise.shape == (20_000, 2, 5)
     assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
     assert float(noise.std()) == pytest.approx(1.2825, abs=0.02)
+
+
+def test_mean_shares_are_in_float32_under_autocast():
+    """In half precision the diversity would be rounded, and more frames than it counts to would overflow."""
+    probabilities = torch.randn(70_000, 1, 4).softmax(-1)
+    real = torch.ones(70_000, dtype=torch.bool)
+    expected = mean_shares(probabilities, real)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(mean_shares(probabilities, real), expected)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,14 @@ def test_statistics_stay_where_there_is_no_variance(frames):
     assert all(torch.equal(*pair) for pair in zip(before, norm.buffers(), strict=True))
 
 
+def test_a_frame_by_itself_is_normalised_by_the_running_statistics():
+    """By its own it would be the bias, whatever it was, and a head on one utterance would learn nothing."""
+    norm, _ = make_norms(6)
+    x, mask = torch.randn(1, 6, 1), torch.ones(1, 1, 1)
+    assert torch.equal(norm(x, mask), norm.eval()(x, mask))
+    assert not torch.equal(norm(2 * x, mask), norm(x, mask))
+
+
 # ---------------------------------------------------------------- the margin loss
 
 

@@ -299,6 +299,23 @@ class TestBrokenLines:
         write_texts(slurp / "dataset" / "slurp", {"train": [*LINES["train"], text]})
         assert len(read_manifest(prepare_slurp(slurp, save)["train"])) == 5
 
+    def test_what_two_microphones_recorded_at_once_is_in_one_part(self, slurp, save, caplog):
+        folder = slurp / "dataset" / "slurp"
+        devel = line(4, "music", "play", ["audio-5.flac"])
+        test = line(5, "music", "play", ["audio-5-headset.flac", "audio-1-headset.flac", "audio-6.flac"])
+        train = line(1, "alarm", "set", ["audio-1.flac", "audio--2.flac"])
+        before = line(4, "music", "play", ["audio-5.flac", "audio-3-headset.flac"])
+        write_texts(folder, {"train": [train], "devel": [devel, before], "test": [test]})
+        manifests = prepare_slurp(slurp, save)
+        assert names(manifests["train"]) == ["audio--2"]
+        assert names(manifests["valid"]) == ["audio-3-headset"]
+        assert names(manifests["test"]) == ["audio-5-headset", "audio-1-headset", "audio-6"]
+        assert "2 recordings, such as audio-1, are left out" in caplog.text
+        assert names(prepare_slurp(slurp, save, microphones=["distant"], max_unreadable=9)["train"]) == [
+            "audio-1",
+            "audio--2",
+        ]
+
 
 class TestBadAudio:
     def test_empty_recording(self, slurp, save):

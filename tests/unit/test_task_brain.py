@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -427,6 +428,32 @@ def test_an_encoder_that_would_never_be_trained_is_refused(rows, folder, tmp_pat
         fit(limited, rows)
 
 
+def test_a_head_is_not_set_on_another_architecture_with_the_same_weights(rows, folder, tmp_path):
+    fit(make_brain(tmp_path / "run", folder), rows)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    assert config["encoder"]["num_heads"] == 2
+    config["encoder"]["num_heads"] = 4
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="was trained on another encoder than"):
+        fit(make_brain(tmp_path / "run", other, epochs=3), rows)
+    # what a version wrote that told the weights alone is taken
+    (progress,) = (tmp_path / "run" / "save").glob("CKPT*/progress.ckpt")
+    known = json.loads(progress.read_text())
+    del known["architecture"]
+    told = progress.write_text(json.dumps(known))
+    checksums = json.loads((progress.parent / "checksums.json").read_text())
+    checksums["progress.ckpt"] = [told, zlib.crc32(progress.read_bytes())]
+    (progress.parent / "checksums.json").write_text(json.dumps(checksums))
+    fit(make_brain(tmp_path / "run", folder, epochs=3), rows)
+
+
+def test_a_training_without_an_update_is_refused(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder, run_opts={"grad_accumulation_factor": 100})
+    with pytest.raises(InputError, match=r"an epoch has \d+ batches, and an update takes .* 100: nothing would be"):
+        fit(brain, rows)
+
+
 def test_an_epoch_that_is_done_again_is_in_the_log_once(rows, folder, tmp_path):
     fit(make_brain(tmp_path / "run", folder), rows)
     with open(tmp_path / "run" / "train_log.txt", "a") as file:
@@ -521,10 +548,13 @@ def test_speed_perturbation_is_heard_in_training_only(rows, folder, tmp_path):
     class Recorder(torch.nn.Module):
         def forward(self, wavs):
             self.calls = getattr(self, "calls", 0) + 1
+            # where the waveforms are, and in float32
+            assert self.device == wavs.device and not torch.is_autocast_enabled("cpu")
             return wavs[:, ::2]
 
     recorder = Recorder()
-    brain = fit(make_brain(tmp_path / "run", folder, epochs=1, speed_perturb=recorder), rows)
+    options = {"epochs": 1, "speed_perturb": recorder, "run_opts": {"precision": "bf16"}}
+    brain = fit(make_brain(tmp_path / "run", folder, **options), rows)
     assert recorder.calls == len(loaders(rows)[0]) and Path(brain.hparams.output_folder).is_dir()
 
 
@@ -538,8 +568,8 @@ def test_filter_banks_are_a_source_like_any_other(rows, tmp_path):
 
 def test_a_switch_that_an_older_run_did_not_have_was_off():
     progress = {"encoder": "e", "settings": {"seed": 1}}
-    _check_progress(progress, "save", {"seed": 1, "utterance_norm": False}, {}, "e", "source")
+    _check_progress(progress, "save", {"seed": 1, "utterance_norm": False}, {}, {"encoder": "e"}, "source")
     with pytest.raises(InputError, match="trained with utterance_norm False, not True"):
-        _check_progress(progress, "save", {"seed": 1, "utterance_norm": True}, {}, "e", "source")
+        _check_progress(progress, "save", {"seed": 1, "utterance_norm": True}, {}, {"encoder": "e"}, "source")
     with pytest.raises(InputError, match="trained with seed 1, not None"):
-        _check_progress(progress, "save", {}, {}, "e", "source")
+        _check_progress(progress, "save", {}, {}, {"encoder": "e"}, "source")

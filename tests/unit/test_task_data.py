@@ -115,6 +115,12 @@ def test_hours_are_drawn_evenly_from_the_speakers_up_to_the_limit():
     assert list(taken) == [name for name in ROWS if name in taken]
 
 
+def test_who_is_not_known_is_not_one_speaker():
+    rows = {str(n): {"duration": 36.0, "spk_id": "" if n < 90 else str(n)} for n in range(100)}
+    unknown = sum(not rows[name]["spk_id"] for name in take_hours(rows, 0.2))
+    assert unknown > 10
+
+
 def test_a_larger_draw_of_the_same_seed_holds_the_smaller():
     assert take_hours(ROWS, 0.05).keys() < take_hours(ROWS, 0.2).keys()
     assert take_hours(ROWS, 0.05).keys() != take_hours(ROWS, 0.05, seed=1).keys()

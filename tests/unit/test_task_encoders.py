@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,11 @@ def test_a_cache_is_made_again_when_the_weights_or_the_audio_change_and_only_the
     assert made(encoder, rows) and not made(encoder, rows)
     assert made(TaskEncoder(f"random:{folder}"), rows) and made(encoder, rows)
     assert made(TaskEncoder(folder, output_norm=True), rows) and made(encoder, rows)
+    heads = Path(shutil.copytree(folder, tmp_path / "heads"))
+    config = json.loads((heads / "config.json").read_text())
+    config["encoder"]["num_heads"] *= 2
+    (heads / "config.json").write_text(json.dumps(config))
+    assert made(TaskEncoder(heads), rows) and made(encoder, rows)
     fewer = {name: row for name, row in rows.items() if name != "u0"}
     assert not made(encoder, fewer), "all of it is there"
     shutil.rmtree(tmp_path / "cache")
