@@ -40,9 +40,7 @@ def import_kenlm() -> Any:
     try:
         import kenlm
     except ImportError as error:
-        raise InputError(
-            "a language model needs KenLM, which is not installed: pip install 'speechbrain_bestrq[lm]'."
-        ) from error
+        raise InputError("a language model needs KenLM, which is not installed: pip install camel-kenlm.") from error
     return kenlm
 
 

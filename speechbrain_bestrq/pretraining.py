@@ -480,6 +480,7 @@ class PretrainingBrain(sb.Brain):
             "peak_memory_gb": peak_memory_gb(self.device),
             "data_wait_share": self.window_wait / seconds,
             "saving_seconds": self.saving_seconds,
+            "rewinds": self.rewinds,
             "eta_hours": left * seconds / self.window_updates / 3600,
         }
         values = {

@@ -63,7 +63,7 @@ def summarise(log: RunLog) -> dict[str, Any]:
     dict
         Ready for JSON; what was not logged is None. The fields of ``run.json``;
         ``updates``, ``audio_hours``, ``device_hours``, ``audio_hours_per_device_hour``,
-        ``skipped_updates`` (of the whole run), ``peak_memory_gb``; ``best_valid`` (the
+        ``skipped_updates`` and ``rewinds`` (of the whole run), ``peak_memory_gb``; ``best_valid`` (the
         validation of least loss) and ``last_valid``, each with step, loss, gain (nats),
         accuracy, the commonest label's share and their difference; ``encoder``, the
         folder of the pre-trained encoder, and ``encoders_at_steps``.
@@ -93,6 +93,7 @@ def summarise(log: RunLog) -> dict[str, Any]:
         "device_hours": device_hours,
         "audio_hours_per_device_hour": audio_hours / device_hours if audio_hours and device_hours else None,
         "skipped_updates": last_number(log.train, "skipped_updates"),
+        "rewinds": last_number(log.train, "rewinds"),
         "peak_memory_gb": max(memory, default=None),
         "best_valid": _validation(min(scored, key=lambda row: row["loss"], default=None)),
         "last_valid": _validation(log.valid[-1] if log.valid else None),
@@ -144,13 +145,15 @@ def summary_markdown(summary: dict[str, Any]) -> str:
     - best validation: update 500, loss 6.250, gain over the unigram cross-entropy 1.875 nats
     """
     of_planned = f" of {summary['updates_planned']:,}" if summary["updates_planned"] is not None else ""
+    rewinds = summary["rewinds"] or 0
+    lowered = f"; went back {rewinds} times, to 1/{2**rewinds} of the learning rate" if rewinds else ""
     entries = {
         "model": f"{_text(summary['model'])}, {_text(summary['parameters'], ',', ' parameters')}",
         "data": f"{_text(summary['corpus'])}, {_text(summary['train_hours'], ',.2f', ' h')} to train on "
         f"({_text(summary['train_utterances'], ',', ' utterances')}), "
         f"{_text(summary['valid_hours'], ',.2f', ' h')} to validate",
         "device": f"{_text(summary['world_size'])} x {_text(summary['device'])}, {_text(summary['precision'])}",
-        "updates": f"{summary['updates']:,}{of_planned}, {_text(summary['skipped_updates'], ',')} skipped",
+        "updates": f"{summary['updates']:,}{of_planned}, {_text(summary['skipped_updates'], ',')} skipped{lowered}",
         "audio seen": f"{_text(summary['audio_hours'], ',.2f', ' h')} in "
         f"{_text(summary['device_hours'], ',.2f', ' device-hours')}: "
         f"{_text(summary['audio_hours_per_device_hour'], ',.1f', ' audio-hours per device-hour')}",

@@ -35,6 +35,7 @@ TRAINING_FIELDS = (
     "learning_rate",
     "gradient_norm",
     "skipped_updates",
+    "rewinds",
     "audio_seconds_per_second",
     "data_wait_share",
     "saving_seconds",

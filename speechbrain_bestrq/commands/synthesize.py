@@ -41,7 +41,7 @@ COMMAND = Command(
   sb-bestrq synthesize --layout librispeech --output_folder data/LibriSpeech
   sb-bestrq synthesize --layout voxceleb --output_folder data/VoxCeleb --hours 5 --speakers 200
 
-Needs espeak-ng: pip install 'speechbrain_bestrq[demo]'. Called again, it goes on or finds it done.""",
+Needs espeak-ng: pip install espeakng-loader. Called again, it goes on or finds it done.""",
     _add_synthesize_arguments,
     _synthesize,
 )

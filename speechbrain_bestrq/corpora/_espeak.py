@@ -57,8 +57,7 @@ def find_library() -> tuple[str, str]:
         import espeakng_loader
     except ImportError as error:
         raise InputError(
-            "synthetic speech needs espeak-ng, a package of its own for its licence (GPL): "
-            "pip install 'speechbrain_bestrq[demo]'."
+            "synthetic speech needs espeak-ng, a package of its own for its licence (GPL): pip install espeakng-loader."
         ) from error
     return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
 

@@ -52,6 +52,7 @@ class Measure:
     """Something that is measured."""
 
     title: str
+    """With "LABELS" where it depends on the hours that are used; see :meth:`title_with`."""
     lower_is_better: bool = False
     is_share: bool = True
     """Shown in per cent."""
@@ -60,17 +61,28 @@ class Measure:
     is_of_states: bool = True
     """Whether each hidden state has its own; else there is one score."""
 
+    def title_with(self, hours: float) -> str:
+        """Tell what it is, if so many hours of a set are used.
+
+        Example
+        -------
+        >>> MEASURES["intents_all"].title_with(0.5)
+        'intents, up to 30 minutes of labels'
+        """
+        most = f"{60 * hours:g} minutes" if hours < 1 else f"{hours:g} hours"
+        return self.title.replace("LABELS", f"up to {most} of labels")
+
 
 MEASURES = {
     "speakers": Measure("speaker EER, nothing trained", lower_is_better=True),
     "speakers_whitened": Measure("speaker EER, whitened within speakers", lower_is_better=True),
     "intents_5": Measure("intents, 5 examples a class"),
     "intents_20": Measure("intents, 20 examples a class"),
-    "intents_all": Measure("intents, all labels"),
+    "intents_all": Measure("intents, LABELS"),
     "emotions": Measure("emotions, all labels", is_of_states=False),
     "emotions_of_states": Measure("emotions, of each hidden state", is_score=False),
     "characters_few": Measure(f"characters of frames, {60 * FEW_HOURS:.0f} minutes of labels"),
-    "characters_all": Measure("characters of frames, all labels"),
+    "characters_all": Measure("characters of frames, LABELS"),
     "rank": Measure("effective rank of frames", is_share=False, is_score=False),
     "scale": Measure("root mean square of frames", is_share=False, is_score=False),
     "between": Measure("share of variance between utterances", is_score=False),
@@ -178,7 +190,7 @@ class Intents(Corpus):
         return rows, {label: number for number, label in enumerate(labels)}
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
-        """Accuracy of linear probes with few labels and with all."""
+        """Accuracy of linear probes with few labels and with all of the hours that are used."""
         sets, labels = self._sets()
         parts = {name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in sets.items()}
         draws = {f"intents_{count}": [take_examples(sets["train"], self.column, count, seed) for seed in range(DRAWS)]

@@ -114,23 +114,28 @@ def _shown(values: Sequence[float], name: str) -> str:
 def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
     rows, scores = _rows(found), _measured(found, SCORES)
     corpora = "; ".join(sorted(set(found["corpora"].values())))
-    chances = (f"{MEASURES[name].title}: {100 * value:.1f} %" for name, value in found["chances"].items())
+    chances = (
+        f"{MEASURES[name].title_with(found['hours'])}: {100 * value:.1f} %" for name, value in found["chances"].items()
+    )
     blocks: list[Block] = [
         Paragraph(
             f"Linear probes on frozen hidden states, per cent on the test sets of {corpora}; at most "
-            f"{found['hours']:g} hours of a set are used, and all of one with trials or folds. "
+            f"{found['hours']:g} hours of a set are used, to train on too, and all of one with trials or folds. "
             "Hours in rows are of audio heard in pre-training, repeats counted. "
             "In brackets: least and most over untrained encoders of different weights."
         ),
         Heading("By the hidden state that is best on the validation set"),
     ]
     blocks.append(
-        Grid(("", *(MEASURES[name].title for name in scores)), tuple(_row(*row, scores) for row in rows.items()))
+        Grid(
+            ("", *(MEASURES[name].title_with(found["hours"]) for name in scores)),
+            tuple(_row(*row, scores) for row in rows.items()),
+        )
     )
     blocks += [Paragraph("A guess comes to:"), Items(tuple(chances))]
     gains = _gains(found, scores)
     if gains:
-        heads = ("", *(MEASURES[name].title for name in scores))
+        heads = ("", *(MEASURES[name].title_with(found["hours"]) for name in scores))
         blocks += [
             Heading("What pre-training adds"),
             Paragraph(
@@ -144,7 +149,7 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
     for name in (*scores, *_measured(found, DESCRIPTIONS)):
         if not MEASURES[name].is_of_states:
             continue
-        blocks += [Heading(f"By hidden state: {MEASURES[name].title}"), _layers(rows, name)]
+        blocks += [Heading(f"By hidden state: {MEASURES[name].title_with(found['hours'])}"), _layers(rows, name)]
     known = found["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
     where = (known["device"], f"commit {known['commit'] or 'not known'}", versions)
@@ -210,7 +215,9 @@ def _draw(found: Mapping[str, Any], path: Path) -> None:
         for axes, hours in zip(row, ("audio_hours", "device_hours"), strict=True):
             _draw_measure(axes, found, name, hours)
         better = "lower" if MEASURES[name].lower_is_better else "higher"
-        row[0].set_title(f"{MEASURES[name].title}, % ({better} is better)", fontsize=10, loc="left")
+        row[0].set_title(
+            f"{MEASURES[name].title_with(found['hours'])}, % ({better} is better)", fontsize=10, loc="left"
+        )
     grid[-1][0].set_xlabel("audio-hours heard")
     grid[-1][1].set_xlabel("device-hours")
     handles, labels = grid[0][0].get_legend_handles_labels()

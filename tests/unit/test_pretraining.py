@@ -25,7 +25,7 @@ RATE = 16000
 TRAIN_FIELDS = set(
     "event step epoch loss accuracy gain unigram_entropy commonest_share codes_used code_perplexity mask_ratio "
     "gradient_norm learning_rate audio_seconds_per_second audio_hours device_hours gflops_per_second utilisation "
-    "peak_memory_gb data_wait_share saving_seconds eta_hours skipped_updates".split()
+    "peak_memory_gb data_wait_share saving_seconds eta_hours skipped_updates rewinds".split()
 )
 VALID_FIELDS = set(
     "event step epoch loss accuracy gain unigram_entropy commonest_share codes_used code_perplexity mask_ratio "

@@ -432,6 +432,7 @@ def test_too_many_skipped_updates_go_back_to_the_checkpoint_with_half_the_rate(t
     steps = [step for step, _ in toy.losses(tmp_path)]
     assert steps == list(range(1, 13))
     assert all(math.isfinite(loss) for _, loss in toy.losses(tmp_path))
+    assert [line["rewinds"] for line in toy.log_lines(tmp_path)][::11] == [0, 1]
     rates = {line["step"]: line["learning_rate"] for line in toy.log_lines(tmp_path)}
     schedule = result.brain.hparams.lr_schedule
     assert rates[4] == schedule(4) and rates[12] == pytest.approx(schedule(12) / 2)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Recognise emotions with a pre-trained encoder, frozen or fine-tuned, in a cross-validation over speakers or sessions.
 
-    python train.py hparams/bestrq.yaml --data_folder /path/to/IEMOCAP --encoder results/bestrq/1000
+    python train.py hparams/bestrq.yaml --data_folder IEMOCAP --encoder ../../LibriSpeech/pretrain/results/bestrq/1000
     python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --fold Ses01F
     torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder ... --encoder ...
     python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Recognise speech with a pre-trained encoder, frozen or fine-tuned, by CTC, with or without a language model.
 
-    python train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech --encoder results/bestrq/1000
+    python train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech --encoder ../pretrain/results/bestrq/1000
     torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/LibriSpeech --encoder ...
     python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only --language_model lm.arpa
 

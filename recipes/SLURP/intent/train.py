@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Name the scenario, action or intent of a command with a pre-trained encoder, frozen or fine-tuned.
 
-    python train.py hparams/bestrq.yaml --data_folder /path/to/SLURP --encoder results/bestrq/1000
+    python train.py hparams/bestrq.yaml --data_folder SLURP --encoder ../../LibriSpeech/pretrain/results/bestrq/1000
     torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/SLURP --encoder ...
     python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Verify speakers with a pre-trained encoder, frozen or fine-tuned: embeddings trained by AAM-softmax, cosine scores.
 
-    python train.py hparams/bestrq.yaml --data_folder /path/to/VoxCeleb1 --encoder results/bestrq/1000
+    python train.py hparams/bestrq.yaml --data_folder VOXCELEB1 --encoder ../../LibriSpeech/pretrain/results/bestrq/1000
     torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/VoxCeleb1 --encoder ...
     python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only
 
