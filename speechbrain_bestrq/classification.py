@@ -304,7 +304,7 @@ def run_classification(
                 **facts,
                 "labels": list(labels),
                 "label_hours": sum(float(row["duration"]) for row in train.values()) / 3600,
-                **brain.records(),
+                **brain.records(getattr(hidden, "seconds", None)),
                 "sets": {TEST_SET: told},
             },
         )

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class FeatureCache:
         if index is None:
             index = _read_index(self.folder)
         self.file: str = index["file"]
+        self.seconds: float | None = index.get("seconds")
+        """What computing the states took, by whichever run did; None of caches from before it was kept."""
         self._places: dict[str, list[int]] = index["places"]
         shape = (index["frames"], index["states"], index["channels"])
         self._values = np.memmap(self.folder / index["file"], np.float32, "r", shape=shape)
@@ -108,8 +111,10 @@ def cache_features(
             if cache is None:
                 content = json.dumps([identity, audio], sort_keys=True)
                 name = f"states-{hashlib.sha256(content.encode()).hexdigest()[:16]}.f32"
+                started = time.perf_counter()
                 index = _compute(folder / name, encoder, rows, sample_rate, max_batch_seconds, torch.device(device))
-                write_text(folder / _INDEX, json.dumps({"identity": identity, "audio": audio, "file": name, **index}))
+                index |= {"identity": identity, "audio": audio, "file": name, "seconds": time.perf_counter() - started}
+                write_text(folder / _INDEX, json.dumps(index))
                 for other in folder.glob("states-*"):
                     if other.name != name:  # also what a killed run left; whoever reads one goes on reading it
                         other.unlink(missing_ok=True)

@@ -438,13 +438,18 @@ class TaskBrain(sb.Brain):
         self.evaluate(loader)
         return {**self.test_metrics, "seconds": time.perf_counter() - started}
 
-    def records(self) -> dict[str, Any]:
+    def records(self, feature_seconds: float | None = None) -> dict[str, Any]:
         """Give what ``results.json`` says of the run itself, to be called after the tests.
+
+        Arguments
+        ---------
+        feature_seconds : float, optional
+            What computing a cache of hidden states took, for this run or another that shares it.
 
         Returns
         -------
         dict
-            Plain JSON values.
+            Plain JSON values. "device_hours" are those of training and validation.
         """
         best = self.checkpointer.find_checkpoint(min_key=self.metric)
         newest = self.checkpointer.find_checkpoint()
@@ -464,6 +469,7 @@ class TaskBrain(sb.Brain):
             "trained_parameters": self.trained_parameters,
             "layer_weights": None if self.mix is None else self.mix.shares(),
             "seconds": dict(self.seconds),
+            "feature_seconds": feature_seconds,
             "device_hours": sum(self.seconds.values()) * self.world_size / 3600,
             "world_size": self.world_size,
             "command": command_line(),

@@ -507,7 +507,8 @@ def test_the_best_checkpoint_is_tested_and_the_records_are_plain_json(rows, fold
     metrics = brain.test(test_loader)
     best = min(float(json.loads(json.dumps(c.meta["error"]))) for c in brain.checkpointer.list_checkpoints())
     assert metrics["error"] == best and metrics["seconds"] > 0
-    records = json.loads(json.dumps(brain.records(), allow_nan=False))
+    records = json.loads(json.dumps(brain.records(1.5), allow_nan=False))
+    assert records["feature_seconds"] == 1.5
     assert records["encoder"]["method"] == "BestRQ" and records["encoder"]["updates"] == 7
     assert records["encoder"]["audio_hours"] == 1.5 and records["encoder"]["frozen"] is True
     assert records["trained_parameters"] == 3 + 2 * 17

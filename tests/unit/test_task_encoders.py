@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,11 @@ def test_an_encoder_of_another_sample_rate_is_refused_and_filter_banks_take_any(
 
 def test_cached_states_are_those_of_the_utterance_alone(folder, rows, tmp_path, relative_difference):
     encoder = TaskEncoder(folder)
+    started = time.perf_counter()
     cache = cache_features(tmp_path / "cache", encoder, rows, max_batch_seconds=2.0)
+    assert 0 < cache.seconds < time.perf_counter() - started
     assert len(cache) == len(rows)
+    assert cache_features(tmp_path / "cache", encoder, rows).seconds == cache.seconds
     for name, row in rows.items():
         wav = torch.from_numpy(soundfile.read(row["wav"], dtype="float32")[0])
         alone, _ = encoder(wav[None])

@@ -306,7 +306,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
                 "corpus": corpus_name(hparams["data_folder"], "LibriSpeech"),
                 "label_hours": sum(row["duration"] for row in rows["train"].values()) / 3600,
                 "units": hparams["tokenizer"].size,
-                **brain.records(),
+                **brain.records(cache and cache.seconds),
                 "sets": sets,
             },
         )
