@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, stat_audio
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
-from speechbrain_bestrq.writing import replacing
+from speechbrain_bestrq.writing import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class PcmCache:
                 f"{self.path} is not there, or not of {expected} bytes: give a cache_folder that all ranks see, or "
                 "delete that file."
             )
+        self.damaged = _read_damaged(self.path)
+        """What is wrong with the utterances that could not be decoded, by their numbers."""
         self._starts = np.cumsum(self.lengths) - self.lengths
         # as a plain array: slices of a memmap are slow to make
         self._samples = np.asarray(np.memmap(self.path, np.int16, "r"))
@@ -72,12 +74,21 @@ class PcmCache:
         -------
         numpy.ndarray
             int16, shape (samples,), a view of the file.
+
+        Raises
+        ------
+        InputError
+            If the utterance could not be decoded.
         """
+        if index in self.damaged:
+            raise InputError(self.damaged[index])
         first = int(self._starts[index]) + start
         return self._samples[first : first + samples]
 
 
-def cache_audio(table: AudioTable, folder: str | os.PathLike, threads: int | None = None) -> PcmCache:
+def cache_audio(
+    table: AudioTable, folder: str | os.PathLike, threads: int | None = None, max_unreadable: int = 0
+) -> PcmCache:
     """Decode a table's utterances into a file of 16-bit samples, unless that was done before.
 
     The file's name is a digest of the utterances, the files' sizes and dates, and the rate, so that
@@ -92,6 +103,8 @@ def cache_audio(table: AudioTable, folder: str | os.PathLike, threads: int | Non
         Where to; it is made if need be.
     threads : int, optional
         That decode at the same time; as many as there are processors if left out.
+    max_unreadable : int
+        Up to so many files may be damaged: a warning names them, and :meth:`PcmCache.read` refuses their utterances.
 
     Returns
     -------
@@ -101,7 +114,8 @@ def cache_audio(table: AudioTable, folder: str | os.PathLike, threads: int | Non
     Raises
     ------
     InputError
-        If the disk has no room for it or it cannot be written, or as :func:`speechbrain_bestrq.audio.read_segment`.
+        If the disk has no room for it or it cannot be written, or as :func:`speechbrain_bestrq.audio.read_segment` of
+        more than ``max_unreadable`` files.
 
     Example
     -------
@@ -113,18 +127,42 @@ def cache_audio(table: AudioTable, folder: str | os.PathLike, threads: int | Non
     array([-2,  3], dtype=int16)
     """
     made: list[Path] = []
-    run_on_main(lambda: made.append(_make(table, Path(folder), threads or os.cpu_count() or 1)))
-    return PcmCache(ddp_broadcast(made and made[0], src=0), table.lengths)
+    run_on_main(lambda: made.append(_make(table, Path(folder), threads or os.cpu_count() or 1, max_unreadable)))
+    cache = PcmCache(ddp_broadcast(made and made[0], src=0), table.lengths)
+    _check_damaged(table, cache.damaged, max_unreadable)
+    return cache
 
 
-def _make(table: AudioTable, folder: Path, threads: int) -> Path:
+def _check_damaged(table: AudioTable, damaged: Mapping[int, str], most: int) -> None:
+    """Refuse more damaged files than are allowed."""
+    files = {table.path(index): told for index, told in damaged.items()}
+    if len(files) > most:
+        told = list(files.values())[-1]
+        raise InputError(
+            told if not most else f"more than max_unreadable = {most} files of the audio are damaged: {told}"
+        )
+
+
+def _damaged_path(path: Path) -> Path:
+    return path.with_suffix(".damaged.json")
+
+
+def _read_damaged(path: Path) -> dict[int, str]:
+    """What is wrong with utterances of a file of samples; most have no such list beside them."""
+    beside = _damaged_path(path)
+    if not beside.is_file():
+        return {}
+    return {int(index): told for index, told in json.loads(beside.read_text(encoding="utf-8")).items()}
+
+
+def _make(table: AudioTable, folder: Path, threads: int, max_unreadable: int) -> Path:
     """Write the file, beside at first; runs that share the folder wait for each other."""
     size = 2 * int(table.lengths.sum())
     path = folder / f"{_digest(table)}.int16"
     if not _is_made(path, size):  # one that is made is only read: it may be another user's
         with next_writer(folder):
             if not _is_made(path, size):
-                _decode(table, path, size, threads)
+                _decode(table, path, size, threads, max_unreadable)
                 return path
     logger.info("The audio is decoded already: %s, %.2f GB.", path, size / 1e9)
     return path
@@ -134,7 +172,7 @@ def _is_made(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _decode(table: AudioTable, path: Path, size: int, threads: int) -> None:
+def _decode(table: AudioTable, path: Path, size: int, threads: int, max_unreadable: int) -> None:
     folder = path.parent
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -144,9 +182,15 @@ def _decode(table: AudioTable, path: Path, size: int, threads: int) -> None:
         )
     logger.info("Decoding %.2f hours of audio: %.2f GB in %s.", table.hours, size / 1e9, path)
     rounded = clipped = 0
+    damaged: dict[int, str] = {}
     try:
         with replacing(path) as beside, open(beside, "wb") as file:
-            for audio in _read_all(table, threads):
+            for index, audio in enumerate(_read_all(table, threads)):
+                if isinstance(audio, InputError):
+                    damaged[index] = str(audio)
+                    _check_damaged(table, damaged, max_unreadable)
+                    logger.warning("%s Until then another utterance is heard instead.", audio)
+                    audio = np.zeros(int(table.lengths[index]), np.int16)
                 if audio.dtype != np.int16:
                     rounded += 1
                     clipped += bool(np.abs(audio).max(initial=0) > 1)
@@ -154,6 +198,11 @@ def _decode(table: AudioTable, path: Path, size: int, threads: int) -> None:
                 file.write(audio.data)
             file.flush()
             os.fsync(file.fileno())
+            # before the samples are there
+            if damaged:
+                write_text(_damaged_path(path), json.dumps(damaged) + "\n")
+            else:
+                _damaged_path(path).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
             f"cache: {path} cannot be written ({error.strerror}): make room, or leave cache out."
@@ -169,11 +218,14 @@ def _decode(table: AudioTable, path: Path, size: int, threads: int) -> None:
         )
 
 
-def _read_all(table: AudioTable, threads: int) -> Iterator[np.ndarray]:
-    """The utterances in order, read ahead by threads: decoding does not hold Python's lock."""
+def _read_all(table: AudioTable, threads: int) -> Iterator[np.ndarray | InputError]:
+    """The utterances in order, or why one cannot be read, ahead by threads: decoding does not hold Python's lock."""
 
-    def read(index: int) -> np.ndarray:
-        return table.read(index, 0, int(table.lengths[index]))
+    def read(index: int) -> np.ndarray | InputError:
+        try:
+            return table.read(index, 0, int(table.lengths[index]))
+        except InputError as error:
+            return error
 
     block = threads * _AHEAD
     with ThreadPoolExecutor(threads) as pool:

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,9 +34,10 @@ def table(tmp_path):
     return AudioTable(map(str, range(12)), paths, lengths / RATE, RATE)
 
 
-def batches(table, cache=None, num_workers=0):
+def batches(table, cache=None, num_workers=0, max_unreadable=0):
     """All batches of an epoch, as they reach the model."""
-    dataset = WaveformDataset(table, SpanMasking(0.06, 10), lambda samples: (1 + samples // 160) // 4, cache=cache)
+    more = {"cache": cache, "max_unreadable": max_unreadable}
+    dataset = WaveformDataset(table, SpanMasking(0.06, 10), lambda samples: (1 + samples // 160) // 4, **more)
     sampler = LadderBatchSampler(table.lengths, 5 * RATE, max_cut=0.1)
     return [batch.to("cpu") for batch in make_loader(dataset, sampler, num_workers)]
 
@@ -124,7 +126,33 @@ def test_a_disk_that_fills_up_meanwhile_is_told_in_a_line(table, tmp_path, monke
     assert not list((tmp_path / "cache").glob("*.int16*"))
 
 
-def test_a_file_that_is_gone_is_named(table, tmp_path):
-    os.remove(table.path(2))
-    with pytest.raises(InputError, match=re.escape(table.path(2))):
-        cache_audio(table, tmp_path / "cache")
+@pytest.fixture
+def damaged(table):
+    """The table with two files that cannot be decoded."""
+    for index in (2, 7):
+        Path(table.path(index)).write_bytes(b"damaged")
+    return table
+
+
+def test_a_file_that_is_damaged_or_gone_is_named(damaged, tmp_path):
+    with pytest.raises(InputError, match=re.escape(damaged.path(2))):
+        cache_audio(damaged, tmp_path / "cache")
+    os.remove(damaged.path(2))
+    with pytest.raises(InputError, match=re.escape(damaged.path(2))):
+        cache_audio(damaged, tmp_path / "cache", max_unreadable=9)
+
+
+def test_as_many_damaged_files_as_are_allowed_are_passed_over_as_without_a_cache(damaged, tmp_path, caplog):
+    with pytest.raises(InputError, match="more than max_unreadable = 1 files of the audio are damaged: .*7.flac"):
+        cache_audio(damaged, tmp_path / "cache", max_unreadable=1)
+    assert not list((tmp_path / "cache").glob("*.int16*"))
+    cache = cache_audio(damaged, tmp_path / "cache", max_unreadable=2)
+    assert all(f"{index}.flac cannot be read" in caplog.text for index in (2, 7))
+    with pytest.raises(InputError, match="2.flac cannot be read"):
+        cache.read(2, 0, 9)
+    plain, cached = (batches(damaged, one, max_unreadable=2) for one in (None, cache))
+    assert all(torch.equal(one.wavs, other.wavs) for one, other in zip(plain, cached, strict=True))
+    # a run that allows fewer does not take it
+    with pytest.raises(InputError, match="more than max_unreadable = 1"):
+        cache_audio(damaged, tmp_path / "cache", max_unreadable=1)
+    assert pickle.loads(pickle.dumps(cache)).damaged == cache.damaged

@@ -56,7 +56,9 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     model = hparams["model"]
     caches = [None, None]
     if hparams["cache"] == "memory":
-        caches = [cache_audio(table, hparams["cache_folder"]) for table in (train_table, valid_table)]
+        folder, most = hparams["cache_folder"], hparams["max_unreadable"]
+        # nothing stands in for what validation hears
+        caches = [cache_audio(train_table, folder, max_unreadable=most), cache_audio(valid_table, folder)]
     elif hparams["cache"] is not None:
         raise InputError(f"cache is memory, or null, not {hparams['cache']}.")
     batch_samples = round(hparams["max_batch_seconds"] * rate)
