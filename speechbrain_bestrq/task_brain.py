@@ -17,6 +17,7 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from speechbrain_bestrq.accounting import LateReader
 from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
@@ -30,6 +31,9 @@ from speechbrain_bestrq.task_encoders import TaskEncoder
 logger = logging.getLogger(__name__)
 
 LAYER_WEIGHTS_PLOT = "layer_weights.png"
+
+#: Batches after which the mean loss is read back, for the progress bar and to see whether it is finite.
+READ_EVERY = 20
 
 
 NOTHING_TRAINED = "{} has no checkpoint to test: train first, without --test_only."
@@ -110,6 +114,7 @@ class TaskBrain(sb.Brain):
             self.optimizer_step_limit = int(self.optimizer_step_limit)  # arrives as text
         self._begun_with = self.encoder.identity()
         self._trains_on: str | None = None
+        self._sums_before = [0.0] * 3
         if checkpointer is not None:
             # before the modules: those trained on another encoder may not fit, or fit and be of no use
             checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
@@ -261,6 +266,49 @@ class TaskBrain(sb.Brain):
 
     # ---------------------------------------------------------------- updates
 
+    def fit_batch(self, batch: Any) -> Tensor:
+        """Train on a batch as SpeechBrain does, but without waiting for the device to see whether the loss is finite.
+
+        Raises
+        ------
+        InputError
+            Some batches later, if the loss of more than ``nonfinite_patience`` batches of the epoch was not.
+        """
+        should_step = self.step % self.grad_accumulation_factor == 0
+        self.on_fit_batch_start(batch, should_step)
+        with self.no_sync(not should_step):
+            with self.training_ctx:
+                outputs = self.compute_forward(batch, sb.Stage.TRAIN)
+                loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+            self.scaler.scale(loss / self.grad_accumulation_factor).backward()
+        if should_step:
+            self.optimizers_step()
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        finite = loss.detach().isfinite()
+        self._train_sums += torch.stack([torch.where(finite, loss.detach(), 0.0), finite, ~finite]).double()
+        if self.step % READ_EVERY == 0:
+            self._read_losses(wait=False)
+            self._reader.submit({}, self._loss_values())
+        return self._shown_loss
+
+    def _loss_values(self) -> dict[str, Tensor]:
+        total, finite, others = self._train_sums.unbind()
+        return {"loss": total / finite, "not_finite": others}
+
+    def _read_losses(self, wait: bool) -> None:
+        """Read the mean losses that have arrived; give up if too many were not finite."""
+        for entry in self._reader.ready(wait):
+            self._shown_loss = torch.tensor(entry["loss"])
+            if entry["not_finite"] > self.nonfinite_patience:
+                raise InputError(
+                    f"the loss of {entry['not_finite']:.0f} batches of epoch {self.epoch} was not finite: lower the "
+                    "learning rates, or train in fp32. The last checkpoint is of before."
+                )
+
+    def update_average(self, loss: Tensor, avg_loss: float) -> float:
+        """Give the mean loss of the epoch, as far as it has been read."""
+        return float(loss)
+
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         """Make dropout and augmentation of a batch the same, whatever was drawn before."""
         torch.manual_seed(derive_seed(self.hparams.seed, self.rank, self.train_sampler.epoch, self.step))
@@ -339,6 +387,9 @@ class TaskBrain(sb.Brain):
         self._started, self._stage = time.perf_counter(), stage
         if stage == sb.Stage.TRAIN:
             self.epoch, self.train_sampler.start = epoch, self.step  # an epoch that was begun goes on
+            # sum, batches with a finite loss, others
+            self._train_sums = torch.tensor(self._sums_before, dtype=torch.float64, device=self.device)
+            self._sums_before, self._reader, self._shown_loss = [0.0] * 3, LateReader(), torch.zeros(())
         self.start_metrics(stage)
 
     def start_metrics(self, stage: sb.Stage) -> None:
@@ -353,7 +404,9 @@ class TaskBrain(sb.Brain):
         elapsed = time.perf_counter() - self._started
         if stage == sb.Stage.TRAIN:
             self.seconds["train"] += elapsed
-            self._train_loss = float(stage_loss)
+            self._reader.submit({}, self._loss_values())
+            self._read_losses(wait=True)
+            self._train_loss = float(self._shown_loss)
             return
         # one answer for all ranks: rates that part would let the weights part
         metrics = ddp_broadcast({"loss": float(stage_loss), **self.stage_metrics(stage)}, src=0)
@@ -377,6 +430,7 @@ class TaskBrain(sb.Brain):
             progress = {
                 "seconds": {**self.seconds, "train": self.seconds["train"] + begun},
                 "step": self.step,
+                "train_sums": self._train_sums.tolist() if self._stage == sb.Stage.TRAIN else [0.0] * 3,
                 "world_size": self.world_size,
                 "layer_weights": self.layer_weights,
                 "epochs": self.hparams.epoch_counter.current - (self._stage == sb.Stage.TRAIN),
@@ -403,6 +457,7 @@ class TaskBrain(sb.Brain):
                 f"go on with as many, or give another --output_folder."
             )
         self.seconds, self.layer_weights = progress["seconds"], progress["layer_weights"]
+        self._sums_before = progress.get("train_sums", [0.0] * 3)
 
     # ---------------------------------------------------------------- evaluation
 

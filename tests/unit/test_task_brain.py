@@ -19,7 +19,9 @@ from speechbrain.nnet.schedulers import LinearScheduler, NewBobScheduler
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.run_opts import RunOptions
 from speechbrain.utils.train_logger import FileTrainLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from speechbrain_bestrq import task_brain
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.downstream import LayerMix
@@ -543,6 +545,70 @@ def test_bf16_trains(rows, folder, tmp_path):
     fit(brain, rows)
     assert changed(before, brain.modules.head)
     assert all(torch.isfinite(value).all() for value in brain.encoder.state_dict().values())
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        """Note, and call."""
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(function))
+        return function(*arguments, **(named or {}))
+
+
+class Plain(LoudnessBrain):
+    """Reads nothing back itself."""
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Cross-entropy."""
+        if stage != sb.Stage.TRAIN:
+            return super().compute_objectives(predictions, batch, stage)
+        return torch.nn.functional.cross_entropy(predictions, batch.loud.long())
+
+    def fit_batch(self, batch):
+        """Watch."""
+        with Waits() as waits:
+            loss = super().fit_batch(batch)
+        assert waits.found == []
+        return loss
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_step_waits_for_nothing_and_the_log_has_the_mean_loss_all_the_same(
+    rows, folder, tmp_path, monkeypatch, freeze
+):
+    losses = []
+    # others read their own count of updates, which is on the host
+    fused = {f"{part}_optimizer": partial(torch.optim.Adam, lr=1e-3, fused=True) for part in ("encoder", "mix", "head")}
+    brain = make_brain(tmp_path / "run", folder, epochs=1, freeze=freeze, run_opts={"max_grad_norm": 1.0}, **fused)
+    brain.__class__ = Plain
+    after = TaskBrain.on_fit_batch_end
+    monkeypatch.setattr(
+        TaskBrain, "on_fit_batch_end", lambda self, *all: losses.append(all[2].detach()) or after(self, *all)
+    )
+    monkeypatch.setattr(task_brain, "READ_EVERY", 2)
+    fit(brain, rows)
+    assert len(losses) >= 3
+    told = re.search(r"train loss: (\S+)", (tmp_path / "run" / "train_log.txt").read_text())[1]
+    assert float(told) == pytest.approx(float(torch.stack(losses).mean()), rel=5e-3)
+
+
+def test_losses_that_are_not_finite_end_the_training(rows, folder, tmp_path, monkeypatch):
+    brain = make_brain(tmp_path / "run", folder, epochs=1, run_opts={"nonfinite_patience": 1})
+    objectives = LoudnessBrain.compute_objectives
+
+    def spoilt(self, predictions, batch, stage):
+        return objectives(self, predictions, batch, stage) * (float("nan") if stage == sb.Stage.TRAIN else 1.0)
+
+    monkeypatch.setattr(LoudnessBrain, "compute_objectives", spoilt)
+    with pytest.raises(InputError, match=r"the loss of \d batches of epoch 1 was not finite: lower the learning rates"):
+        fit(brain, rows)
+    assert not list((tmp_path / "run" / "save").glob("CKPT*"))
 
 
 def test_speed_perturbation_is_heard_in_training_only(rows, folder, tmp_path):
