@@ -249,9 +249,9 @@ def _tell_run(
         title,
         f"{lines[-1]['step']} updates, loss {losses[0]:.3f} to {losses[-1]:.3f}, {skipped} skipped, "
         f"peak {lines[-1]['peak_memory_gb']:.1f} GB, {outcome.seconds:.0f} s in all",
-        # in fp16 the first updates may be skipped, until the scale of the loss fits
         lines[-1]["step"] == UPDATES
-        and any(map(math.isfinite, losses))
+        # in fp16 updates are skipped until the scale of the loss fits
+        and (any if "fp16" in title else all)(map(math.isfinite, losses))
         and (folder / "encoder/model.safetensors").is_file(),
     )
 

@@ -72,6 +72,12 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
     )
     stages.insert(1, ["--seconds", "mix", *mix, "--repeats", repeats])
     measurements: list[pretrain_step.Measurement] = []
+
+    def tell(text: str) -> None:
+        say(text)
+        if "FAILED" in text:  # another's code
+            findings.row(text.partition(":")[0], text[:200], False)
+
     base: dict[str, float] = {}
     longest = 0.0
     for stage in stages:
@@ -82,7 +88,7 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
         arguments = pretrain_step.parse(step_words(settings, *stage))
         try:
             with tempfile.TemporaryDirectory() as folder:
-                found = pretrain_step.measure(arguments, Path(folder), say)
+                found = pretrain_step.measure(arguments, Path(folder), tell)
         except Exception as error:  # the other stages are worth having
             traceback.print_exc()
             findings.row(" ".join(stage), f"{type(error).__name__}: {str(error)[:160]}", False)
@@ -288,15 +294,16 @@ def convolution(settings: Settings, findings: Findings) -> None:
     dtype = torch.float32 if settings.toy else torch.bfloat16
     layer = FrameConvolution(channels, 31, groups=channels).to(settings.device, dtype)
     x = torch.randn(batch, frames, channels, device=settings.device, dtype=dtype, requires_grad=True)
+    gradient = torch.randn_like(x)
     ways = {
         "channel by channel": lambda: nn.Conv1d.forward(layer, x.mT).mT,
         "as images": lambda: layer.convolve_image(x),
     }
     times = {
-        name: _milliseconds(lambda convolve=convolve: convolve().sum().backward(), None, settings.device)
+        name: _milliseconds(lambda convolve=convolve: convolve().backward(gradient), None, settings.device)
         for name, convolve in ways.items()
     }
-    chosen = _milliseconds(lambda: layer(x).sum().backward(), None, settings.device)
+    chosen = _milliseconds(lambda: layer(x).backward(gradient), None, settings.device)
     findings.figures["convolution"] = {**times, "chosen": chosen}
     told = ", ".join(f"{name} {_told(one)}" for name, one in times.items())
     findings.row("depthwise convolution, forward and backward", f"{told}; chosen {_told(chosen)}")

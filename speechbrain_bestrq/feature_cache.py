@@ -73,7 +73,7 @@ def cache_features(
 ) -> FeatureCache:
     """Compute the hidden states of all utterances in float32, unless they are there already.
 
-    A cache that was made by other weights or lacks some of the audio is made again; one that was
+    A cache that was made by another encoder or lacks some of the audio is made again; one that was
     interrupted too. Runs that share the folder wait for each other. To be called on the main process only.
 
     Arguments

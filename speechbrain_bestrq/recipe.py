@@ -46,7 +46,7 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     hparams_file : str
         The YAML.
     run_opts : RunOptions
-        SpeechBrain's; with gloo where there is no GPU and no backend was named. They
+        SpeechBrain's; with gloo on CPUs, where no backend was named. They
         are *not* merged into hparams: Brain itself ranks defaults below the YAML.
     overrides : str
         As YAML; with the run options that are keys of the YAML too.

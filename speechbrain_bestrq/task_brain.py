@@ -81,7 +81,7 @@ class TaskBrain(sb.Brain):
     #: Of the validation: the lower the better.
     metric = "loss"
 
-    #: What may change before a run goes on; a task's Brain adds its own. The encoder is compared by its weights.
+    #: What may change before a run goes on; a task's Brain adds its own. The encoder is compared by what it is.
     free_settings = frozenset(
         "cache_features cache_folder data_folder encoder eval_precision fold_folder max_eval_batch_seconds "
         "max_unreadable num_workers number_of_epochs output_folder save_folder test_only".split()
@@ -224,7 +224,7 @@ class TaskBrain(sb.Brain):
         return (hidden[0] if self.mix is None else self.modules.mix(hidden, lengths)), lengths
 
     def _perturb(self, wavs: Tensor) -> Tensor:
-        """Change the speed of waveforms where they are, and in float32 whatever precision the training has."""
+        """Change the speed of waveforms where they are, and without autocast whatever precision the training has."""
         perturb = self.hparams.speed_perturb
         perturb.device = wavs.device  # SpeechBrain's goes to the CPU for it, and back
         with full_precision(wavs.device.type):
@@ -291,6 +291,11 @@ class TaskBrain(sb.Brain):
             self._reader.submit({}, self._loss_values())
         return self._shown_loss
 
+    def _check_losses(self) -> None:
+        """Read the losses of all batches so far: weights of before one that is not finite are not to be lost."""
+        self._reader.submit({}, self._loss_values())
+        self._read_losses(wait=True)
+
     def _loss_values(self) -> dict[str, Tensor]:
         total, finite, others = self._train_sums.unbind()
         return {"loss": total / finite, "not_finite": others}
@@ -302,12 +307,12 @@ class TaskBrain(sb.Brain):
             if entry["not_finite"] > self.nonfinite_patience:
                 raise InputError(
                     f"the loss of {entry['not_finite']:.0f} batches of epoch {self.epoch} was not finite: lower the "
-                    "learning rates, or train in fp32. The last checkpoint is of before."
+                    "learning rates, or train in fp32. The last checkpoint is of before that."
                 )
 
     def update_average(self, loss: Tensor, avg_loss: float) -> float:
-        """Give the mean loss of the epoch, as far as it has been read."""
-        return float(loss)
+        """Give the mean loss of the epoch as far as it has been read; of other stages, the mean of the batches."""
+        return float(loss) if self._stage == sb.Stage.TRAIN else super().update_average(loss, avg_loss)
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         """Make dropout and augmentation of a batch the same, whatever was drawn before."""
@@ -318,13 +323,17 @@ class TaskBrain(sb.Brain):
         if self.step % self.grad_accumulation_factor:
             return False
         self._stop_if_asked(saved=False)
-        return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+        due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+        if due:
+            self._check_losses()
+        return due
 
     def _stop_if_asked(self, saved: bool) -> None:
         """End the run in order if a rank was asked to."""
         if self.requests.agreed() != Request.STOP:
             return
         if not saved and self.checkpointer is not None:
+            self._check_losses()
             self.checkpointer.save_and_keep_only(meta={"epoch": self.epoch}, end_of_epoch=False, min_keys=[self.metric])
         raise StoppedError(
             f"by {self.requests.signal or 'a signal to another rank'} in epoch {self.epoch}, after update "
@@ -350,7 +359,8 @@ class TaskBrain(sb.Brain):
         if not updates:
             raise InputError(
                 f"an epoch has {len(train_set)} batches, and an update takes grad_accumulation_factor "
-                f"{self.grad_accumulation_factor}: nothing would be trained. Give a lower one, or smaller batches."
+                f"{self.grad_accumulation_factor}, in {epoch_counter.limit} epochs: nothing would be trained. Give a "
+                "lower one, smaller batches, or more epochs."
             )
         start = getattr(self.hparams, "encoder_start_update", 0)
         if not self.encoder.freeze and start >= updates:
@@ -404,8 +414,7 @@ class TaskBrain(sb.Brain):
         elapsed = time.perf_counter() - self._started
         if stage == sb.Stage.TRAIN:
             self.seconds["train"] += elapsed
-            self._reader.submit({}, self._loss_values())
-            self._read_losses(wait=True)
+            self._check_losses()
             self._train_loss = float(self._shown_loss)
             return
         # one answer for all ranks: rates that part would let the weights part

@@ -165,14 +165,19 @@ class TaskEncoder(nn.Module):
         return encoder_config(self.encoder.model)
 
     def identity(self) -> dict[str, str]:
-        """Digest weights and architecture: equal for encoders that hear the same in the same audio.
+        """Digest weights and architecture, dropout aside: equal for encoders that hear the same in the same audio.
 
         Returns
         -------
         dict
             "encoder" and "architecture": 16 hexadecimal digits each.
         """
-        architecture = json.dumps(self.architecture, sort_keys=True)
+        parts = {
+            part: {name: value for name, value in settings.items() if name not in ("dropout", "layer_drop")}
+            for part, settings in self.architecture.items()
+            if isinstance(settings, dict)
+        }
+        architecture = json.dumps(parts, sort_keys=True)
         return {"encoder": digest(self.state_dict()), "architecture": text_digest(architecture)}
 
     def describe(self) -> dict[str, Any]:

@@ -30,12 +30,12 @@ def test_the_models_labels_under_autocast_are_those_without(toy):
     Mutation: in bestrq.py, BestRQ.forward, before ``labels = self._label(`` add ``features =
     features.to(torch.get_autocast_dtype("cpu")).float() if torch.is_autocast_enabled("cpu") else features``.
     """
-    model = toy.make_model(codebook_size=512).eval()
-    wavs = torch.randn(2, 64000, generator=torch.Generator().manual_seed(1))
+    model = toy.make_model(codebook_size=8192).eval()
+    wavs = torch.randn(2, 256000, generator=torch.Generator().manual_seed(1))
 
     def label_counts():
         generator = torch.Generator().manual_seed(2)
-        mask = model.masking(model.speech_encoder.num_frames(torch.tensor([64000, 64000])), 100, generator)
+        mask = model.masking(model.speech_encoder.num_frames(torch.tensor([256000, 256000])), 400, generator)
         return model(wavs, mask=mask, generator=generator).metrics["label_counts"]
 
     expected = label_counts()

@@ -24,8 +24,8 @@ def test_the_statistics_do_not_move_in_training(toy, tmp_path):
 def test_what_is_done_with_an_encoder_normalises_as_its_pre_training(toy, tmp_path):
     """Trap: pre-trained with ``sentence`` normalisation, fine-tuned with another.
 
-    Mutation: in artefact.py, build_encoder, before ``return SpeechEncoder(`` add ``config["frontend"]["normalize"] =
-    "utterance"``.
+    Mutation: in artefact.py, load_encoder, before ``return speech_encoder.eval()`` add
+    ``speech_encoder.frontend.normalize = "utterance"``.
     """
     model = toy.make_model(normalize="global")
     wavs = torch.randn(2, 16000, generator=torch.Generator().manual_seed(1))

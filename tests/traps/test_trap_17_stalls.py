@@ -41,9 +41,9 @@ def test_a_step_off_the_log_line_reads_nothing_back(method, toy, tmp_path, monke
     """Trap: the finite check before the backward pass and ``loss.cpu()`` make the host wait twice a micro-batch.
 
     Mutations: in pretraining.py, PretrainingBrain.fit_batch, ``return self.shown_loss`` -> ``return
-    torch.tensor(loss.tolist())``; in bestrq.py, BestRQ.forward, before ``labels = `` add ``mask =
-    MaskedFrames.from_mask(mask.mask)``; in contrastive.py, contrastive_loss, ``place = masked.indices.clamp(min=0)`` ->
-    ``place = masked.mask.flatten().nonzero()[:, 0]``.
+    torch.tensor(loss.tolist())``; in bestrq.py, BestRQ.forward, before ``labels = self._label(`` add ``mask =
+    MaskedFrames.from_mask(mask.mask)``; in contrastive.py, contrastive_loss, before ``drawn = negatives.clamp(min=0)``
+    add ``masked.mask.nonzero()``.
     """
     model = toy.make_model(method, dropout=0.1, layer_drop=0.2)
     waves = np.random.default_rng(1).standard_normal((6, 2, 9600))

@@ -375,7 +375,7 @@ def test_corpora_that_are_not_given_are_left_out(run, corpora, tmp_path):
     found = gather(sources, {"slurp": corpora["slurp"]}, tmp_path / "out", 0.02, CPU)
     files = write_evidence(found, tmp_path / "out")
     text = files["markdown"].read_text()
-    assert "intents, all labels" in text and "emotions" not in text
+    assert "intents, up to 1.2 minutes of labels" in text and "emotions" not in text
     assert files["curves"].read_bytes().startswith(b"\x89PNG")
 
 

@@ -132,7 +132,7 @@ def test_the_trace_names_what_is_the_most_expensive(load, toys):
     assert times == sorted(times, reverse=True) and any("mm" in row[0] for row in kernels)
 
 
-def test_every_command_has_options_that_its_recipe_knows(load, toys, monkeypatch, tmp_path):
+def test_every_command_has_options_that_its_recipe_knows(load, toys, make_speech_encoder, monkeypatch, tmp_path):
     checks, quality = load("gpu_checks"), load("gpu_quality")
     settings, _ = toys
     data = {"train": str(tmp_path), "corpus": "librispeech", "extra": [str(tmp_path)]}
@@ -152,6 +152,11 @@ def test_every_command_has_options_that_its_recipe_knows(load, toys, monkeypatch
             monkeypatch.chdir(checks.RECIPES / recipe)
             words = checks.downstream_command(recipe, settings, tmp_path, "fbank", tmp_path / "run")
             assert load_recipe(words[2:])[3]["number_of_epochs"] == 1
+    encoder = str(save_encoder(make_speech_encoder(normalize="global"), tmp_path / "encoder", "# Card"))
+    monkeypatch.chdir(checks.RECIPES / checks.FINE_TUNED)
+    words = checks.downstream_command(checks.FINE_TUNED, settings, tmp_path, encoder, tmp_path / "run", True)
+    hparams = load_recipe(words[2:])[3]
+    assert hparams["encoder_start_update"] == 1 and not hparams["speech_encoder"].freeze
 
 
 def test_encoders_are_kept_in_half_precision(load, make_speech_encoder, tmp_path):

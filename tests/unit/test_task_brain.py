@@ -598,6 +598,16 @@ def test_a_step_waits_for_nothing_and_the_log_has_the_mean_loss_all_the_same(
     assert float(told) == pytest.approx(float(torch.stack(losses).mean()), rel=5e-3)
 
 
+def test_a_validation_has_the_mean_loss_of_its_batches(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder, epochs=1, head_optimizer=partial(torch.optim.Adam, lr=0.0))
+    seen, evaluate_batch = [], LoudnessBrain.evaluate_batch
+    brain.evaluate_batch = lambda *all, **named: seen.append(evaluate_batch(brain, *all, **named)) or seen[-1]
+    fit(brain, rows)
+    told = re.search(r"valid loss: ([^ ,]+)", (tmp_path / "run" / "train_log.txt").read_text())[1]
+    assert len(seen) >= 3 and float(max(seen)) != float(min(seen))
+    assert float(told) == pytest.approx(float(torch.stack(seen).mean()), rel=5e-3)
+
+
 def test_losses_that_are_not_finite_end_the_training(rows, folder, tmp_path, monkeypatch):
     brain = make_brain(tmp_path / "run", folder, epochs=1, run_opts={"nonfinite_patience": 1})
     objectives = LoudnessBrain.compute_objectives
