@@ -1,11 +1,13 @@
-"""What a run has cost and what it has learned: counters, codebook use, one log line."""
+"""What a run has cost and what it has learned: clock, codebook use, values read back late, log lines."""
 
 import errno
 import json
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,71 @@ class LateReader:
                 event.synchronize()
             self._pending.popleft()
             yield {**known, **dict(zip(names, host.tolist(), strict=True))}
+
+
+class StepClock:
+    """Tells where the seconds of training go, since the last log line or since a stage began.
+
+    Arguments
+    ---------
+    device : torch.device or str
+        That trains.
+
+    Attributes
+    ----------
+    wait, saving_seconds : float
+        Seconds of waiting for audio, and of saving, which are not counted in :attr:`seconds`; the latter since it
+        was last set to 0.
+    flops : float
+        To be added to: of the model's operations.
+    updates : int
+        To be added to.
+
+    Example
+    -------
+    >>> clock = StepClock("cpu")
+    >>> clock.updates += 1
+    >>> with clock.saving():
+    ...     time.sleep(0.01)
+    >>> clock.updates, clock.saving_seconds >= 0.01, clock.seconds < clock.saving_seconds
+    (1, True, True)
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device, self.saving_seconds = torch.device(device), 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Begin anew; what saving took is kept for the next log line."""
+        self._started = self._asked = time.perf_counter()
+        self.wait, self.flops, self.updates = 0.0, 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, without saving."""
+        return time.perf_counter() - self._started
+
+    def ask_for_batch(self) -> None:
+        """From here on the host waits for audio."""
+        self._asked = time.perf_counter()
+
+    def batch_came(self) -> None:
+        """The waiting is over."""
+        self.wait += time.perf_counter() - self._asked
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count what saving takes by itself: it is neither training nor waiting for audio."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # saving would wait for the updates that are still under way
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            self.saving_seconds += seconds
+            self._started += seconds
+            self._asked += seconds
 
 
 class JsonLines:

@@ -4,8 +4,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from speechbrain_bestrq.accounting import LateReader, datasheet_flops
+from speechbrain_bestrq.accounting import LateReader, StepClock, datasheet_flops
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.encoder_folders import EncoderFolders
@@ -38,19 +36,14 @@ from speechbrain_bestrq.resuming import (
 )
 from speechbrain_bestrq.run_log import RUN_FILE
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
+from speechbrain_bestrq.tally import Tally
 from speechbrain_bestrq.update_guard import UpdateGuard
 from speechbrain_bestrq.writing import write_text
 
 logger = logging.getLogger(__name__)
 
-#: Share of the label histogram that stays from one update to the next: a memory of some hundred updates.
-HISTOGRAM_MEMORY = 0.995
-
 #: Times that a run goes back to its last checkpoint, each time with half the learning rate, before it is given up.
 MOST_REWINDS = 4
-
-#: Sums over the batches of an update, in the order of the tensor that ranks add up; the model's loss terms come after.
-SUMS = ("targets", "loss", "correct", "frames", "seconds")
 
 
 class PretrainingBrain(sb.Brain):
@@ -100,7 +93,6 @@ class PretrainingBrain(sb.Brain):
             # a run option without a default arrives as text
             self.optimizer_step_limit = int(self.optimizer_step_limit)
         self.model: PretrainingModel = self.modules["model"]
-        self.sum_names = (*SUMS, *self.model.loss_terms)
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.run_facts = {**run_facts, **self._machine_facts()}
@@ -110,7 +102,7 @@ class PretrainingBrain(sb.Brain):
         self.generator = torch.Generator(device=self.device)
         self.best_valid_loss, self.withheld, self.validation_due = float("inf"), False, False
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
-        self.saved_update, self.saving_seconds = None, 0.0
+        self.saved_update = None
         self.encoders = EncoderFolders(self.folder)
         self.requests = Requests()  # heeds signals within fit only
         self.guard = UpdateGuard(self.device, getattr(self.hparams, "spike_ratio", 0.0))
@@ -119,8 +111,10 @@ class PretrainingBrain(sb.Brain):
         self.started = time.perf_counter()
         # a micro-batch of this many masked frames weighs 1, so that summed losses keep their scale in fp16
         self.nominal_targets = 1000.0
-        self.histogram, self.window_sums, self.update_sums = None, self._zero_sums(), self._zero_sums()
+        self.tally = Tally(self.model, self.device)  # of an update
+        self.window_sums = self.tally.zeros()  # since the last log line
         self.gradient_norm, self.shown_loss = torch.zeros((), device=self.device), torch.zeros(())
+        self.clock = StepClock(self.device)
         self._start_clock()
         if checkpointer is not None:
             checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
@@ -279,7 +273,7 @@ class PretrainingBrain(sb.Brain):
 
     def fit_batch(self, batch: PretrainingBatch) -> Tensor:
         """Add a micro-batch's gradient; update after the last of ``grad_accumulation_factor`` or of the epoch."""
-        self.window_wait += time.perf_counter() - self.batch_asked_for
+        self.clock.batch_came()
         last = self.step % self.grad_accumulation_factor == 0 or self.step == len(self.sampler)
         self.on_fit_batch_start(batch, last)
         batch = batch.to(self.device)
@@ -290,13 +284,13 @@ class PretrainingBrain(sb.Brain):
                 output = self.compute_forward(batch, sb.Stage.TRAIN)
                 loss = self.compute_objectives(output, batch, sb.Stage.TRAIN)
             self.scaler.scale(loss * (output.num_targets / self.nominal_targets)).backward()
-        self._add_up(self.update_sums, output, batch)
+        self.tally.add(output, batch.seconds)
         if last:
             self.optimizers_step()
         self.sampler.position = self.step
-        self.window_flops += self.model.flops(*output.shape, output.num_targets)
+        self.clock.flops += self.model.flops(*output.shape, output.num_targets)
         self.on_fit_batch_end(batch, output, loss, last)
-        self.batch_asked_for = time.perf_counter()
+        self.clock.ask_for_batch()
         return self.shown_loss
 
     @torch.no_grad()
@@ -306,7 +300,7 @@ class PretrainingBrain(sb.Brain):
         rate = self.hparams.lr_schedule(update) * self.rate_scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums = self.update_sums
+        sums = self.tally.sums
         if self.world_size > 1:
             torch.distributed.all_reduce(sums)
         self.scaler.unscale_(self.optimizer)
@@ -330,9 +324,8 @@ class PretrainingBrain(sb.Brain):
         self.optimizer_step = update
         self.window_sums += torch.where(good, sums, 0.0)
         self.totals += torch.stack([sums[4], (~good).double()])
-        self.histogram *= HISTOGRAM_MEMORY
         self.gradient_norm = norm
-        self.update_sums = self._zero_sums()
+        self.tally.begin_update()
 
     def on_fit_batch_end(
         self, batch: PretrainingBatch, outputs: PretrainingOutput, loss: Tensor, should_step: bool
@@ -340,7 +333,7 @@ class PretrainingBrain(sb.Brain):
         """After an update: the log line, the progress bar, the encoder of this step."""
         if not should_step:
             return
-        self.window_updates += 1
+        self.clock.updates += 1
         if self.optimizer_step % self.hparams.log_interval == 0:
             self._submit_log_line()
         self._write_log_lines(wait=False)
@@ -361,7 +354,7 @@ class PretrainingBrain(sb.Brain):
         if asked != Request.STOP or (self._optimizer_step_limit_exceeded and not validating):
             return
         if validating:
-            self.histogram, self.validation_due = self.train_histogram, True
+            self.validation_due = True
         self._save_checkpoint(end_of_epoch=False, stopping=True)
         where = "no checkpoint" if self.unsaved_since or not self.checkpointer else "a checkpoint"
         signal = self.requests.signal or "a signal to another rank"
@@ -376,7 +369,7 @@ class PretrainingBrain(sb.Brain):
         self.reader, self.withheld = LateReader(), False
         self.encoders.forget()  # they are of updates after that checkpoint, which come again
         self.device_seconds_rewound = self.device_hours * 3600
-        self.update_sums = self._zero_sums()
+        self.tally.sums = self.tally.zeros()
         logger.warning(
             "Going back to the last checkpoint, for the %d. time of at most %d, with %g of the learning rate.",
             self.rewinds,
@@ -397,75 +390,22 @@ class PretrainingBrain(sb.Brain):
         self._start_clock()
         self._heed_requests()  # what came in the validation
 
-    def _zero_sums(self) -> Tensor:
-        return torch.zeros(len(self.sum_names), dtype=torch.float64, device=self.device)
-
-    def _add_up(self, sums: Tensor, output: PretrainingOutput, batch: PretrainingBatch) -> None:
-        """Add a batch to the sums, and its labels to the histogram, on the device."""
-        metrics = output.metrics
-        targets = output.num_targets
-        values = torch.stack(
-            [
-                torch.full_like(sums[0], targets),
-                output.loss.detach().double() * targets,
-                metrics["correct"].double() / self.model.labels_per_target,
-                metrics["frames"].double(),
-                torch.full_like(sums[0], batch.seconds),
-                *(metrics[name].double() * targets for name in self.model.loss_terms),
-            ]
-        )
-        sums += values
-        if self.histogram is None:
-            self.histogram = torch.zeros_like(metrics["label_counts"])
-        self.histogram += metrics["label_counts"]
-
     # ---------------------------------------------------------------- logging
 
     def _start_clock(self) -> None:
         """Start measuring speed, since the last log line or since a stage began."""
-        self.window_started = self.batch_asked_for = time.perf_counter()
-        self.window_wait, self.window_flops, self.window_updates = 0.0, 0.0, 0
+        self.clock.start()
         self.clocked_seconds = self.totals[0].clone()
-
-    @contextmanager
-    def _saving(self) -> Iterator[None]:
-        """Count what saving takes by itself: it is neither training nor waiting for audio."""
-        if self.device_type == "cuda":
-            torch.cuda.synchronize()  # saving would wait for the updates that are still under way
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = time.perf_counter() - started
-            self.saving_seconds += seconds
-            self.window_started += seconds
-            self.batch_asked_for += seconds
 
     @property
     def device_hours(self) -> float:
         """Hours that all devices have been held, whether they computed or waited."""
         return (self.device_seconds_before + (time.perf_counter() - self.started) * self.world_size) / 3600
 
-    def _averages(self, sums: Tensor, histogram: Tensor) -> dict[str, Tensor]:
-        """Loss and label statistics of sums that ranks share and a histogram that they do not yet."""
-        if self.world_size > 1:
-            histogram = histogram.clone()
-            torch.distributed.all_reduce(histogram)
-        averages = dict(zip(self.sum_names, sums.unbind(), strict=True))
-        targets = averages["targets"].clamp(min=1)
-        loss = averages["loss"] / targets
-        return {
-            "loss": loss,
-            **{name: averages[name] / targets for name in self.model.loss_terms},
-            "accuracy": averages["correct"] / targets,
-            **self.model.statistics(loss, histogram),
-            "mask_ratio": averages["targets"] / averages["frames"].clamp(min=1),
-        }
-
     def _submit_log_line(self) -> None:
         """Start reading back what has happened since the last line; a collective of all ranks."""
-        seconds = time.perf_counter() - self.window_started
-        flops = self.window_flops / seconds
+        seconds = self.clock.seconds
+        flops = self.clock.flops / seconds
         peak = datasheet_flops(self.run_facts["device"], self.precision)
         left = max((self.optimizer_step_limit or self.optimizer_step) - self.optimizer_step, 0)
         known = {
@@ -478,13 +418,13 @@ class PretrainingBrain(sb.Brain):
             "gflops_per_second": flops / 1e9,
             "utilisation": None if peak is None else flops / peak,
             "peak_memory_gb": peak_memory_gb(self.device),
-            "data_wait_share": self.window_wait / seconds,
-            "saving_seconds": self.saving_seconds,
+            "data_wait_share": self.clock.wait / seconds,
+            "saving_seconds": self.clock.saving_seconds,
             "rewinds": self.rewinds,
-            "eta_hours": left * seconds / self.window_updates / 3600,
+            "eta_hours": left * seconds / self.clock.updates / 3600,
         }
         values = {
-            **self._averages(self.window_sums, self.histogram),
+            **self.tally.averages(self.window_sums, self.world_size),
             "gradient_norm": self.gradient_norm,
             "audio_seconds": self.totals[0] - self.clocked_seconds,
             "audio_hours": self.totals[0] / 3600,
@@ -494,7 +434,7 @@ class PretrainingBrain(sb.Brain):
         }
         self.guard.start_row()
         self.reader.submit(known, values)
-        self.window_sums, self.saving_seconds = self._zero_sums(), 0.0
+        self.window_sums, self.clock.saving_seconds = self.tally.zeros(), 0.0
         self._start_clock()
 
     def _write_log_lines(self, wait: bool) -> None:
@@ -538,8 +478,9 @@ class PretrainingBrain(sb.Brain):
         else:
             self.model.start_update(max(self.optimizer_step, 1))  # may come before the first update of this process
             self.stage_started = time.perf_counter()
-            self.valid_sums, self.train_histogram = self._zero_sums(), self.histogram
-            self.histogram = None
+            self.validation = Tally(self.model, self.device)
+            if self.tally.histogram is not None:  # a rank may have no batch of its own
+                self.validation.histogram = torch.zeros_like(self.tally.histogram)
             # so many have all ranks; what is asked for in the others is heeded after the validation
             self.valid_batches, self.shared_valid_batches = 0, self.valid_set.batch_sampler.shared_batches
 
@@ -553,7 +494,7 @@ class PretrainingBrain(sb.Brain):
         # padded batches have shapes without number: not worth compiling
         with self.evaluation_ctx, torch.compiler.set_stance("force_eager"):
             output = self.compute_forward(batch, stage)
-        self._add_up(self.valid_sums, output, batch)
+        self.validation.add(output, batch.seconds)
         return torch.zeros(())
 
     def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
@@ -561,12 +502,10 @@ class PretrainingBrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             self._write_log_lines(wait=True)
             return
-        histogram, self.histogram = self.histogram, self.train_histogram
-        if histogram is None:  # a rank without a batch of its own
-            histogram = torch.zeros_like(self.train_histogram)
         if self.world_size > 1:
-            torch.distributed.all_reduce(self.valid_sums)
-        values = {name: float(value) for name, value in self._averages(self.valid_sums, histogram).items()}
+            torch.distributed.all_reduce(self.validation.sums)
+        averages = self.validation.averages(self.validation.sums, self.world_size)
+        values = {name: float(value) for name, value in averages.items()}
         audio_hours = float(self.totals[0]) / 3600
         entry = {"event": "valid", "step": self.optimizer_step, "epoch": epoch, **values, "audio_hours": audio_hours}
         entry |= {"device_hours": self.device_hours, "seconds": time.perf_counter() - self.stage_started}
@@ -594,9 +533,9 @@ class PretrainingBrain(sb.Brain):
             return False
         if self.saved_update == self.optimizer_step:  # one amid the epoch has just been done
             return False
-        if (self.unsaved_since or self.withheld) and self.window_updates == 0:  # try again with each log line
+        if (self.unsaved_since or self.withheld) and self.clock.updates == 0:  # try again with each log line
             return True
-        if self.window_updates and self.ckpt_interval_minutes > 0:
+        if self.clock.updates and self.ckpt_interval_minutes > 0:
             return False
         if self.ckpt_interval_steps > 0:
             return self.optimizer_step % self.ckpt_interval_steps == 0
@@ -615,11 +554,9 @@ class PretrainingBrain(sb.Brain):
         if self.withheld:
             return
         signature = json.dumps(self.model.signature(), sort_keys=True)
-        self.shared_histogram = self.histogram.clone()
-        if self.world_size > 1:
-            torch.distributed.all_reduce(self.shared_histogram)
+        self.shared_histogram = self.tally.shared_histogram(self.world_size)
         meta = {"step": self.optimizer_step, "signature": signature, "validation_due": self.validation_due, **meta}
-        with self._saving():
+        with self.clock.saving():
             try:
                 self.encoders.write_owed()
                 self.checkpointer.save_checkpoint(meta=meta, end_of_epoch=end_of_epoch)
@@ -665,7 +602,7 @@ class PretrainingBrain(sb.Brain):
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.totals, self.window_sums = state["totals"], state["window_sums"]
         # histograms are added up over the ranks: the first holds what all had
-        self.histogram = state["histogram"] * (self.rank == 0)
+        self.tally.histogram = state["histogram"] * (self.rank == 0)
         self.device_seconds_before = max(self.device_seconds_rewound, state["device_seconds"])
         self.best_valid_loss = state["best_valid_loss"]
         # a run that went back here with a lower rate keeps it
@@ -686,7 +623,7 @@ class PretrainingBrain(sb.Brain):
             "device_hours": self.device_hours,
             "validation": entry,
         }
-        with self._saving():
+        with self.clock.saving():
             card = write_card(facts, [line for line in self.log.lines.read() if line["event"] == "valid"])
             self.encoders.write(name, self.model.speech_encoder, card, facts)
 
