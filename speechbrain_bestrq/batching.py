@@ -247,8 +247,7 @@ class LadderBatchSampler(torch.utils.data.Sampler[BatchPlan]):
         if changed and 0 < position < state["batches"]:
             raise InputError(
                 f"the checkpoint lies within epoch {epoch}, after {position} of {state['batches']} batches, and cannot "
-                f"be resumed with other {changes}: restore what was, or delete this checkpoint to resume from the "
-                "one before."
+                f"be resumed with other {changes}: restore what was, or give another output_folder."
             )
         if changed:
             logger.info("Going on after epoch %d with other %s.", epoch, changes)

@@ -34,6 +34,20 @@ _OF_THE_SYSTEM = {
 }
 
 
+def name_file(error: OSError, path: object) -> None:
+    """Put the name of a file into the error of a full disk, which writing leaves without one.
+
+    Example
+    -------
+    >>> error = OSError(28, "No space left on device")
+    >>> name_file(error, "a.csv")
+    >>> explain_refusal(error)
+    "'a.csv': No space left on device: make room."
+    """
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error.filename = str(path)
+
+
 def explain_refusal(error: OSError) -> str | None:
     """Say in one line what a file system refused, if that is the user's to mend.
 

@@ -1,6 +1,7 @@
 """What the ``main`` of every recipe does: options, YAML, one-line errors."""
 
 import difflib
+import json
 import logging
 import os
 import shlex
@@ -33,6 +34,56 @@ _RUN_OPTIONS = frozenset(
 GOVERNING = "__governing__"
 
 
+#: Keys of the YAMLs whose values are paths.
+PATHS = ("cache_folder", "data_folder", "encoder", "language_model", "output_folder", "save_folder")
+
+
+def quote_paths(arguments: list[str]) -> list[str]:
+    """Quote the paths among options: SpeechBrain reads all values as YAML, in which some are something else.
+
+    Arguments
+    ---------
+    arguments : list of str
+        Of a command line.
+
+    Returns
+    -------
+    list of str
+        The same, of which each path that YAML would take for something else is quoted.
+
+    Raises
+    ------
+    InputError
+        If a path has an equals sign, which SpeechBrain takes for a space.
+
+    Example
+    -------
+    >>> quote_paths(["--data_folder", "/data/Tape #1", "--output_folder=2024", "--seed", "1"])
+    ['--data_folder', '"/data/Tape #1"', '--output_folder="2024"', '--seed', '1']
+    """
+    quoted: list[str] = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        key, value = before, word
+        if word.startswith("--"):
+            key, _, value = word.partition("=")
+        if key.startswith("--") and key.removeprefix("--") in PATHS:
+            if "=" in value:
+                raise InputError(
+                    f"{key} {value}: a path with an equals sign cannot be given: rename it, or give a link."
+                )
+            if value[:1] not in ("!", '"', "'") and value not in ("null", "~", "") and _as_yaml(value) != value:
+                word = f"{key}={json.dumps(value)}" if word.startswith("--") else json.dumps(value)
+        quoted.append(word)
+    return quoted
+
+
+def _as_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+
+
 def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, Any]]:
     """Parse a recipe's command line, join the process group of a ``torchrun``, load the YAML.
 
@@ -60,7 +111,7 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     """
     # what preparation says is shown, before the run's own log is opened
     logging.basicConfig(level=logging.INFO, format="%(name)s - %(message)s")
-    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    hparams_file, run_opts, overrides = sb.parse_arguments(quote_paths(arguments))
     on_cpu = not torch.cuda.is_available() or str(run_opts["device"]).startswith("cpu")
     if on_cpu and "distributed_backend" not in run_opts.overridden_args:
         named = {name: run_opts[name] for name in run_opts.overridden_args}

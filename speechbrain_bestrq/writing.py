@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from speechbrain_bestrq.errors import name_file
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -39,6 +41,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        name_file(error, path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

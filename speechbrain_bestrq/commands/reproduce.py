@@ -73,7 +73,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.reproduction.cost import cost_table, expected_seconds
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
     from speechbrain_bestrq.reproduction.report import reproduction_text, write_reproduction
-    from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, check_devices, run_stages
+    from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, check_devices, parse_devices, run_stages
     from speechbrain_bestrq.reproduction.tables import write_plan
 
     preset = read_preset(arguments.preset)
@@ -92,7 +92,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     if model is not None and not model.is_file():
         raise InputError(f"--language_model {model} is no file: give an ARPA file.")
     stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options, extra_folders)
-    devices = arguments.devices.split(",") if arguments.devices else [None]
+    devices = parse_devices(arguments.devices)
     check_devices(stages, devices)
     state = StageState(stages, folder)
     state.check_begun()

@@ -18,6 +18,9 @@ from speechbrain_bestrq.errors import InputError
 SHORTEST = 0.025
 """Seconds. What is shorter than one analysis window of any front end is no recording."""
 
+OTHER_AUDIO = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".webm", ".aif", ".aiff", ".caf", ".wv", ".ape")
+"""Endings of audio that nobody asked for, or that cannot be read."""
+
 CHUNK = 64
 """Files that a worker takes at a time."""
 
@@ -105,6 +108,8 @@ class Survey(NamedTuple):
     """Other files."""
     fingerprint: str
     """Changes when an audio file or a companion is added, removed, renamed, or has another size or time."""
+    other_audio: int = 0
+    """Of the other files, those whose names say that they are audio too."""
 
 
 class AudioTree(NamedTuple):
@@ -135,7 +140,7 @@ class AudioTree(NamedTuple):
         -------
         Survey
         """
-        files = ignored = 0
+        files = ignored = other_audio = 0
         digest = hashlib.blake2b(digest_size=16)
         for relative, entry in walk_files(self.root):
             name = entry.name.lower()
@@ -145,10 +150,11 @@ class AudioTree(NamedTuple):
                     inspect(relative, entry.path)
             elif not self.companions or not name.endswith(self.companions):
                 ignored += 1
+                other_audio += name.endswith(OTHER_AUDIO)
                 continue
             status = _status(entry)
             digest.update(b"%b\0%d\0%d\n" % (os.fsencode(relative), status.st_size, status.st_mtime_ns))
-        return Survey(files, ignored, digest.hexdigest())
+        return Survey(files, ignored, digest.hexdigest(), other_audio)
 
 
 def _status(entry: os.DirEntry) -> os.stat_result:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speechbrain_bestrq.corpora._audio_files import AudioTree, Survey, probe_files
+from speechbrain_bestrq.corpora._audio_files import OTHER_AUDIO, AudioTree, Survey, probe_files
 from speechbrain_bestrq.corpora._options import AudioRules, absolute_path, normalize_extensions
 from speechbrain_bestrq.corpora.manifest import (
     REQUIRED_COLUMNS,
@@ -168,6 +168,15 @@ def _log_findings(part: Part, summary: dict[str, Any], rules: AudioRules) -> Non
         summary["unreadable"],
         part.survey.ignored,
     )
+    if part.survey.other_audio:
+        logger.warning(
+            "%s: %d of the files ignored are audio of another kind, such as %s: convert them, for example with "
+            "ffmpeg -i one.m4a -ac 1 -ar %d one.wav",
+            part.label,
+            part.survey.other_audio,
+            ", ".join(OTHER_AUDIO[:4]),
+            rules.sample_rate,
+        )
     others = {rate: count for rate, (count, _) in summary["sample_rates"].items() if int(rate) != rules.sample_rate}
     if others:
         rates = ", ".join(
@@ -311,8 +320,8 @@ def survey_folders(folders: Sequence[Path], extensions: Sequence[str], save_fold
         survey = tree.survey()
         if not survey.files:
             raise InputError(
-                f"folder '{folder}' holds no file that ends in {', '.join(suffixes)} ({survey.ignored} other files): "
-                "give the folder of your audio, or name its extensions."
+                f"folder '{folder}' holds no file that ends in {', '.join(suffixes)} ({survey.ignored} other files, of "
+                f"which {survey.other_audio} are audio of another kind): give the folder of your audio, or convert it."
             )
         manifest = absolute_path(save_folder) / f"folder-{folder.name}.csv"
         parts.append(Part(tree, survey, manifest, corpus_name(folder, folder.name), folder.name))

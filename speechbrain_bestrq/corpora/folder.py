@@ -30,6 +30,9 @@ from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+#: A validation set of less audio is warned of, where the corpus has more.
+LEAST_VALID_SECONDS = 300.0
+
 
 def prepare_folder(
     data_folder: str | os.PathLike,
@@ -58,7 +61,8 @@ def prepare_folder(
     and its path, and is taken if that is below ``valid_share`` and if the set stays
     within ``max_valid_hours`` and half of all audio; if none is, the first that fits
     is taken. If all are too large, sub-folders of the second level take their place,
-    and so on down to single files, which the log says. So files that are added later
+    and so on down to single files, which the log says; if those are too large too, the
+    shortest is taken. So files that are added later
     leave the others on their side, as long as these limits do not decide.
 
     Called again, it does nothing if the options are the same and the data are
@@ -174,11 +178,18 @@ def _choose_validation(parts: Sequence[Part], share: float, max_hours: float, se
         chosen = _choose_units(seconds, share, min(3600.0 * max_hours, total / 2.0), seed)
         if chosen:
             break
+        if level == depth and files > 1:  # one recording of more than that, rather than none
+            chosen = [min(seconds, key=lambda unit: (seconds[unit], place(unit, seed)))]
+            logger.warning(
+                "no file fits into a validation set of at most %s hours and half of all: the shortest is taken: %s",
+                max_hours,
+                chosen[0],
+            )
+            break
         if level == depth:
             raise InputError(
-                f"no validation set can be split off '{parts[0].tree.root}' ({files} readable audio files, "
-                f"{total / 3600.0:.2f} hours): every file is over half of it or over max_valid_hours = {max_hours}; "
-                "add audio or raise max_valid_hours."
+                f"no validation set can be split off '{parts[0].tree.root}', which has one readable audio file "
+                f"({total / 3600.0:.2f} hours): add audio, or cut it."
             )
         level += 1
     if level > 1:
@@ -188,6 +199,14 @@ def _choose_validation(parts: Sequence[Part], share: float, max_hours: float, se
             level - 1,
             max_hours,
             level,
+        )
+    kept = sum(seconds[unit] for unit in chosen)
+    if kept < min(LEAST_VALID_SECONDS, 0.1 * share * total):
+        logger.warning(
+            "the validation set, by which the best encoder is chosen, has %.0f s of audio: the other recordings are "
+            "longer than max_valid_hours = %s, which may be raised",
+            kept,
+            max_hours,
         )
     logger.info("validation: %d of %d sub-folders or files of level %d", len(chosen), len(seconds), level)
     return level, frozenset(chosen)

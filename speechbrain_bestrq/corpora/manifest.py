@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.errors import InputError, name_file
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ def _replacing(path: Path) -> Iterator[TextIO]:
         with open(temporary, "x", newline="", encoding="utf-8", errors="surrogateescape") as file:
             yield file
         os.replace(temporary, path)
+    except OSError as error:
+        name_file(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from speechbrain_bestrq.artefact import CONFIG_FILE, WEIGHTS_FILE
 from speechbrain_bestrq.corpora.manifest import file_digest
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.stages import MOVED_ASIDE
 from speechbrain_bestrq.reproduction.tables import METHOD_NAMES, PLAN_FILE
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.task_encoders import FILTERBANK
@@ -66,10 +68,15 @@ def find_sources(folders: list[Path], seeds: int) -> list[Source]:
             continue
         if not inner.is_dir():
             raise InputError(f"{folder} is a reproduction that has not pre-trained anything yet: let it go on.")
-        for run in sorted(path for path in inner.iterdir() if path.is_dir()):
+        own: list[Path] = []
+        for run in sorted(path for path in inner.iterdir() if path.is_dir() and MOVED_ASIDE not in path.name):
             # of each seed, or of one
             several = sorted(path for path in run.iterdir() if path.is_dir() and path.name.isdecimal())
-            runs += several or [run]
+            own += several or [run]
+        # what has not come to an encoder yet does not keep the others from being looked at
+        runs += [run for run in own if any(run.glob("encoder*"))] or own
+    if twice := [run for run, count in Counter(run.absolute() for run in runs).items() if count > 1]:
+        raise InputError(f"{twice[0]} is named twice: give each pre-training once.")
     names = _names(runs)
     found = [Source(FILTERBANK, FILTERBANK)]
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
@@ -100,14 +107,22 @@ def _source(path: Path, run: str, facts: dict[str, Any]) -> Source:
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """Names of runs, all different: of the method if the folder is called after it, else of the folder."""
-    plain = [
-        f"{METHOD_NAMES.get(run.parent.name, run.parent.name)} {run.name}"
-        if run.name.isdecimal()
-        else METHOD_NAMES.get(run.name, run.name)
-        for run in runs
-    ]
-    return [
-        name if plain.count(name) == 1 else f"{run.parent.name}/{run.name}"
-        for name, run in zip(plain, runs, strict=True)
-    ]
+    """Names of runs, all different: of the method if the folder is called after it, else of the folder.
+
+    Seeds of one method are told apart by their numbers, and what is called alike by the folders it is in.
+    """
+    above = [0] * len(runs)
+    while True:
+        names = [_name(run.absolute(), count) for run, count in zip(runs, above, strict=True)]
+        alike = [number for number, name in enumerate(names) if names.count(name) > 1]
+        if not alike:
+            return names
+        for number in alike:
+            above[number] += 1
+
+
+def _name(run: Path, above: int) -> str:
+    """The name of a run with so many of the folders that it is in."""
+    method = run.parent if run.name.isdecimal() else run
+    own = METHOD_NAMES.get(method.name, method.name) + (f" {run.name}" if run.name.isdecimal() else "")
+    return "/".join([*method.parts[:-1][max(len(method.parts) - 1 - above, 0) :], own])

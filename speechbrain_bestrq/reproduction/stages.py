@@ -1,6 +1,7 @@
 """Stages of a plan: commands that depend on one another, run each once, whatever happens between."""
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 
 from speechbrain_bestrq.errors import USER_ERROR, InputError
@@ -39,6 +42,8 @@ CPU = "cpu"
 PATIENCE = 60
 #: After so many, the last line of each running stage's log is reported.
 PROGRESS_SECONDS = 30
+#: What the name of a folder ends in, before a number, that made room for another command.
+MOVED_ASIDE = ".before"
 #: How the reason begins of a stage that could not run.
 LEFT_OUT = "left out:"
 LANGUAGE_MODEL = "--language_model"
@@ -125,11 +130,10 @@ class StageState:
 
     def is_done(self, name: str) -> bool:
         """Whether a stage has nothing left to do."""
-        record, stage = self._record(name), self.stages[name]
-        if record.get("mark") != self.marks[name] or self.missing(name):
+        record = self._record(name)
+        if not self._is_own(record, name) or self.missing(name):
             return False
-        needed = {need: self._record(need).get("made") for need in stage.needs}
-        return record.get("made") is not None and record.get("needed") == needed and all(map(self.is_done, needed))
+        return record.get("made") is not None and all(map(self.is_done, self.stages[name].needs))
 
     def missing(self, name: str) -> list[str]:
         """Which products of a stage are not there."""
@@ -152,21 +156,65 @@ class StageState:
                     f"{devices}, or delete {self.folder_of(name)} to begin it anew."
                 )
 
-    def begin(self, name: str) -> None:
-        """Make a stage's folder its own: what another command left there is moved aside, and nothing is lost."""
-        folder, record = self.folder_of(name), self._record(name)
-        needed = {need: self._record(need).get("made") for need in self.stages[name].needs}
-        if record and (record.get("mark") != self.marks[name] or record.get("needed") != needed):
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.before{number}")).exists():
-                number += 1
-            folder.rename(aside)
+    def take_up(self) -> list[str]:
+        """Give back to the stages what another command moved aside; say so in a line for each.
+
+        Returns
+        -------
+        list of str
+        """
+        told = []
+        for name in self.stages:
+            folder = self.folder_of(name)
+            if self._is_own(self._record(name), name):
+                continue
+            for aside in sorted(folder.parent.glob(f"{glob.escape(folder.name)}{MOVED_ASIDE}*")):
+                if self._is_own(_read_record(aside), name):
+                    if folder.exists():
+                        self._move_aside(name)
+                    aside.rename(folder)
+                    told.append(f"{name}: goes on with what this command left in {aside.name}")
+                    break
+        return told
+
+    def _needed(self, name: str) -> dict[str, str | None]:
+        """Which very products a stage would work with."""
+        return {need: self._record(need).get("made") for need in self.stages[name].needs}
+
+    def _is_own(self, record: dict, name: str) -> bool:
+        """Whether a record is of a stage's command and of what it would work with."""
+        return record.get("mark") == self.marks[name] and record.get("needed") == self._needed(name)
+
+    def _move_aside(self, name: str) -> Path:
+        folder, number = self.folder_of(name), 1
+        while (aside := folder.with_name(f"{folder.name}{MOVED_ASIDE}{number}")).exists():
+            number += 1
+        return folder.rename(aside)
+
+    def begin(self, name: str) -> str:
+        """Make a stage's folder its own: what another command left there is moved aside, and nothing is lost.
+
+        Returns
+        -------
+        str
+            A line on what was moved aside; empty if nothing was.
+        """
+        folder, record, told = self.folder_of(name), self._record(name), ""
+        if record and not self._is_own(record, name):
+            aside = self._move_aside(name)
+            told = f"{name}: begins anew; what another command, or one with other inputs, made is in {aside.name}"
             record = {}
         folder.mkdir(parents=True, exist_ok=True)
-        begun = {"mark": self.marks[name], "needed": needed, "commit": commit(), "devices": self.stages[name].devices}
+        begun = {
+            "mark": self.marks[name],
+            "needed": self._needed(name),
+            "commit": commit(),
+            "devices": self.stages[name].devices,
+        }
         if record and "made" not in record:  # taken up again
             begun["spent"] = record.get("spent")
         self._write(name, begun)
+        return told
 
     def spent(self, name: str) -> float | None:
         """Seconds that a stage ran before it was begun this time; None if it did, and they are not known."""
@@ -195,15 +243,19 @@ class StageState:
         write_text(self.folder_of(name) / STAGE_FILE, json.dumps(record, indent=2) + "\n")
 
     def _record(self, name: str) -> dict:
-        try:
-            return json.loads((self.folder_of(name) / STAGE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        return _read_record(self.folder_of(name))
 
     def seconds(self, name: str) -> float | None:
         """How long a done stage took; None if it is not known."""
         record = self._record(name)
         return record["seconds"] if self.spent(name) is not None and "made" in record else None
+
+
+def _read_record(folder: Path) -> dict:
+    try:
+        return json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _governing(command: Sequence[str], folder: Path) -> list[str]:
@@ -263,6 +315,39 @@ def check_devices(stages: Sequence[Stage], devices: Sequence[str | None]) -> Non
     many = [stage for stage in stages if stage.devices > len(devices)]
     if many and list(devices) != [None]:
         raise InputError(f"{many[0].name} takes {many[0].devices} GPUs: give so many as --devices, or none.")
+
+
+def parse_devices(text: str | None) -> list[str | None]:
+    """Read the devices of a command line.
+
+    Arguments
+    ---------
+    text : str or None
+        Numbers of GPUs, "cuda:0" for 0, or "cpu", with commas between.
+
+    Returns
+    -------
+    list of str
+        As :func:`run_stages` takes them; [None] if nothing is given.
+
+    Raises
+    ------
+    InputError
+        If there is no such device: a stage that saw none would train on the CPU without a word.
+
+    Example
+    -------
+    >>> parse_devices("cpu,cpu"), parse_devices(None)
+    (['cpu', 'cpu'], [None])
+    """
+    if not text:
+        return [None]
+    devices = [word.strip().removeprefix("cuda:") for word in text.split(",")]
+    there = torch.cuda.device_count()
+    for word in devices:
+        if word != CPU and not word.startswith(("GPU-", "MIG-")) and not (word.isdecimal() and int(word) < there):
+            raise InputError(f"--devices {word!r}: there are {there} GPUs here: give numbers from 0 on, or {CPU}.")
+    return devices
 
 
 def device_environment(devices: Sequence[str | None], at_once: int) -> dict[str, str]:
@@ -332,6 +417,8 @@ def run_stages(
     check_devices(stages, devices)
     own = list(devices) == [None]
     state = StageState(stages, folder)
+    for line in state.take_up():
+        report(line)
     done = {stage.name for stage in stages if state.is_done(stage.name)}
     if done:
         report(f"{len(done)} of {len(stages)} stages are done already")
@@ -345,6 +432,12 @@ def run_stages(
         spent = {name: seconds + (state.spent(name) or 0.0) for name, seconds in spent.items()}
         taken = {name: seconds for name in done if (seconds := state.seconds(name)) is not None}
         return left_text(stages, spent, taken, expected or {}, len(devices))
+
+    def noted(note: Callable[..., None], name: str, *what: Any) -> None:
+        try:
+            note(name, *what)
+        except OSError as error:  # the others go on
+            report(f"{name}: {STAGE_FILE} cannot be written ({error.strerror}): make room, and give the command again")
 
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -366,12 +459,12 @@ def run_stages(
                     try:
                         _wait_until_free(state.folder_of(stage.name))
                         with _signals_waiting():
-                            running.append(_start(stage, state, taken, len(devices)))
+                            running.append(_start(stage, state, taken, len(devices), report))
                     except (InputError, OSError) as error:
                         failed[stage.name] = f"{stage.name}: {error}"
                         why = f"{failed[stage.name]}\n{_command_line(stage)}"
-                        state.set_failed(stage.name, why)
                         report(why)
+                        noted(state.set_failed, stage.name, why)
                         idle += taken
             time.sleep(0.05)
             if time.monotonic() - told > PROGRESS_SECONDS:
@@ -385,18 +478,19 @@ def run_stages(
                 idle += one.devices
                 why = _finish(one, state)
                 if why is None:
+                    noted(state.set_done, one.stage.name, time.monotonic() - one.started)
                     done.add(one.stage.name)
                 else:
                     failed[one.stage.name] = why.splitlines()[0]
-                    state.set_spent(one.stage.name, time.monotonic() - one.started)
-                    state.set_failed(one.stage.name, why)
                     report(why)
+                    noted(state.set_spent, one.stage.name, time.monotonic() - one.started)
+                    noted(state.set_failed, one.stage.name, why)
     except KeyboardInterrupt:
         for one in running:
             one.process.send_signal(signal.SIGTERM)
         for one in running:
             one.process.wait()
-            state.set_spent(one.stage.name, time.monotonic() - one.started)
+            noted(state.set_spent, one.stage.name, time.monotonic() - one.started)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -417,9 +511,12 @@ def _signals_waiting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(stage: Stage, state: StageState, devices: list[str | None], at_once: int) -> _Running:
+def _start(
+    stage: Stage, state: StageState, devices: list[str | None], at_once: int, report: Callable[[str], None]
+) -> _Running:
     folder = state.folder_of(stage.name)
-    state.begin(stage.name)
+    if told := state.begin(stage.name):
+        report(told)
     environment = {**os.environ, **device_environment(devices, at_once)}
     with open(folder / LOG_FILE, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(stage.command)}\n")
@@ -473,12 +570,11 @@ def _last_line(path: Path) -> str:
 
 
 def _finish(one: _Running, state: StageState) -> str | None:
-    """Note that a stage is done, or say in lines why it is not."""
+    """Say in lines why a stage that has ended is not done; None if it is."""
     stage, status = one.stage, one.process.returncode
     folder = state.folder_of(stage.name)
     missing = state.missing(stage.name)
     if status == 0 and not missing:
-        state.set_done(stage.name, time.monotonic() - one.started)
         return None
     log = folder / LOG_FILE
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -856,14 +856,32 @@ class TestFolderSplit:
         second = self.split(folder, save, valid_share=0.5)
         assert len(second["valid"]) > len(first["valid"])
 
-    @pytest.mark.parametrize("options", [{}, {"max_valid_hours": 1e-6}])
-    def test_too_little_is_refused(self, tmp_path, save, options):
-        for name in ("a", "b") if options else ("a",):
-            write_audio(tmp_path / "audio" / "s" / f"{name}.wav")
+    def test_too_little_is_refused(self, tmp_path, save):
+        write_audio(tmp_path / "audio" / "s" / "a.wav")
         with pytest.raises(InputError) as error:
-            prepare_folder(tmp_path / "audio", save, **options)
-        assert_one_line(error, tmp_path / "audio", "no validation set", "max_valid_hours")
+            prepare_folder(tmp_path / "audio", save)
+        assert_one_line(error, tmp_path / "audio", "no validation set", "one readable audio file")
         assert not (save / "train.csv").exists()
+
+    def test_of_recordings_that_are_all_too_long_the_shortest_is_for_validation(self, tmp_path, save, caplog):
+        for name, seconds in (("a", 2.0), ("b", 1.0), ("c", 3.0)):
+            write_audio(tmp_path / "audio" / "s" / f"{name}.wav", seconds=seconds)
+        sides = self.split(tmp_path / "audio", save, max_valid_hours=0.5 / 3600)
+        assert list(sides["valid"]) == ["s/b.wav"]
+        assert "the shortest is taken: s/b" in caplog.text
+
+    def test_a_validation_set_of_a_jingle_is_warned_of(self, tmp_path, save, caplog):
+        for name, seconds in (("a", 90.0), ("b", 90.0), ("jingle", 0.1)):
+            write_audio(tmp_path / "audio" / f"{name}.wav", seconds=seconds)
+        self.split(tmp_path / "audio", save, max_valid_hours=0.01)
+        assert "the validation set, by which the best encoder is chosen, has 0 s of audio" in caplog.text
+
+    def test_audio_of_another_kind_is_told_of(self, tmp_path, save, caplog):
+        for name in ("a", "b", "c"):
+            write_audio(tmp_path / "audio" / f"{name}.wav")
+        (tmp_path / "audio" / "d.M4A").write_bytes(b"")
+        self.split(tmp_path / "audio", save)
+        assert "1 of the files ignored are audio of another kind, such as .m4a" in caplog.text
 
     @pytest.mark.parametrize(
         ("options", "part"),
@@ -874,7 +892,10 @@ class TestFolderSplit:
             ({"extensions": "wav"}, "extensions is a list"),
             ({"extensions": []}, "extensions must name"),
             ({"extensions": ["raw"]}, "'raw'"),
-            ({"extensions": ["m4a"]}, "holds no file that ends in .m4a (20 other files)"),
+            (
+                {"extensions": ["m4a"]},
+                "holds no file that ends in .m4a (20 other files, of which 0 are audio of another kind)",
+            ),
         ],
     )
     def test_options(self, folder, save, options, part):

@@ -317,7 +317,29 @@ def test_two_runs_of_one_method_are_told_apart(run):
     again.parent.mkdir()
     again.symlink_to(other)
     names = {one.run for one in find_sources([other, again], 0)}
-    assert names == {"fbank", "other/bestrq", "more/bestrq"}
+    assert names == {"fbank", "other/BEST-RQ", "more/BEST-RQ"}
+    with pytest.raises(InputError, match="is named twice"):
+        find_sources([other, other], 0)
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folders_above(run):
+    for place in ("old/results", "new/results"):
+        folder = run.parent / place / "bestrq"
+        folder.mkdir(parents=True)
+        (folder / "1000").symlink_to(run)
+    sources = find_sources([run.parent / place / "bestrq" / "1000" for place in ("old/results", "new/results")], 1)
+    assert {one.run for one in sources} == {"fbank", "old/results/BEST-RQ 1000", "new/results/BEST-RQ 1000"}
+    # the last folder alone says nothing, the method before the number is one for the gains
+    assert {one.run.rpartition(" ")[2] for one in sources} == {"fbank", "1000"}
+
+
+def test_of_a_reproduction_what_was_moved_aside_or_has_no_encoder_yet_is_passed_over(run):
+    reproduction = run.parent / "reproduction"
+    (reproduction / "pretraining" / "wav2vec2").mkdir(parents=True)
+    (reproduction / "plan.json").write_text("{}")
+    for name in ("bestrq", "bestrq.before1"):
+        (reproduction / "pretraining" / name).symlink_to(run)
+    assert {one.run for one in find_sources([reproduction], 0)} == {"fbank", "BEST-RQ"}
 
 
 # ---------------------------------------------------------------- the whole

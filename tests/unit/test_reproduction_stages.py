@@ -1,5 +1,6 @@
 """Stages run once each, in their order, whatever fails, whenever it is stopped."""
 
+import errno
 import json
 import os
 import shlex
@@ -15,7 +16,7 @@ import pytest
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction import stages as stages_module
-from speechbrain_bestrq.reproduction.stages import LOG_FILE, STAGE_FILE, Stage, StageState, run_stages
+from speechbrain_bestrq.reproduction.stages import LOG_FILE, STAGE_FILE, Stage, StageState, parse_devices, run_stages
 
 #: Writes its product and notes that it ran; "fail" in its words makes it fail.
 WORK = """
@@ -103,8 +104,43 @@ def test_another_command_does_a_stage_and_what_needs_it_again(tmp_path):
     # what the first commands left is kept
     assert (tmp_path / "train" / "a.before1" / "results.json").is_file()
     assert (tmp_path / "probe" / "a.before1" / "results.json").is_file()
-    run_stages(plan("longest"), tmp_path, print)
+    lines = []
+    run_stages(plan("longest"), tmp_path, lines.append)
     assert (tmp_path / "train" / "a.before2").is_dir() and not (tmp_path / "train" / "b.before1").exists()
+    assert "train/a: begins anew; what another command, or one with other inputs, made is in a.before2" in lines
+    # and taken up by the first when it is given again
+    count, lines = len(ran(tmp_path)), []
+    run_stages(plan(), tmp_path, lines.append)
+    assert lines[:2] == [f"{name}: goes on with what this command left in a.before1" for name in ("train/a", "probe/a")]
+    assert len(ran(tmp_path)) == count and lines[-1] == "3 of 3 stages are done already"
+
+
+def test_a_full_disk_is_told_and_the_other_stages_go_on(tmp_path, monkeypatch):
+    stages = [stage(tmp_path, "train/a", "fail"), stage(tmp_path, "train/b")]
+
+    def full(self, name, record):
+        if "failed" in record or "made" in record:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, name, record)
+
+    write = StageState._write
+    monkeypatch.setattr(StageState, "_write", full)
+    lines = []
+    failed = run_stages(stages, tmp_path, lines.append)
+    assert list(failed) == ["train/a"] and ran(tmp_path) == ["train/a", "train/b"]
+    assert any("this is why" in line for line in lines)
+    assert any("train/b: stage.json cannot be written (No space left on device): make room" in line for line in lines)
+
+
+@pytest.mark.parametrize("devices", ["cuda:0,1", "0,7", "gpu", "CPU", ""])
+def test_devices_are_those_that_are_there(devices, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    good = {"cuda:0,1": ["0", "1"], "": [None]}
+    if devices in good:
+        assert parse_devices(devices) == good[devices]
+    else:
+        with pytest.raises(InputError, match="there are 2 GPUs here: give numbers from 0 on, or cpu"):
+            parse_devices(devices)
 
 
 def test_what_was_done_with_a_product_is_done_again_with_the_next_one(tmp_path):
