@@ -68,9 +68,14 @@ def from_transformers(folder: str | os.PathLike) -> Wav2Vec2 | SpeechEncoder:
     try:
         description = encoder_description(config, normalizes_input(folder, config), keep_mask_embedding=False)
         check_sizes(description, len(shapes))
-        with torch.random.fork_rng(devices=[]):
-            model = _build(description, settings_of(config))
         converted = pretraining_weights(load_file(weights_path), settings_of(config)["num_codevector_groups"])
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):  # takes no memory, whatever sizes a stranger's description gives
+                described = _build(description, settings_of(config)).state_dict()
+            for name, tensor in converted.items():
+                if name in described and described[name].shape != tensor.shape:
+                    raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(described[name].shape)}")
+            model = _build(description, settings_of(config))
         model.load_state_dict(converted)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):

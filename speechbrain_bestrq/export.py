@@ -226,9 +226,9 @@ def to_speechbrain(source: str | os.PathLike, out: str | os.PathLike) -> dict[st
     if (source / CARD_FILE).is_file():  # a link that leaves the folder is refused: this text is made to be published
         text = read_card(file_inside(source, CARD_FILE))
     with _new_folder(out) as folder:
-        save_encoder(
-            speech_encoder, folder, text.rstrip() + _SPEECHBRAIN_USE, **(facts if isinstance(facts, dict) else {})
-        )
+        facts = facts if isinstance(facts, dict) else {}
+        facts = {name: value for name, value in facts.items() if name not in _NO_FACTS}
+        save_encoder(speech_encoder, folder, text.rstrip() + _SPEECHBRAIN_USE, **facts)
         (folder / HPARAMS_FILE).write_text(_hyperparameters(speech_encoder), encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in speech_encoder.parameters())
     return {"folder": str(out), "source": str(source), "parameters": parameters}
@@ -282,6 +282,8 @@ pretrainer: !new:speechbrain_bestrq.export.EncoderPretrainer
 """
 
 
+#: Names that a stranger's folder may give its facts, and that are arguments of what writes them.
+_NO_FACTS = ("speech_encoder", "folder", "card")
 _SPEECHBRAIN_USE = """
 
 ## In SpeechBrain

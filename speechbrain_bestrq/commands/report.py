@@ -38,8 +38,12 @@ def _report(arguments: argparse.Namespace) -> None:
     from speechbrain_bestrq.reproduction.tables import PLAN_FILE
 
     if arguments.evidence:
+        if arguments.publish is not None:
+            raise InputError("--publish is for reproductions: give it without --evidence.")
         _evidence(arguments)
         return
+    if given := [corpus for corpus in _CORPORA if getattr(arguments, corpus) is not None]:
+        raise InputError(f"--{given[0]} is a corpus to probe encoders on: add --evidence, or leave it out.")
     if len(arguments.run_folders) > 1:
         raise InputError("several folders are reported on one by one: give one, or --evidence to compare them.")
     (run_folder,) = arguments.run_folders

@@ -86,6 +86,19 @@ def read_preset(name: str) -> dict[str, Any]:
     needed, allowed = KEYS
     if not isinstance(preset, dict) or not needed <= preset.keys() <= needed | allowed:
         raise InputError(f"{path} has to have {', '.join(sorted(needed))} and may have {', '.join(sorted(allowed))}.")
+    for name in ("seeds", "updates"):
+        numbers = preset[name]
+        whole = isinstance(numbers, list) and numbers and all(isinstance(one, int) for one in numbers)
+        if not whole or len(set(numbers)) < len(numbers):
+            raise InputError(f"{path}: {name} is a list of different whole numbers, such as [1, 2], not {numbers!r}.")
+    for name, kind, form in (
+        ("pretraining", dict, "a mapping of methods"),
+        ("baselines", list, "a list, which may be []"),
+    ):
+        if not isinstance(preset[name], kind):
+            raise InputError(f"{path}: {name} is {form}, not {preset[name]!r}.")
+    if preset.get("masking") and "bestrq" not in preset["pretraining"]:
+        raise InputError(f"{path}: masking needs a pre-training named bestrq.")
     known = {"fbank", *(["random"] if "bestrq" in preset["pretraining"] else [])}
     if unknown := set(preset["baselines"]) - known:
         raise InputError(
@@ -416,7 +429,7 @@ class _Plan:
     def add_masking(self) -> None:
         """Table 3: the same pre-training with other masks, each probed on the validation set without language model."""
         sweep, method = self.preset["masking"], self.preset["pretraining"]["bestrq"]
-        if "asr" not in self.preset["tasks"]:
+        if not self.preset["tasks"].get("asr", {}).get(FROZEN):
             return
         for share, probability in sweep["mask_prob"].items():
             name = f"masking/{share}"

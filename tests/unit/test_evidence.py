@@ -407,6 +407,7 @@ def test_corpora_that_are_not_given_are_left_out(run, corpora, tmp_path):
         ([], "nothing to probe on: give --librispeech, --voxceleb"),
         (["--slurp", "/nowhere"], "--slurp /nowhere is no folder"),
         (["--slurp", ".", "--hours", "0"], "--hours is above 0"),
+        (["--slurp", ".", "--publish", "out"], "--publish is for reproductions"),
     ],
 )
 def test_bad_input_is_one_line(run, capsys, words, message):
@@ -419,3 +420,5 @@ def test_bad_input_is_one_line(run, capsys, words, message):
 def test_several_folders_without_evidence_are_refused(run, capsys):
     assert cli.main(["report", str(run), str(run)]) == 2
     assert "give one, or --evidence" in capsys.readouterr().err
+    assert cli.main(["report", str(run), "--slurp", "."]) == 2
+    assert "--slurp is a corpus to probe encoders on: add --evidence" in capsys.readouterr().err

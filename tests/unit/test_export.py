@@ -89,6 +89,15 @@ def test_the_yaml_describes_the_encoder_as_its_config_does(exported, encoder_fol
     assert speech_encoder.frontend.config == {k: v for k, v in config["frontend"].items() if k != "type"}
 
 
+def test_facts_of_a_strangers_folder_do_not_stand_in_for_arguments(encoder_folder, tmp_path):
+    path = encoder_folder / "config.json"
+    config = json.loads(path.read_text())
+    config["training"] = {"folder": "elsewhere", "card": "none", "speech_encoder": 1, "step": 7}
+    path.write_text(json.dumps(config))
+    to_speechbrain(encoder_folder, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["training"] == {"step": 7}
+
+
 def test_the_folder_is_still_an_encoder_folder_without_a_pickle(exported, encoder_folder):
     names = sorted(path.name for path in exported.iterdir())
     assert names == ["README.md", "config.json", "hyperparams.yaml", "model.safetensors"]

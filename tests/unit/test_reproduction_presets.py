@@ -26,6 +26,20 @@ from speechbrain_bestrq.reproduction.plan import PRESETS, make_plan, read_preset
             "give label_hours in its options",
         ),
         ({"fine_tune_untrained": True, "baselines": ["fbank"]}, "needs random among the baselines"),
+        ({"baselines": None}, "baselines is a list"),
+        ({"pretraining": None}, "pretraining is a mapping of methods"),
+        ({"seeds": 1}, r"seeds is a list of different whole numbers, such as \[1, 2\], not 1"),
+        ({"seeds": [1, 1]}, "seeds is a list of different whole numbers"),
+        ({"updates": []}, "updates is a list of different whole numbers"),
+        ({"updates": [{}]}, "updates is a list of different whole numbers"),
+        (
+            {
+                "pretraining": {"wav2vec2": {"yaml": "wav2vec2", "options": {}}},
+                "baselines": [],
+                "masking": {"updates": 1},
+            },
+            "masking needs a pre-training named bestrq",
+        ),
     ],
 )
 def test_presets_that_would_fail_later_are_refused(tmp_path, change, said):

@@ -410,6 +410,7 @@ def test_what_transformers_does_not_have_or_we_do_not_is_refused(make_model, mak
         ({"hidden_size": 32}, "does not fit"),
         ({"conv_dim": 7}, "does not fit|not that of"),
         ({"num_codevectors_per_group": 5}, "does not fit"),
+        ({"num_codevectors_per_group": 10**12}, "does not fit"),  # and takes no memory
     ):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(InputError, match=message) as refusal:

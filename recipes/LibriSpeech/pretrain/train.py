@@ -92,9 +92,9 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         logger.info("Measuring the statistics of %.2f hours of training audio.", hours)
         return batches
 
-    usual_name = "LibriSpeech" if hparams["corpus"] == "librispeech" else Path(hparams["data_folder"]).name
+    usual_name = "LibriSpeech" if hparams["corpus"] == "librispeech" else Path(hparams["data_folder"]).absolute().name
     names = [corpus_name(hparams["data_folder"], usual_name)]
-    names += [corpus_name(folder, Path(folder).name) for folder in hparams["extra_folders"]]
+    names += [corpus_name(folder, Path(folder).absolute().name) for folder in hparams["extra_folders"]]
     micro_batches = hparams.get("grad_accumulation_factor", 1) * world_size
     facts = {
         "corpus": " + ".join(names),
