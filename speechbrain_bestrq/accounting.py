@@ -169,8 +169,8 @@ class StepClock:
     >>> clock = StepClock("cpu")
     >>> clock.updates += 1
     >>> with clock.saving():
-    ...     time.sleep(0.01)
-    >>> clock.updates, clock.saving_seconds >= 0.01, clock.seconds < clock.saving_seconds
+    ...     time.sleep(0.2)
+    >>> clock.updates, clock.saving_seconds >= 0.2, clock.seconds < clock.saving_seconds
     (1, True, True)
     """
 

@@ -72,8 +72,10 @@ def from_transformers(folder: str | os.PathLike) -> Wav2Vec2 | SpeechEncoder:
         with torch.random.fork_rng(devices=[]):
             with torch.device("meta"):  # takes no memory, whatever sizes a stranger's description gives
                 described = _build(description, settings_of(config)).state_dict()
+            if different := sorted(described.keys() ^ converted.keys()):
+                raise ValueError(f"{different[0]} is in one of them only")
             for name, tensor in converted.items():
-                if name in described and described[name].shape != tensor.shape:
+                if described[name].shape != tensor.shape:
                     raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(described[name].shape)}")
             model = _build(description, settings_of(config))
         model.load_state_dict(converted)

@@ -1,9 +1,9 @@
 """What the ``main`` of every recipe does: options, YAML, one-line errors."""
 
 import difflib
-import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -33,6 +33,9 @@ _RUN_OPTIONS = frozenset(
 #: The key of hparams under which :func:`build_hparams` puts what decides what is trained and is no plain value there.
 GOVERNING = "__governing__"
 
+
+#: Numbers of YAML 1.2, which HyperPyYAML reads, and not of 1.1.
+_NUMBER = re.compile(r"[-+]?\d+[eE][-+]?\d+|0o[0-7]+")
 
 #: Keys of the YAMLs whose values are paths.
 PATHS = ("cache_folder", "data_folder", "encoder", "language_model", "output_folder", "save_folder")
@@ -71,17 +74,23 @@ def quote_paths(arguments: list[str]) -> list[str]:
                 raise InputError(
                     f"{key} {value}: a path with an equals sign cannot be given: rename it, or give a link."
                 )
-            if value[:1] not in ("!", '"', "'") and value not in ("null", "~", "") and _as_yaml(value) != value:
-                word = f"{key}={json.dumps(value)}" if word.startswith("--") else json.dumps(value)
+            if value.startswith("("):
+                raise InputError(f"{key} {value}: what begins with a bracket is taken for a tuple: write ./{value}.")
+            if _is_no_text(value):
+                text = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True).strip()
+                word = f"{key}={text}" if word.startswith("--") else text
         quoted.append(word)
     return quoted
 
 
-def _as_yaml(text: str) -> Any:
+def _is_no_text(value: str) -> bool:
+    """Whether YAML takes a path for something else; not what is meant so: tags, quotes, null, and mappings."""
+    if value[:1] in ("!", '"', "'", "{", "[") or value in ("null", "~", ""):
+        return False
     try:
-        return yaml.safe_load(text)
+        return yaml.safe_load(value) != value or bool(_NUMBER.fullmatch(value))
     except yaml.YAMLError:
-        return None
+        return True
 
 
 def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, Any]]:

@@ -292,13 +292,16 @@ class TaskBrain(sb.Brain):
         return self._shown_loss
 
     def _check_losses(self) -> None:
-        """Read the losses of all batches so far: weights of before one that is not finite are not to be lost."""
-        self._reader.submit({}, self._loss_values())
+        """Read the losses of all batches so far, before a checkpoint takes the place of another; all ranks do."""
+        values = self._loss_values()
+        if self.world_size > 1:  # all give up, or none
+            torch.distributed.all_reduce(values["not_finite"], torch.distributed.ReduceOp.MAX)
+        self._reader.submit({}, values)
         self._read_losses(wait=True)
 
     def _loss_values(self) -> dict[str, Tensor]:
         total, finite, others = self._train_sums.unbind()
-        return {"loss": total / finite, "not_finite": others}
+        return {"loss": total / finite, "not_finite": others.clone()}
 
     def _read_losses(self, wait: bool) -> None:
         """Read the mean losses that have arrived; give up if too many were not finite."""
@@ -307,7 +310,7 @@ class TaskBrain(sb.Brain):
             if entry["not_finite"] > self.nonfinite_patience:
                 raise InputError(
                     f"the loss of {entry['not_finite']:.0f} batches of epoch {self.epoch} was not finite: lower the "
-                    "learning rates, or train in fp32. The last checkpoint is of before that."
+                    "learning rates, or train in fp32, and begin anew."
                 )
 
     def update_average(self, loss: Tensor, avg_loss: float) -> float:

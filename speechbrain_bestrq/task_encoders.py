@@ -165,7 +165,9 @@ class TaskEncoder(nn.Module):
         return encoder_config(self.encoder.model)
 
     def identity(self) -> dict[str, str]:
-        """Digest weights and architecture, dropout aside: equal for encoders that hear the same in the same audio.
+        """Digest weights and architecture: equal for encoders that hear the same in the same audio.
+
+        The dropout counts for those that are trained.
 
         Returns
         -------
@@ -173,7 +175,11 @@ class TaskEncoder(nn.Module):
             "encoder" and "architecture": 16 hexadecimal digits each.
         """
         parts = {
-            part: {name: value for name, value in settings.items() if name not in ("dropout", "layer_drop")}
+            part: {
+                name: value
+                for name, value in settings.items()
+                if not (self.freeze and name.endswith(("dropout", "layer_drop")))
+            }
             for part, settings in self.architecture.items()
             if isinstance(settings, dict)
         }

@@ -92,7 +92,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     if model is not None and not model.is_file():
         raise InputError(f"--language_model {model} is no file: give an ARPA file.")
     stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options, extra_folders)
-    devices = parse_devices(arguments.devices)
+    # what is only told of may be run on another machine
+    devices = parse_devices(arguments.devices, check=not arguments.dry_run)
     check_devices(stages, devices)
     state = StageState(stages, folder)
     state.check_begun()

@@ -320,8 +320,10 @@ def survey_folders(folders: Sequence[Path], extensions: Sequence[str], save_fold
         survey = tree.survey()
         if not survey.files:
             raise InputError(
-                f"folder '{folder}' holds no file that ends in {', '.join(suffixes)} ({survey.ignored} other files, of "
-                f"which {survey.other_audio} are audio of another kind): give the folder of your audio, or convert it."
+                f"folder '{folder}' holds no file that ends in {', '.join(suffixes)} ({survey.ignored} other files): "
+                "give the folder of your audio, "
+                + ("convert it, such as with ffmpeg, " if survey.other_audio else "")
+                + "or name its extensions."
             )
         manifest = absolute_path(save_folder) / f"folder-{folder.name}.csv"
         parts.append(Part(tree, survey, manifest, corpus_name(folder, folder.name), folder.name))

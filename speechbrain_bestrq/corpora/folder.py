@@ -82,7 +82,7 @@ def prepare_folder(
     valid_share : float
         Share of the sub-folders (or files) for validation, above 0 and below 1.
     max_valid_hours : float
-        Most hours in the validation set, above 0.
+        Most hours in the validation set, above 0; one file may have more, where all have.
     sample_rate : int
         The rate that training wants, in Hz.
     resample : bool
@@ -203,10 +203,9 @@ def _choose_validation(parts: Sequence[Part], share: float, max_hours: float, se
     kept = sum(seconds[unit] for unit in chosen)
     if kept < min(LEAST_VALID_SECONDS, 0.1 * share * total):
         logger.warning(
-            "the validation set, by which the best encoder is chosen, has %.0f s of audio: the other recordings are "
-            "longer than max_valid_hours = %s, which may be raised",
+            "the validation set, by which the best encoder is chosen, has %.0f s of audio: add recordings or "
+            "sub-folders of some minutes, such as parts of longer ones",
             kept,
-            max_hours,
         )
     logger.info("validation: %d of %d sub-folders or files of level %d", len(chosen), len(seconds), level)
     return level, frozenset(chosen)

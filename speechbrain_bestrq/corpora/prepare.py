@@ -18,8 +18,8 @@ def prepare_corpus(hparams: Mapping[str, Any], save_folder: str | os.PathLike | 
     hparams : mapping
         The keys ``corpus`` ("librispeech" or "folder"), ``data_folder``, ``sample_rate``,
         ``resample``, ``max_unreadable``, ``extra_folders``; for LibriSpeech ``train_splits``
-        and ``valid_splits``, for a folder ``seed`` and, if it is there, ``max_valid_hours``;
-        ``output_folder`` if ``save_folder`` is left out.
+        and ``valid_splits``, for a folder ``seed``; ``output_folder`` if ``save_folder`` is
+        left out.
     save_folder : path, optional
         Where the manifests go; ``manifests`` in the output folder if left out.
 
@@ -53,5 +53,5 @@ def prepare_corpus(hparams: Mapping[str, Any], save_folder: str | os.PathLike | 
         splits = {"train_splits": hparams["train_splits"], "valid_splits": hparams["valid_splits"]}
         return prepare_librispeech(**common, **splits)
     if hparams["corpus"] == "folder":
-        return prepare_folder(**common, seed=hparams["seed"], max_valid_hours=hparams.get("max_valid_hours", 1.0))
+        return prepare_folder(**common, seed=hparams["seed"])
     raise InputError(f"corpus is librispeech or folder, not {hparams['corpus']!r}.")

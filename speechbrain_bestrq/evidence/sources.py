@@ -111,18 +111,24 @@ def _names(runs: list[Path]) -> list[str]:
 
     Seeds of one method are told apart by their numbers, and what is called alike by the folders it is in.
     """
-    above = [0] * len(runs)
+    runs = [run.absolute() for run in runs]
+    folders = [run.parent if run.name.isdecimal() else run for run in runs]
+    above = dict.fromkeys(folders, 0)
     while True:
-        names = [_name(run.absolute(), count) for run, count in zip(runs, above, strict=True)]
-        alike = [number for number, name in enumerate(names) if names.count(name) > 1]
+        labels = {folder: _label(folder, count) for folder, count in above.items()}
+        alike = [one for one in above if list(labels.values()).count(labels[one]) > 1 and above[one] < len(one.parts)]
         if not alike:
-            return names
-        for number in alike:
-            above[number] += 1
+            break
+        for folder in alike:
+            above[folder] += 1
+    names = [
+        labels[folder] + (f" {run.name}" if run != folder else "") for run, folder in zip(runs, folders, strict=True)
+    ]
+    # bestrq and BEST-RQ in one folder, say
+    return [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
 
 
-def _name(run: Path, above: int) -> str:
-    """The name of a run with so many of the folders that it is in."""
-    method = run.parent if run.name.isdecimal() else run
-    own = METHOD_NAMES.get(method.name, method.name) + (f" {run.name}" if run.name.isdecimal() else "")
-    return "/".join([*method.parts[:-1][max(len(method.parts) - 1 - above, 0) :], own])
+def _label(folder: Path, above: int) -> str:
+    """The name of a method with so many of the folders that it is in."""
+    parents = folder.parts[:-1]
+    return "/".join([*parents[max(len(parents) - above, 0) :], METHOD_NAMES.get(folder.name, folder.name)])

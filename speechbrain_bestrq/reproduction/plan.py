@@ -97,8 +97,13 @@ def read_preset(name: str) -> dict[str, Any]:
     ):
         if not isinstance(preset[name], kind):
             raise InputError(f"{path}: {name} is {form}, not {preset[name]!r}.")
-    if preset.get("masking") and "bestrq" not in preset["pretraining"]:
+    masking = preset.get("masking")
+    if masking and "bestrq" not in preset["pretraining"]:
         raise InputError(f"{path}: masking needs a pre-training named bestrq.")
+    if masking and not (
+        isinstance(masking, dict) and isinstance(masking.get("mask_prob"), dict) and "updates" in masking
+    ):
+        raise InputError(f"{path}: masking has to have mask_prob, a mapping of shares to probabilities, and updates.")
     known = {"fbank", *(["random"] if "bestrq" in preset["pretraining"] else [])}
     if unknown := set(preset["baselines"]) - known:
         raise InputError(

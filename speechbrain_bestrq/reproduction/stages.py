@@ -168,13 +168,15 @@ class StageState:
             folder = self.folder_of(name)
             if self._is_own(self._record(name), name):
                 continue
-            for aside in sorted(folder.parent.glob(f"{glob.escape(folder.name)}{MOVED_ASIDE}*")):
-                if self._is_own(_read_record(aside), name):
-                    if folder.exists():
-                        self._move_aside(name)
-                    aside.rename(folder)
-                    told.append(f"{name}: goes on with what this command left in {aside.name}")
-                    break
+            asides = folder.parent.glob(f"{glob.escape(folder.name)}{MOVED_ASIDE}*")
+            own = [aside for aside in asides if self._is_own(_read_record(aside), name)]
+            if own:
+                aside = max(own, key=lambda one: ("made" in _read_record(one), one.stat().st_mtime))
+                if folder.exists():
+                    _wait_until_free(folder)
+                    self._move_aside(name)
+                aside.rename(folder)
+                told.append(f"{name}: goes on with what this command left in {aside.name}")
         return told
 
     def _needed(self, name: str) -> dict[str, str | None]:
@@ -317,13 +319,16 @@ def check_devices(stages: Sequence[Stage], devices: Sequence[str | None]) -> Non
         raise InputError(f"{many[0].name} takes {many[0].devices} GPUs: give so many as --devices, or none.")
 
 
-def parse_devices(text: str | None) -> list[str | None]:
+def parse_devices(text: str | None, check: bool = True) -> list[str | None]:
     """Read the devices of a command line.
 
     Arguments
     ---------
     text : str or None
-        Numbers of GPUs, "cuda:0" for 0, or "cpu", with commas between.
+        Numbers of GPUs, "cuda:0" for 0, or "cpu", with commas between. Where ``CUDA_VISIBLE_DEVICES`` is set, numbers
+        that are in it.
+    check : bool
+        Whether they have to be there.
 
     Returns
     -------
@@ -343,10 +348,15 @@ def parse_devices(text: str | None) -> list[str | None]:
     if not text:
         return [None]
     devices = [word.strip().removeprefix("cuda:") for word in text.split(",")]
-    there = torch.cuda.device_count()
+    if not check:
+        return devices
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
     for word in devices:
-        if word != CPU and not word.startswith(("GPU-", "MIG-")) and not (word.isdecimal() and int(word) < there):
-            raise InputError(f"--devices {word!r}: there are {there} GPUs here: give numbers from 0 on, or {CPU}.")
+        if word not in (CPU, *there) and not word.startswith(("GPU-", "MIG-")):
+            raise InputError(
+                f"--devices {word!r} is not here: give {CPU}, or numbers out of {', '.join(there) or 'none'}."
+            )
     return devices
 
 
@@ -419,6 +429,7 @@ def run_stages(
     state = StageState(stages, folder)
     for line in state.take_up():
         report(line)
+    state.check_begun()
     done = {stage.name for stage in stages if state.is_done(stage.name)}
     if done:
         report(f"{len(done)} of {len(stages)} stages are done already")
@@ -433,11 +444,13 @@ def run_stages(
         taken = {name: seconds for name in done if (seconds := state.seconds(name)) is not None}
         return left_text(stages, spent, taken, expected or {}, len(devices))
 
-    def noted(note: Callable[..., None], name: str, *what: Any) -> None:
+    def noted(note: Callable[..., None], name: str, *what: Any) -> bool:
         try:
             note(name, *what)
         except OSError as error:  # the others go on
             report(f"{name}: {STAGE_FILE} cannot be written ({error.strerror}): make room, and give the command again")
+            return False
+        return True
 
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -477,8 +490,9 @@ def run_stages(
                 running.remove(one)
                 idle += one.devices
                 why = _finish(one, state)
-                if why is None:
-                    noted(state.set_done, one.stage.name, time.monotonic() - one.started)
+                if why is None and not noted(state.set_done, one.stage.name, time.monotonic() - one.started):
+                    failed[one.stage.name] = f"{one.stage.name}: that it is done could not be noted"
+                elif why is None:
                     done.add(one.stage.name)
                 else:
                     failed[one.stage.name] = why.splitlines()[0]

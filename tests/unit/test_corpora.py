@@ -894,7 +894,7 @@ class TestFolderSplit:
             ({"extensions": ["raw"]}, "'raw'"),
             (
                 {"extensions": ["m4a"]},
-                "holds no file that ends in .m4a (20 other files, of which 0 are audio of another kind)",
+                "holds no file that ends in .m4a (20 other files)",
             ),
         ],
     )

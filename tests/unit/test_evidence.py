@@ -323,14 +323,27 @@ def test_two_runs_of_one_method_are_told_apart(run):
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folders_above(run):
-    for place in ("old/results", "new/results"):
-        folder = run.parent / place / "bestrq"
-        folder.mkdir(parents=True)
-        (folder / "1000").symlink_to(run)
-    sources = find_sources([run.parent / place / "bestrq" / "1000" for place in ("old/results", "new/results")], 1)
-    assert {one.run for one in sources} == {"fbank", "old/results/BEST-RQ 1000", "new/results/BEST-RQ 1000"}
-    # the last folder alone says nothing, the method before the number is one for the gains
-    assert {one.run.rpartition(" ")[2] for one in sources} == {"fbank", "1000"}
+    runs = []
+    for place, seeds in (("old/results", ("1", "2")), ("new/results", ("1", "3"))):
+        for seed in seeds:
+            runs.append(run.parent / place / "bestrq" / seed)
+            runs[-1].parent.mkdir(parents=True, exist_ok=True)
+            runs[-1].symlink_to(run)
+    names = {one.run for one in find_sources(runs, 1)} - {"fbank"}
+    # the seeds of a folder stay together, for the gains
+    assert names == {
+        *("old/results/BEST-RQ 1", "old/results/BEST-RQ 2"),
+        *("new/results/BEST-RQ 1", "new/results/BEST-RQ 3"),
+    }
+
+
+def test_folders_whose_names_become_the_same_are_told_apart(run):
+    other = run.parent / "other"
+    other.mkdir()
+    for name in ("bestrq", "BEST-RQ"):
+        (other / name).symlink_to(run)
+    names = {one.run for one in find_sources([other / "bestrq", other / "BEST-RQ"], 0)}
+    assert names == {"fbank", str(other / "bestrq"), str(other / "BEST-RQ")}
 
 
 def test_of_a_reproduction_what_was_moved_aside_or_has_no_encoder_yet_is_passed_over(run):

@@ -45,7 +45,7 @@ def run_pytest(folder, *words):
     # a .pyc goes by size and whole seconds: of the text before it might pass for that of this one
     environment |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def checkout(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("name", TRAPS, ids=[name.rpartition(":")[2] for name in TRAPS])
 def test_a_trap_that_comes_back_fails_its_test(name, checkout):
     for mutation in mutations.read_mutations(TRAPS[name]):

@@ -127,20 +127,35 @@ def test_a_full_disk_is_told_and_the_other_stages_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(StageState, "_write", full)
     lines = []
     failed = run_stages(stages, tmp_path, lines.append)
-    assert list(failed) == ["train/a"] and ran(tmp_path) == ["train/a", "train/b"]
+    assert list(failed) == ["train/a", "train/b"] and ran(tmp_path) == ["train/a", "train/b"]
+    assert failed["train/b"] == "train/b: that it is done could not be noted"
     assert any("this is why" in line for line in lines)
     assert any("train/b: stage.json cannot be written (No space left on device): make room" in line for line in lines)
 
 
-@pytest.mark.parametrize("devices", ["cuda:0,1", "0,7", "gpu", "CPU", ""])
-def test_devices_are_those_that_are_there(devices, monkeypatch):
+@pytest.mark.parametrize(
+    ("visible", "given", "found"),
+    [
+        (None, "cuda:0,1", ["0", "1"]),
+        (None, "cpu,cpu", ["cpu", "cpu"]),
+        (None, "", [None]),
+        (None, "0,7", "'7' is not here: give cpu, or numbers out of 0, 1"),
+        (None, "gpu", "'gpu' is not here"),
+        ("2,3", "2,3", ["2", "3"]),
+        ("2,3", "0", "'0' is not here: give cpu, or numbers out of 2,"),
+    ],
+)
+def test_devices_are_those_that_are_there(visible, given, found, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    good = {"cuda:0,1": ["0", "1"], "": [None]}
-    if devices in good:
-        assert parse_devices(devices) == good[devices]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if isinstance(found, list):
+        assert parse_devices(given) == found
     else:
-        with pytest.raises(InputError, match="there are 2 GPUs here: give numbers from 0 on, or cpu"):
-            parse_devices(devices)
+        with pytest.raises(InputError, match=found):
+            parse_devices(given)
+        assert parse_devices(given, check=False) == given.split(",")
 
 
 def test_what_was_done_with_a_product_is_done_again_with_the_next_one(tmp_path):

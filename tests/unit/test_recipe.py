@@ -1,0 +1,50 @@
+"""What the options of a recipe's command line become."""
+
+import pytest
+
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.recipe import load_recipe, quote_paths
+
+YAML = """
+data_folder: !PLACEHOLDER
+output_folder: results
+save_folder: !ref <output_folder>/save
+language_model: null
+encoder: !new:torch.nn.Linear
+    in_features: 2
+    out_features: 3
+"""
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Return a function that gives what a YAML's keys become."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(YAML, encoding="utf-8")
+    return lambda *words: load_recipe([str(path), *words])[3]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/data/Tape #1", "2024", "2024-05-17", "no", "/a: b", "1e5", "0o17", "/d/\U0001f600 #1", "/plain/ü", "it's"],
+)
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_path_stays_what_was_typed(options, path, joined):
+    words = [f"--data_folder={path}"] if joined else ["--data_folder", path]
+    assert options(*words)["data_folder"] == path
+    assert options("--data_folder=a", "--output_folder", path)["save_folder"] == f"{path}/save"
+
+
+def test_what_is_no_path_is_left_alone(options):
+    found = options("--data_folder", "a", "--language_model", "null", "--encoder", "{out_features: 5}")
+    assert found["language_model"] is None and found["encoder"].out_features == 5
+    given = ["--data_folder", "--seed", "1", "--extra_folders=[/a, /b]", "--data_folder='x y'"]
+    assert quote_paths(given) == given
+
+
+@pytest.mark.parametrize(("path", "message"), [("/a=b", "with an equals sign"), ("(old)", r"write \./\(old\)")])
+def test_paths_that_cannot_be_given_are_refused(path, message):
+    with pytest.raises(InputError, match=message):
+        quote_paths(["--data_folder", path])
+    with pytest.raises(InputError, match=message):
+        quote_paths([f"--data_folder={path}"])
