@@ -55,6 +55,7 @@ def test_all_evidence_is_there():
     assert [folder.name for folder in EVIDENCE] == [
         "long_run_evidence",
         "one_kind_evidence",
+        "three_long_seeds_evidence",
         "three_seeds_evidence",
         "two_kinds_evidence",
     ]
