@@ -452,7 +452,7 @@ def test_a_head_is_not_set_on_another_architecture_with_the_same_weights(rows, f
 
 def test_a_training_without_an_update_is_refused(rows, folder, tmp_path):
     brain = make_brain(tmp_path / "run", folder, run_opts={"grad_accumulation_factor": 100})
-    with pytest.raises(InputError, match=r"an epoch has \d+ batches, and an update takes .* 100, in 2 epochs: nothing would be"):
+    with pytest.raises(InputError, match=r"an epoch has \d+ batches, and .* takes .* 100, in 2 epochs: noth"):
         fit(brain, rows)
 
 
