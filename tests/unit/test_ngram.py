@@ -182,5 +182,5 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path):
 def test_without_kenlm_it_says_what_to_install(model_file, monkeypatch):
     path = model_file()
     monkeypatch.setitem(sys.modules, "kenlm", None)
-    with pytest.raises(InputError, match=r"pip install 'speechbrain_bestrq\[lm\]'"):
+    with pytest.raises(InputError, match=r"pip install camel-kenlm"):
         NGramModel(path)
