@@ -114,9 +114,9 @@ def _shown(values: Sequence[float], name: str) -> str:
 def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
     rows, scores = _rows(found), _measured(found, SCORES)
     corpora = "; ".join(sorted(set(found["corpora"].values())))
-    chances = (
-        f"{MEASURES[name].title_with(found['hours'])}: {100 * value:.1f} %" for name, value in found["chances"].items()
-    )
+    titles = {name: measure.title_with(found["hours"]) for name, measure in MEASURES.items()}
+    heads = ("", *(titles[name] for name in scores))
+    chances = (f"{titles[name]}: {100 * value:.1f} %" for name, value in found["chances"].items())
     blocks: list[Block] = [
         Paragraph(
             f"Linear probes on frozen hidden states, per cent on the test sets of {corpora}; at most "
@@ -126,16 +126,10 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
         ),
         Heading("By the hidden state that is best on the validation set"),
     ]
-    blocks.append(
-        Grid(
-            ("", *(MEASURES[name].title_with(found["hours"]) for name in scores)),
-            tuple(_row(*row, scores) for row in rows.items()),
-        )
-    )
+    blocks.append(Grid(heads, tuple(_row(*row, scores) for row in rows.items())))
     blocks += [Paragraph("A guess comes to:"), Items(tuple(chances))]
     gains = _gains(found, scores)
     if gains:
-        heads = ("", *(MEASURES[name].title_with(found["hours"]) for name in scores))
         blocks += [
             Heading("What pre-training adds"),
             Paragraph(
@@ -149,7 +143,7 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
     for name in (*scores, *_measured(found, DESCRIPTIONS)):
         if not MEASURES[name].is_of_states:
             continue
-        blocks += [Heading(f"By hidden state: {MEASURES[name].title_with(found['hours'])}"), _layers(rows, name)]
+        blocks += [Heading(f"By hidden state: {titles[name]}"), _layers(rows, name)]
     known = found["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
     where = (known["device"], f"commit {known['commit'] or 'not known'}", versions)

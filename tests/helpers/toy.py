@@ -16,6 +16,8 @@ import soundfile
 import speechbrain as sb
 import torch
 from speechbrain.utils.epoch_loop import EpochCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from speechbrain_bestrq import checkpointing
 from speechbrain_bestrq.accounting import JsonLines
@@ -148,6 +150,33 @@ def make_wav2vec2(
         quantizer_dropout=dropout,
         **weights,
     )
+
+
+#: Operations whose result, or the size of it, the host has to wait for.
+WAITING = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+)
+
+
+class Waits(TorchDispatchMode):
+    """Notes each operation that would make the host wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.operations = [], 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        """Note, and call."""
+        self.operations += 1
+        selects = function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+        masks = [x for x in tree_leaves(arguments[1:2]) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+        if function in WAITING or (selects and masks):
+            self.found.append(str(function))
+        return function(*arguments, **(named or {}))
 
 
 class RecordingDataset(WaveformDataset):

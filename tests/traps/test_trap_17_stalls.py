@@ -3,37 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from speechbrain_bestrq import encoder
 from speechbrain_bestrq.accounting import LateReader
-
-#: Operations whose result, or the size of it, the host has to wait for.
-WAITING = (
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten.equal.default,
-    torch.ops.aten.is_nonzero.default,
-)
-
-
-class Waits(TorchDispatchMode):
-    """Notes each operation that would make the host wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.operations = [], 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        """Note, and call."""
-        self.operations += 1
-        selects = function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-        masks = [x for x in tree_leaves(arguments[1:2]) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
-        if function in WAITING or (selects and masks):
-            self.found.append(str(function))
-        return function(*arguments, **(named or {}))
 
 
 @pytest.mark.parametrize("method", ["bestrq", "wav2vec2"])
@@ -55,7 +27,7 @@ def test_a_step_off_the_log_line_reads_nothing_back(method, toy, tmp_path, monke
 
     def watched(brain, batch):
         readings.clear()
-        with Waits() as waits:
+        with toy.Waits() as waits:
             loss = fit_batch(brain, batch)
         waits.found += readings
         steps.append((brain.step, waits))
@@ -88,7 +60,7 @@ def test_a_step_with_a_log_line_only_starts_to_read_back(toy, tmp_path, monkeypa
     def watched(brain, batch):
         asked.clear()
         readings.clear()
-        with Waits() as waits:
+        with toy.Waits() as waits:
             loss = fit_batch(brain, batch)
         within.append((list(asked), waits.found + readings))
         return loss
@@ -120,8 +92,8 @@ def test_a_batch_is_copied_without_waiting(toy, monkeypatch):
 
 
 @pytest.mark.parametrize("read", [lambda x: x.tolist(), torch.Tensor.item, lambda x: x[x > 1], lambda x: bool(x.sum())])
-def test_what_reads_back_is_noted(read, readings):
-    with Waits() as waits:
+def test_what_reads_back_is_noted(read, readings, toy):
+    with toy.Waits() as waits:
         read(torch.ones(1))
     assert waits.found or readings
 
