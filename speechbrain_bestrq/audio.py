@@ -247,6 +247,29 @@ prepare the corpus again.
         ) from error
 
 
+def check_damaged(files: int, most: int, last: InputError) -> None:
+    """Refuse more damaged files of the training audio than are allowed.
+
+    Arguments
+    ---------
+    files : int
+        So many cannot be read.
+    most : int
+        ``max_unreadable``.
+    last : InputError
+        What is wrong with one of them.
+
+    Raises
+    ------
+    InputError
+        That error itself where none is allowed.
+    """
+    if files and not most:
+        raise last
+    if files > most:
+        raise InputError(f"more than max_unreadable = {most} files of the training audio are damaged: {last}") from last
+
+
 def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) -> np.ndarray:
     """Read a stretch of an audio file, at a given rate and in one channel.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 
-from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, stat_audio
+from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, check_damaged, stat_audio
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.writing import replacing, write_text
@@ -134,13 +134,10 @@ def cache_audio(
 
 
 def _check_damaged(table: AudioTable, damaged: Mapping[int, str], most: int) -> None:
-    """Refuse more damaged files than are allowed."""
-    files = {table.path(index): told for index, told in damaged.items()}
-    if len(files) > most:
-        told = list(files.values())[-1]
-        raise InputError(
-            told if not most else f"more than max_unreadable = {most} files of the audio are damaged: {told}"
-        )
+    """Refuse more damaged files than are allowed; a file may hold several utterances."""
+    if damaged:
+        last = InputError(list(damaged.values())[-1])
+        check_damaged(len({table.path(index) for index in damaged}), most, last)
 
 
 def _damaged_path(path: Path) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, as_float
+from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, as_float, check_damaged
 from speechbrain_bestrq.batching import BatchPlan
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.masking import MaskedFrames
@@ -222,12 +222,7 @@ class WaveformDataset(torch.utils.data.Dataset):
         if path in self._unreadable:
             return
         self._unreadable.add(path)
-        if self.max_unreadable == 0:
-            raise error
-        if len(self._unreadable) > self.max_unreadable:
-            raise InputError(
-                f"more than max_unreadable = {self.max_unreadable} files of the training audio are damaged: {error}"
-            ) from error
+        check_damaged(len(self._unreadable), self.max_unreadable, error)
         logger.warning(
             "%s Do so before the run is started again; until then another utterance is heard instead.",
             error,

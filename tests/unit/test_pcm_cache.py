@@ -143,7 +143,9 @@ def test_a_file_that_is_damaged_or_gone_is_named(damaged, tmp_path):
 
 
 def test_as_many_damaged_files_as_are_allowed_are_passed_over_as_without_a_cache(damaged, tmp_path, caplog):
-    with pytest.raises(InputError, match="more than max_unreadable = 1 files of the audio are damaged: .*7.flac"):
+    with pytest.raises(
+        InputError, match="more than max_unreadable = 1 files of the training audio are damaged: .*7.flac"
+    ):
         cache_audio(damaged, tmp_path / "cache", max_unreadable=1)
     assert not list((tmp_path / "cache").glob("*.int16*"))
     cache = cache_audio(damaged, tmp_path / "cache", max_unreadable=2)
