@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -214,6 +214,27 @@ class AudioTable:
         """
         return read_samples(self.path(index), int(self.starts[index]) + start, samples, self.sample_rate)
 
+    def read_run(self, run: range) -> Iterator[np.ndarray]:
+        """Read utterances that follow each other in the table and are parts of one file.
+
+        Arguments
+        ---------
+        run : range
+            Their numbers, in [0, U).
+
+        Yields
+        ------
+        numpy.ndarray
+            Of each, as :func:`read_samples`.
+
+        Raises
+        ------
+        InputError
+            As :func:`read_segment`.
+        """
+        stretches = [(int(self.starts[index]), int(self.lengths[index])) for index in run]
+        yield from read_stretches(self.path(run[0]), stretches, self.sample_rate)
+
 
 def stat_audio(path: str) -> os.stat_result:
     """Ask for size and time of an audio file, without reading it.
@@ -357,20 +378,59 @@ def read_samples(path: str, start: int, samples: int, sample_rate: int = 16000) 
     >>> read_samples(str(path), 1, 2)
     array([ 1, -2], dtype=int16)
     """
+    (audio,) = read_stretches(path, [(start, samples)], sample_rate)
+    return audio
+
+
+def read_stretches(path: str, stretches: Iterable[tuple[int, int]], sample_rate: int = 16000) -> Iterator[np.ndarray]:
+    """Read stretches of one audio file, which is opened once.
+
+    Looking for a place in compressed audio goes through all that lies before it (mp3: half a second for each hour),
+    but only once while the file stays open.
+
+    Arguments
+    ---------
+    path, sample_rate
+        As for :func:`read_segment`.
+    stretches : iterable of (int, int)
+        First sample and number of samples of each.
+
+    Yields
+    ------
+    numpy.ndarray
+        Of each, as :func:`read_samples`.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_segment`.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "a.flac"
+    >>> soundfile.write(path, np.array([0, 1, -2], dtype=np.int16), 16000)
+    >>> [stretch.tolist() for stretch in read_stretches(str(path), [(0, 1), (1, 2)])]
+    [[0], [1, -2]]
+    """
     try:
         with soundfile.SoundFile(path) as file:
-            if file.samplerate == sample_rate:
-                whole = file.subtype == "PCM_16" and file.channels == 1
-                audio = _read(file, start, samples, "int16" if whole else "float32")
-            else:
-                audio = _read_resampled(file, start, samples, sample_rate)
+            for start, samples in stretches:
+                yield _read_stretch(file, start, samples, sample_rate)
     except (soundfile.SoundFileError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): it was moved, or is damaged; {_REMEDY}.") from error
+
+
+def _read_stretch(file: soundfile.SoundFile, start: int, samples: int, sample_rate: int) -> np.ndarray:
+    if file.samplerate == sample_rate:
+        whole = file.subtype == "PCM_16" and file.channels == 1
+        audio = _read(file, start, samples, "int16" if whole else "float32")
+    else:
+        audio = _read_resampled(file, start, samples, sample_rate)
     missing = samples - len(audio)
     if missing > MISSING_SECONDS * sample_rate:
         raise InputError(
-            f"{path} ends {missing / sample_rate:.2f} s before its manifest says: it was changed or cut short after "
-            f"its preparation; {_REMEDY}."
+            f"{file.name} ends {missing / sample_rate:.2f} s before its manifest says: it was changed or cut short "
+            f"after its preparation; {_REMEDY}."
         )
     return np.pad(audio, (0, missing)) if missing else audio
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from speechbrain_bestrq.writing import replacing, write_text
 logger = logging.getLogger(__name__)
 
 _AHEAD = 64
-"""Files that are read ahead of the one that is written, for each thread."""
+"""Utterances that are read ahead of the one that is written, for each thread."""
 
 
 class PcmCache:
@@ -218,16 +219,30 @@ def _decode(table: AudioTable, path: Path, size: int, threads: int, max_unreadab
 def _read_all(table: AudioTable, threads: int) -> Iterator[np.ndarray | InputError]:
     """The utterances in order, or why one cannot be read, ahead by threads: decoding does not hold Python's lock."""
 
-    def read(index: int) -> np.ndarray | InputError:
-        try:
-            return table.read(index, 0, int(table.lengths[index]))
-        except InputError as error:
-            return error
+    def read(run: range) -> list[np.ndarray | InputError]:
+        found: list[np.ndarray | InputError] = []
+        while left := run[len(found) :]:
+            try:
+                found.extend(table.read_run(left))
+            except InputError as error:
+                found.append(error)
+        return found
 
     block = threads * _AHEAD
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(table), block):
-            yield from pool.map(read, range(first, min(first + block, len(table))))
+            runs = _runs(table, range(first, min(first + block, len(table))))
+            yield from chain.from_iterable(pool.map(read, runs))
+
+
+def _runs(table: AudioTable, block: range) -> Iterator[range]:
+    """Cut a block where another file begins, and into runs that every thread gets one of."""
+    first = block[0]
+    for index in block[1:]:
+        if index - first == _AHEAD or table.path(index) != table.path(first):
+            yield range(first, index)
+            first = index
+    yield range(first, block[-1] + 1)
 
 
 def _digest(table: AudioTable) -> str:

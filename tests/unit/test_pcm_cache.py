@@ -92,14 +92,54 @@ def test_parts_of_a_recording_are_cached_by_where_they_lie_in_it(tmp_path):
     assert np.array_equal(cache_audio(moved, tmp_path / "cache").read(3, 0, 50), audio[300:350])
 
 
+def test_a_long_recording_is_opened_once_for_many_of_its_parts(tmp_path, monkeypatch):
+    """A place in an hour of mp3 is half a second away, and an hour has 144 parts."""
+    audio = np.random.default_rng(0).integers(-9000, 9000, 13 * RATE).astype(np.int16)
+    for name, samples in (("a.flac", 13 * RATE), ("b.flac", RATE), ("c.flac", RATE)):
+        soundfile.write(tmp_path / name, audio[:samples], RATE)
+    rows = {name: {"wav": f"{tmp_path}/{name}.flac", "duration": 13.0 if name == "a" else 1.0} for name in "abc"}
+    table = AudioTable.from_manifest(rows, RATE, min_seconds=0.05, max_seconds=0.1)
+    opened, init = [], soundfile.SoundFile.__init__
+
+    def noted(file, path, *more, **options):
+        opened.append(Path(path).stem)
+        init(file, path, *more, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "__init__", noted)
+    cache = cache_audio(table, tmp_path / "cache", threads=2)
+    assert len(table) == 150
+    # two threads: blocks of 128 utterances, in runs of 64
+    assert sorted(opened) == ["a", "a", "a", "b", "c"]
+    for index in range(len(table)):
+        assert np.array_equal(cache.read(index, 0, RATE // 10), table.read(index, 0, RATE // 10)), index
+
+
+def test_what_is_damaged_of_a_long_recording_leaves_its_other_parts(tmp_path, monkeypatch):
+    audio = np.random.default_rng(0).integers(-9000, 9000, 4 * RATE).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", audio, RATE)
+    table = AudioTable("abcd", [f"{tmp_path}/a.wav"] * 4, [1.0] * 4, RATE, starts=[0, RATE, 2 * RATE, 3 * RATE])
+    read = soundfile.SoundFile.read
+
+    def damaged(file, *arguments, **options):
+        if file.tell() == 2 * RATE:
+            raise soundfile.SoundFileError("spoiled")
+        return read(file, *arguments, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", damaged)
+    cache = cache_audio(table, tmp_path / "cache", max_unreadable=1)
+    assert list(cache.damaged) == [2]
+    for index in (0, 1, 3):
+        assert np.array_equal(cache.read(index, 0, RATE), audio[index * RATE : (index + 1) * RATE])
+
+
 def test_a_kill_leaves_nothing_that_looks_whole(table, tmp_path, monkeypatch):
-    def killed(self, index, start, samples):
-        if index == 7:
+    def killed(self, run):
+        if 7 in run:
             raise KeyboardInterrupt
-        return np.zeros(samples, dtype=np.int16)
+        return [np.zeros(self.lengths[index], dtype=np.int16) for index in run]
 
     with monkeypatch.context() as patch:
-        patch.setattr(AudioTable, "read", killed)
+        patch.setattr(AudioTable, "read_run", killed)
         with pytest.raises(KeyboardInterrupt):
             cache_audio(table, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.int16*"))
