@@ -29,6 +29,7 @@ from contenders import Ours
 from torch import Tensor
 
 from speechbrain_bestrq.accounting import datasheet_flops
+from speechbrain_bestrq.allocator import keep_freed_memory
 from speechbrain_bestrq.machine import describe_machine
 
 #: The YAMLs of a size: BEST-RQ's, then wav2vec 2.0's.
@@ -154,6 +155,8 @@ def table(arguments: argparse.Namespace) -> str:
 
 def main(words: list[str] | None = None) -> None:
     """Run from the command line."""
+    if words is None:
+        keep_freed_memory()  # as the recipe does; without it: GLIBC_TUNABLES=glibc.malloc.arena_max=64
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=tuple(YAMLS), default=["small", "base"], help="of the models")
     parser.add_argument("--seconds", type=float, default=12.5, help="of an utterance (%(default)s)")
@@ -168,6 +171,8 @@ def main(words: list[str] | None = None) -> None:
         parser.error("give at least one utterance, update and block, and one second.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; take --device cpu.")
+    if words is None:
+        keep_freed_memory()  # as the recipe does
     print(table(arguments), end="")
 
 

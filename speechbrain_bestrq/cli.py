@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from speechbrain_bestrq import __version__
+from speechbrain_bestrq.allocator import keep_freed_memory
 from speechbrain_bestrq.commands import check_codebook, encode, export, prepare, report, reproduce, synthesize
 from speechbrain_bestrq.errors import INTERRUPTED, USER_ERROR, InputError, explain_refusal
 
@@ -93,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["report", "/nowhere"])
     2
     """
+    if argv is None:  # the process is ours
+        keep_freed_memory()
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     run = next(command.run for command in COMMANDS if command.name == arguments.subcommand)

@@ -18,6 +18,7 @@ import yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
+from speechbrain_bestrq.allocator import keep_freed_memory
 from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError, explain_refusal
 from speechbrain_bestrq.locking import fellow_writer, sole_writer
 from speechbrain_bestrq.precision import loading_for
@@ -272,6 +273,7 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
     main : callable
         Takes ``sys.argv[1:]``.
     """
+    keep_freed_memory()
     try:
         main(sys.argv[1:])
     except OSError as error:

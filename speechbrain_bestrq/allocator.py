@@ -1,0 +1,31 @@
+"""What the C library does with memory that tensors on the CPU have given back."""
+
+import ctypes
+import os
+import platform
+
+# parameters of glibc's mallopt (malloc.h)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_OLD_GLIBC_LIMIT = 1 << 25
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what it is given back, for the next tensors on the CPU, instead of asking the system anew.
+
+    By its own rules glibc returns the largest blocks to the system as soon as they are freed, and the system maps and
+    clears every page of them anew for the next step: 500 MB an update of ``wav2vec2_small.yaml``, a fifth of its time
+    (``benchmarks/freed_memory.py``; ``bestrq_small.yaml`` has none so large). The process holds on to its peak instead.
+    That is so for the whole process: it is for a program's first lines, not for a library's.
+
+    Returns
+    -------
+    bool
+        Whether it is so now: not with another C library than glibc, nor where the user has settings of its allocator
+        in the environment (``MALLOC_...``, ``glibc.malloc`` in ``GLIBC_TUNABLES``), which are left as they are.
+    """
+    own = any(name.startswith("MALLOC_") for name in os.environ)
+    if own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    served = mallopt(_MMAP_THRESHOLD, 1 << 30) or mallopt(_MMAP_THRESHOLD, _OLD_GLIBC_LIMIT)
+    return bool(served and mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))

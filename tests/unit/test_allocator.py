@@ -1,0 +1,70 @@
+"""Memory that tensors gave back is kept for the next ones, in processes of ours."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "freed_memory.py"
+
+# page faults, in twenty rounds of what a step does: large buffers taken, written to, and given back in another order
+ROUNDS = """
+import resource
+import torch
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        held = [torch.ones(megabytes * 2**18) for megabytes in (1, 40, 8, 16, 3)]
+        while held:
+            held.pop(0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+"""
+
+
+def run(code, **environment):
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    words = [sys.executable, "-c", ROUNDS + code]
+    return subprocess.run(words, env={**own, **environment}, check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_pages_are_mapped_once():
+    code = "from speechbrain_bestrq.allocator import keep_freed_memory as keep; print(faults(), keep(), faults())"
+    without, kept, with_it = run(code)
+    assert kept == "True"
+    # all pages once more at most, of twenty times
+    assert int(with_it) <= 1.5 * 68 * 2**20 / os.sysconf("SC_PAGE_SIZE") < int(without) / 4
+
+
+@pytest.mark.parametrize("setting", [{"MALLOC_ARENA_MAX": "4"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}])
+def test_settings_of_the_user_stay(setting):
+    assert run("from speechbrain_bestrq.allocator import keep_freed_memory as keep; print(keep())", **setting) == [
+        "False"
+    ]
+
+
+@pytest.mark.parametrize(
+    "first_lines",
+    [
+        "from speechbrain_bestrq.recipe import run_recipe\nrun_recipe(lambda arguments: print(faults(), faults()))",
+        "import sys\nfrom speechbrain_bestrq import cli\nsys.argv = ['sb-bestrq', 'report', '/nowhere']\n"
+        "cli.main()\nprint(faults(), faults())",
+    ],
+    ids=["a recipe", "sb-bestrq"],
+)
+def test_recipes_and_the_command_keep_it(first_lines):
+    assert int(run(first_lines)[-1]) < 68 * 2**20 / os.sysconf("SC_PAGE_SIZE")
+
+
+def test_the_benchmark_takes_updates_both_ways_in_turns():
+    words = [sys.executable, str(BENCHMARK), *"--yamls bestrq_small --rounds 3 --utterances 1 --seconds 2".split()]
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # of two processes, threads would wait for each other
+    printed = subprocess.run(words, env=one, check=True, capture_output=True, text=True).stdout
+    cells = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
+    assert cells[0] == "bestrq_small" and float(cells[1]) > 0 and float(cells[2]) > 0
+    middle, first, third = map(float, cells[3].replace("(", "").replace(")", "").replace("- ", "").split())
+    assert 0 < first <= middle <= third
+    # kept: nothing is mapped any more after some updates
+    assert int(cells[5]) < 100
