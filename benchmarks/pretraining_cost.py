@@ -171,8 +171,6 @@ def main(words: list[str] | None = None) -> None:
         parser.error("give at least one utterance, update and block, and one second.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; take --device cpu.")
-    if words is None:
-        keep_freed_memory()  # as the recipe does
     print(table(arguments), end="")
 
 

@@ -5,8 +5,7 @@ import os
 import platform
 
 # parameters of glibc's mallopt (malloc.h)
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_OLD_GLIBC_LIMIT = 1 << 25
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
@@ -15,7 +14,8 @@ def keep_freed_memory() -> bool:
     By its own rules glibc returns the largest blocks to the system as soon as they are freed, and the system maps and
     clears every page of them anew for the next step: 500 MB an update of ``wav2vec2_small.yaml``, a fifth of its time
     (``benchmarks/freed_memory.py``; ``bestrq_small.yaml`` has none so large). The process holds on to its peak instead.
-    That is so for the whole process: it is for a program's first lines, not for a library's.
+    That is so for the whole process: it is for a program's first lines, not for a library's. It holds for what the main
+    thread asks for, which is all that training does on a CPU; other threads have heaps of 64 MB, and go on as before.
 
     Returns
     -------
@@ -27,5 +27,5 @@ def keep_freed_memory() -> bool:
     if own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    served = mallopt(_MMAP_THRESHOLD, 1 << 30) or mallopt(_MMAP_THRESHOLD, _OLD_GLIBC_LIMIT)
-    return bool(served and mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))
+    # no block by itself, which would go back as soon as it is freed, and the heap is never cut
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))

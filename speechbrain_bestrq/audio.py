@@ -385,7 +385,7 @@ def read_samples(path: str, start: int, samples: int, sample_rate: int = 16000) 
 def read_stretches(path: str, stretches: Iterable[tuple[int, int]], sample_rate: int = 16000) -> Iterator[np.ndarray]:
     """Read stretches of one audio file, which is opened once.
 
-    Looking for a place in compressed audio goes through all that lies before it (mp3: half a second for each hour),
+    Looking for a place in compressed audio goes through all that lies before it (mp3: two seconds for each hour),
     but only once while the file stays open.
 
     Arguments

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -219,20 +220,28 @@ def _decode(table: AudioTable, path: Path, size: int, threads: int, max_unreadab
 def _read_all(table: AudioTable, threads: int) -> Iterator[np.ndarray | InputError]:
     """The utterances in order, or why one cannot be read, ahead by threads: decoding does not hold Python's lock."""
 
+    given_up = threading.Event()
+
     def read(run: range) -> list[np.ndarray | InputError]:
         found: list[np.ndarray | InputError] = []
-        while left := run[len(found) :]:
+        while (left := run[len(found) :]) and not given_up.is_set():
             try:
-                found.extend(table.read_run(left))
+                for audio in table.read_run(left):
+                    found.append(audio)
+                    if given_up.is_set():
+                        break
             except InputError as error:
                 found.append(error)
         return found
 
     block = threads * _AHEAD
     with ThreadPoolExecutor(threads) as pool:
-        for first in range(0, len(table), block):
-            runs = _runs(table, range(first, min(first + block, len(table))))
-            yield from chain.from_iterable(pool.map(read, runs))
+        try:
+            for first in range(0, len(table), block):
+                runs = _runs(table, range(first, min(first + block, len(table))))
+                yield from chain.from_iterable(pool.map(read, runs))
+        finally:
+            given_up.set()  # the pool waits for the threads
 
 
 def _runs(table: AudioTable, block: range) -> Iterator[range]:

@@ -11,8 +11,12 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "freed_memory.py"
 
 # page faults, in twenty rounds of what a step does: large buffers taken, written to, and given back in another order
 ROUNDS = """
+import ctypes
 import resource
 import torch
+
+# with huge pages, where a system has them for all, there are too few faults to count
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -58,13 +62,11 @@ def test_recipes_and_the_command_keep_it(first_lines):
     assert int(run(first_lines)[-1]) < 68 * 2**20 / os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 def test_the_benchmark_takes_updates_both_ways_in_turns():
-    words = [sys.executable, str(BENCHMARK), *"--yamls bestrq_small --rounds 3 --utterances 1 --seconds 2".split()]
+    words = [sys.executable, str(BENCHMARK), *"--yamls wav2vec2_small --rounds 3 --utterances 2 --seconds 10".split()]
     one = {**os.environ, "OMP_NUM_THREADS": "1"}  # of two processes, threads would wait for each other
     printed = subprocess.run(words, env=one, check=True, capture_output=True, text=True).stdout
     cells = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
-    assert cells[0] == "bestrq_small" and float(cells[1]) > 0 and float(cells[2]) > 0
-    middle, first, third = map(float, cells[3].replace("(", "").replace(")", "").replace("- ", "").split())
-    assert 0 < first <= middle <= third
-    # kept: nothing is mapped any more after some updates
-    assert int(cells[5]) < 100
+    assert cells[0] == "wav2vec2_small" and float(cells[1]) > 0 and float(cells[2]) > 0
+    assert int(cells[4]) > 10 * max(int(cells[5]), 10)
