@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from speechbrain_bestrq.metrics import difference_over_seeds
+from speechbrain_bestrq.metrics import difference_over_seeds, paired_difference_over_seeds
 from speechbrain_bestrq.reproduction.document import Block, Grid, Items, Paragraph, Text
 from speechbrain_bestrq.reproduction.plan import FROZEN
 from speechbrain_bestrq.reproduction.tables import Cell, Runs, Table, row_name
@@ -28,7 +28,7 @@ class Lead:
     """How many there are to be."""
 
 
-def lead(cell: Cell, base: Cell, lower_is_better: bool) -> Lead | None:
+def lead(cell: Cell, base: Cell, lower_is_better: bool, shared_draws: bool = False) -> Lead | None:
     """Compare two cells of a column over the seeds that both have.
 
     Arguments
@@ -36,6 +36,8 @@ def lead(cell: Cell, base: Cell, lower_is_better: bool) -> Lead | None:
     cell, base : Cell
     lower_is_better : bool
         As the column says.
+    shared_draws : bool
+        Whether both had the same labels to learn from with a seed, and others with another.
 
     Returns
     -------
@@ -53,7 +55,8 @@ def lead(cell: Cell, base: Cell, lower_is_better: bool) -> Lead | None:
     if cell.value is None or base.value is None:
         return None
     points = (base.value - cell.value) * (1 if lower_is_better else -1)
-    return Lead(cell.value, base.value, points, _doubt(cell, base), len(cell.values), cell.seeds)
+    doubt = _doubt(cell, base, shared_draws)
+    return Lead(cell.value, base.value, points, doubt, len(cell.values), cell.seeds)
 
 
 def judge(table: Table, against: str = "random") -> list[str]:
@@ -76,7 +79,8 @@ def judge(table: Table, against: str = "random") -> list[str]:
     sentences = []
     for number, column in enumerate(table.columns):
         for encoder in filter(is_trained, table.rows):
-            found = lead(table.rows[encoder][number], table.rows[against][number], column.lower_is_better)
+            cells = table.rows[encoder][number], table.rows[against][number]
+            found = lead(*cells, column.lower_is_better, table.few_labels)
             if found is None:
                 continue
             if found.points <= 0:
@@ -109,17 +113,18 @@ def _of_common_seeds(*cells: Cell) -> list[Cell]:
     ]
 
 
-def _doubt(*cells: Cell) -> float:
+def _doubt(cell: Cell, base: Cell, shared_draws: bool) -> float:
     """Half the width of a 95 % interval of the difference of two cells of the same seeds.
 
     The utterances are the same for all seeds, so their part does not shrink with the number of these: it is a seed's,
-    in the mean; that of the seeds is Welch's.
+    in the mean; that of the seeds is Welch's, or where they share their draws of labels that of their differences.
     """
-    halves = [[(high - low) / 2 for low, high in cell.intervals.values()] for cell in cells]
+    halves = [[(high - low) / 2 for low, high in one.intervals.values()] for one in (cell, base)]
     of_utterances = sum(statistics.fmean(half**2 for half in own) for own in halves if own)
-    if len(cells[0].values) < 2:
+    if len(cell.values) < 2:
         return of_utterances**0.5
-    of_seeds = difference_over_seeds(*(list(cell.values.values()) for cell in cells))
+    difference = paired_difference_over_seeds if shared_draws else difference_over_seeds
+    of_seeds = difference(list(cell.values.values()), list(base.values.values()))
     return (of_utterances + ((of_seeds.high - of_seeds.low) / 2) ** 2) ** 0.5
 
 
@@ -152,6 +157,9 @@ def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
     words += "; fine-tuned it is trained from scratch." if found.preset.get("fine_tune_untrained") else "."
     legend = "In these tables: points by which an encoder is ahead, positive where it is better, ± half of the 95 % "
     legend += "interval, of the utterances and of the seeds; of a single seed, of the utterances alone."
+    if any(table.few_labels for table in tables.values()):
+        legend += " With few labels the seeds' part is that of their differences: a seed has one draw of labels, the "
+        legend += "same for all encoders."
     return [Paragraph(words), *blocks, Paragraph(legend)]
 
 
@@ -162,7 +170,7 @@ def _leads(table: Table) -> Grid:
         for base in table.rows:
             if not is_trained(base):
                 pairs = zip(table.columns, table.rows[encoder], table.rows[base], strict=True)
-                leads = [lead(cell, other, column.lower_is_better) for column, cell, other in pairs]
+                leads = [lead(cell, other, column.lower_is_better, table.few_labels) for column, cell, other in pairs]
                 found[f"{row_name(encoder)}, ahead of {table.row_title(base)}"] = leads
     rows = {name: leads for name, leads in found.items() if any(leads)}
     kept = [number for number in range(len(table.columns)) if any(leads[number] for leads in rows.values())]

@@ -150,6 +150,8 @@ class Table:
     rows: dict[str, list[Cell]]
     """By encoder."""
     kind: str = FROZEN
+    few_labels: bool = False
+    """Then each seed has a draw of them, the same for all encoders."""
 
     def row_title(self, row: str) -> str:
         """Name a row: an untrained encoder that is fine-tuned is trained from scratch."""
@@ -284,7 +286,7 @@ def _table(title: str, runs: Runs, kind: str, labels: str, paper: Mapping[str, M
         for name in (*names, *(name for name in paper if name not in names))
     }
     corpora = [_corpora(cells[number] for cells in rows.values()) for number in range(len(columns))]
-    return Table(title, columns, corpora, rows, kind)
+    return Table(title, columns, corpora, rows, kind, labels == FEW_LABELS)
 
 
 def _columns(preset: Mapping[str, Any], kind: str, labels: str) -> list[Column]:

@@ -13,6 +13,7 @@ from speechbrain_bestrq.metrics import (
     equal_error_rate,
     minimum_detection_cost,
     paired_bootstrap,
+    paired_difference_over_seeds,
 )
 
 
@@ -156,4 +157,27 @@ def test_a_difference_over_seeds_takes_no_single_score_and_no_harm_from_equal_on
     with pytest.raises(ValueError, match="two seeds and more are needed on each side, not 3 and 1"):
         difference_over_seeds([0.1, 0.2, 0.3], [0.2])
     found = difference_over_seeds([0.5, 0.5], [0.25, 0.25])
+    assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)
+
+
+def test_a_paired_difference_holds_as_often_as_it_says_whatever_the_seeds_share():
+    generator = np.random.default_rng(0)
+    held, narrower = 0, 0
+    for _ in range(500):
+        shared = generator.normal(0.5, 0.05, size=3)
+        scores, others = shared + generator.normal(0.1, 0.01, size=3), shared + generator.normal(0.0, 0.01, size=3)
+        found = paired_difference_over_seeds(scores, others)
+        assert found.value == pytest.approx(scores.mean() - others.mean())
+        held += found.low <= 0.1 <= found.high
+        apart = difference_over_seeds(scores, others)
+        narrower += found.high - found.low < apart.high - apart.low
+    assert 0.92 * 500 < held < 0.98 * 500
+    assert narrower > 0.9 * 500
+
+
+def test_a_paired_difference_takes_the_same_seeds_only():
+    for scores, others in (([0.1, 0.2], [0.1]), ([0.1], [0.2])):
+        with pytest.raises(ValueError, match="the same seeds are needed on each side, two and more"):
+            paired_difference_over_seeds(scores, others)
+    found = paired_difference_over_seeds([0.5, 0.75], [0.25, 0.5])
     assert (found.value, found.low, found.high) == (0.25, 0.25, 0.25)

@@ -52,8 +52,8 @@ def test_every_stage_of_every_preset_is_a_command_that_its_recipe_takes(name, tm
             cli.build_parser().parse_args(words[place : place + 2])
             path, given = Path(words[place + 1]), words[place + 2 :: 2]
             assert path.is_file() and stage.needs in ((), ("speech/librispeech",))
-            keys = [option.removeprefix("--") for option in given]
-            assert all(yaml_value(path, key) is not None for key in keys if key not in ("data_folder", "output_folder"))
+            text = path.read_text(encoding="utf-8")
+            assert all(f"\n{option.removeprefix('--')}:" in text for option in given)
             continue
         place = next(number for number, word in enumerate(words) if word.endswith("train.py"))
         assert Path(words[place]).is_file()
@@ -529,13 +529,13 @@ def test_seeds_may_be_those_of_the_pre_trainings_too(tmp_path):
     for seed in preset["seeds"]:
         command = by_name[f"pretraining/bestrq/{seed}"].command
         assert command[command.index("--seed") + 1] == str(seed)
-        assert command[command.index("--encoder_at_steps") + 1] == "[2400, 7200, 14400, 24000]"
+        assert command[command.index("--encoder_at_steps") + 1] == "[2400, 7200]"
         check = by_name[f"codebook-check/bestrq/{seed}"].command
         assert check[check.index("--seed") + 1] == str(seed)
-        probe = by_name[f"intent-frozen/bestrq-24000/{seed}"]
+        probe = by_name[f"intent-frozen/bestrq-7200/{seed}"]
         assert probe.needs == (f"pretraining/bestrq/{seed}",)
-        assert f"{tmp_path}/pretraining/bestrq/{seed}/encoder@24000" in probe.command
-        assert f"{tmp_path}/cache/intent/bestrq-24000-{seed}" in probe.command
+        assert f"{tmp_path}/pretraining/bestrq/{seed}/encoder@7200" in probe.command
+        assert f"{tmp_path}/cache/intent/bestrq-7200-{seed}" in probe.command
     write_plan(tmp_path, "three_seeds", preset, list(CORPORA), "reproduce", marks_of(preset, tmp_path))
     write_pretraining(tmp_path, "bestrq/1", 30.0)
     write_pretraining(tmp_path, "bestrq/3", 20.0)
