@@ -212,7 +212,8 @@ class AtomicCheckpointer(Checkpointer):
         ddp_barrier()  # whoever looks for one has found it
         if if_main_process():
             keys = [{"min_key": key} for key in min_keys or ()] + [{"max_key": key} for key in max_keys or ()]
-            keys += [{"importance_key": key} for key in importance_keys]
+            # each once: save_and_keep_only adds "the most recent" to a default list of its own that it never empties
+            keys += [{"importance_key": key} for key in dict.fromkeys(importance_keys)]
             found: dict[Path, bool] = {}
             for key in keys:
                 ranked = self.find_checkpoints(ckpt_predicate=ckpt_predicate, **key)

@@ -141,6 +141,24 @@ def test_what_is_returned_is_where_it_says(start):
     assert checkpointer.find_checkpoint().path == checkpoint.path
 
 
+def test_the_hundredth_save_looks_no_longer_for_what_to_delete_than_the_second(start, monkeypatch):
+    """SpeechBrain's save_and_keep_only adds a key to a default list that lives as long as the process."""
+    checkpointer, _, _ = start()
+    looked, find = [], type(checkpointer).find_checkpoints
+
+    def noted(self, *arguments, **options):
+        looked.append(1)
+        return find(self, *arguments, **options)
+
+    monkeypatch.setattr(type(checkpointer), "find_checkpoints", noted)
+    each = []
+    for step in range(6):
+        before = len(looked)
+        checkpointer.save_and_keep_only(meta={"step": step, "loss": 1.0}, min_keys=["loss"], end_of_epoch=False)
+        each.append(len(looked) - before)
+    assert len(set(each[1:])) == 1, each
+
+
 def test_best_and_last_are_kept_and_the_rest_deleted(start):
     checkpointer, _, _ = start()
     for step, loss in enumerate((3.0, 1.0, 2.0, 4.0)):
