@@ -192,6 +192,17 @@ def test_few_labels_keep_hidden_states_of_their_own_where_those_of_all_are_not_k
     assert len(set(folders)) == len(few) == 8 and not any(stage.after for stage in few)
 
 
+def test_few_labels_that_were_tried_first_are_not_tried_again_when_all_are_added(tmp_path):
+    preset = {**read_preset("small"), "few_labels": FEW}
+    corpora = dict.fromkeys(CORPORA, Path("/data"))
+    marks = [
+        StageState(make_plan({**preset, "tasks": tasks}, corpora, tmp_path), tmp_path).marks
+        for tasks in ({}, preset["tasks"])
+    ]
+    few = {name for name in marks[0] if "-few/" in name}
+    assert few and all(marks[0][name] == marks[1][name] for name in few)
+
+
 def test_a_preset_may_say_that_it_has_no_masking(tmp_path):
     preset = {**read_preset("small"), "masking": None}
     write_plan(tmp_path, "own", preset, list(CORPORA), "reproduce", marks_of(preset, tmp_path))
