@@ -472,9 +472,7 @@ class _Plan:
     ) -> None:
         path = RECIPES / recipe
         words = {"data_folder": self.corpora[corpus], "output_folder": self.folder / name, **self.options, **given}
-        # where hidden states are kept changes nothing: with few labels it depends on whether those of all are kept too
-        governing = {key: value for key, value in words.items() if key != "cache_folder"}
-        same_as = (f"{recipe}/train.py", f"hparams/{hparams}.yaml", "--noprogressbar", *_options(governing))
+        same_as = (f"{recipe}/train.py", f"hparams/{hparams}.yaml", "--noprogressbar", *_options(words))
         program, devices = [sys.executable], 1
         if recipe == PRETRAINING and self.pretraining_devices > 1:
             factor = self._accumulation(hparams, given)

@@ -34,8 +34,9 @@ STAGE_FILE = "stage.json"
 LOG_FILE = "stage.log"
 #: Of a log, shown when its stage has failed.
 LAST_LINES = 12
-#: Options that change nothing of what a command makes.
-FREE_OPTIONS = ("--num_workers",)
+#: Options that change nothing of what a command makes, but for rounding. Where hidden states are kept depends, for few
+#: labels, on whether those of all are kept too.
+FREE_OPTIONS = ("--cache_folder", "--num_workers")
 #: In place of a GPU's number.
 CPU = "cpu"
 #: Seconds to wait for a process that still writes to a stage's folder.

@@ -141,7 +141,7 @@ def test_what_is_returned_is_where_it_says(start):
     assert checkpointer.find_checkpoint().path == checkpoint.path
 
 
-def test_the_hundredth_save_looks_no_longer_for_what_to_delete_than_the_second(start, monkeypatch):
+def test_a_later_save_looks_no_longer_for_what_to_delete_than_the_second(start, monkeypatch):
     """SpeechBrain's save_and_keep_only adds a key to a default list that lives as long as the process."""
     checkpointer, _, _ = start()
     looked, find = [], type(checkpointer).find_checkpoints

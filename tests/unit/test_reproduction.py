@@ -10,7 +10,7 @@ import pytest
 
 from speechbrain_bestrq import cli
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.reproduction.leads import judge
+from speechbrain_bestrq.reproduction.leads import judge, lead
 from speechbrain_bestrq.reproduction.plan import (
     CORPORA,
     PRESETS,
@@ -23,7 +23,7 @@ from speechbrain_bestrq.reproduction.plan import (
 from speechbrain_bestrq.reproduction.publishing import publish
 from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState
-from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, Runs, frozen_table, read_plan, write_plan
+from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, Cell, Runs, frozen_table, read_plan, write_plan
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
@@ -393,6 +393,15 @@ def test_a_lead_knows_nothing_of_seeds_that_one_side_lacks(reproduction):
     rows = rows_of(write_reproduction(reproduction)["markdown"], "Does pre-training pay?")
     ahead = rows["BEST-RQ, 2,000 updates, ahead of untrained"]["intent accuracy"]
     assert ahead.startswith(f"+8.00 ± {8**0.5:.2f}")
+
+
+def test_draws_that_are_shared_are_compared_seed_by_seed():
+    cells = [Cell(dict(enumerate(values, 1)), seeds=3) for values in ((50.0, 40.0, 61.0), (45.0, 36.0, 55.0))]
+    apart, shared = (lead(*cells, lower_is_better=False, shared_draws=shared) for shared in (False, True))
+    assert apart.points == shared.points == pytest.approx(5.0)
+    # differences of 5, 4 and 6: a deviation of 1, of three seeds
+    assert shared.doubt == pytest.approx(4.302653 / 3**0.5, abs=1e-4)
+    assert apart.doubt > 4 * shared.doubt
 
 
 def test_one_seed_is_not_enough_to_beat_anything(reproduction):
