@@ -29,10 +29,30 @@ def device_name(device: str | torch.device = "cpu") -> str:
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{_of_processor('model name') or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def processor_vendor() -> str:
+    """Name who made the processor, as it does itself.
+
+    Returns
+    -------
+    str
+        "GenuineIntel", "AuthenticAMD"...; empty where the system does not tell.
+
+    Example
+    -------
+    >>> processor_vendor().isspace()
+    False
+    """
+    return _of_processor("vendor_id")
+
+
+def _of_processor(key: str) -> str:
+    """What Linux says of the first processor; empty where it says nothing."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def peak_memory_gb(device: str | torch.device = "cpu") -> float:

@@ -6,6 +6,8 @@ from contextvars import ContextVar
 
 import torch
 
+from speechbrain_bestrq.machine import processor_vendor
+
 _device: ContextVar[str | None] = ContextVar("device", default=None)
 
 
@@ -70,11 +72,13 @@ def loading_for(device: str | None) -> Iterator[None]:
 
 
 def native_precision() -> str:
-    """Say in which precision this machine trains fast: in bfloat16, if it multiplies in that.
+    """Say in which precision this machine trains fast: in bfloat16, if it multiplies in that faster than in float32.
 
-    GPUs do since Ampere, CPUs that have AVX512_BF16 or AMX; on others bfloat16 is emulated, and slower than
-    float32. For YAMLs of models that are trained on either (``precision: !apply:...``). The GPU is asked where there
-    is one, unless the recipe was told to train on the CPU (:func:`loading_for`).
+    GPUs do since Ampere, CPUs that have AMX, and AMD's that have AVX512_BF16. Intel's that have it without AMX (or
+    whose AMX a virtual machine hides) are slower in it, by a third for the small BEST-RQ; on others bfloat16 is
+    emulated, and slower still (docs/LOG.md). For YAMLs of models that are trained on either (``precision:
+    !apply:...``). The GPU is asked where there is one, unless the recipe was told to train on the CPU
+    (:func:`loading_for`).
 
     Returns
     -------
@@ -89,5 +93,7 @@ def native_precision() -> str:
     if torch.cuda.is_available() and torch.device(_device.get() or "cuda").type != "cpu":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # before PyTorch 2.11 the public way to ask is not there
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        native = torch.cpu._is_amx_tile_supported() or (
+            torch.cpu._is_avx512_bf16_supported() and processor_vendor() != "GenuineIntel"
+        )
     return "bf16" if native else "fp32"

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from speechbrain_bestrq import precision
 from speechbrain_bestrq.precision import full_precision, loading_for, native_precision
 from speechbrain_bestrq.recipe import load_recipe
 
@@ -18,8 +19,8 @@ def unchanged_settings():
     before_under_old_name = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before_under_old_name)
-    for backend, precision in zip(BACKENDS, before, strict=True):
-        backend.fp32_precision = precision
+    for backend, setting in zip(BACKENDS, before, strict=True):
+        backend.fp32_precision = setting
 
 
 def set_reduced():
@@ -76,25 +77,27 @@ def test_a_users_older_way_to_allow_reduced_products_still_reads_as_set():
 
 
 @pytest.mark.parametrize(
-    "gpu, told, gpu_multiplies, avx512_bf16, amx, expected",
+    "gpu, told, gpu_multiplies, vendor, avx512_bf16, amx, expected",
     [
-        (True, None, True, False, False, "bf16"),
-        (True, "cuda:0", True, False, False, "bf16"),
-        (True, "cuda", False, True, True, "fp32"),  # a V100 in a new machine
-        (True, "cpu", True, False, False, "fp32"),
-        (True, "cpu", False, True, False, "bf16"),
-        (False, "cpu", None, True, False, "bf16"),
-        (False, None, None, False, True, "bf16"),
-        (False, None, None, False, False, "fp32"),
+        (True, None, True, "AuthenticAMD", False, False, "bf16"),
+        (True, "cuda:0", True, "AuthenticAMD", False, False, "bf16"),
+        (True, "cuda", False, "GenuineIntel", True, True, "fp32"),  # a V100 in a new machine
+        (True, "cpu", True, "AuthenticAMD", False, False, "fp32"),
+        (True, "cpu", False, "AuthenticAMD", True, False, "bf16"),
+        (False, "cpu", None, "AuthenticAMD", True, False, "bf16"),
+        (False, None, None, "AuthenticAMD", False, False, "fp32"),
+        (False, None, None, "GenuineIntel", True, True, "bf16"),
+        (False, None, None, "GenuineIntel", True, False, "fp32"),  # AMX hidden: bfloat16 at two thirds of the speed
     ],
 )
 def test_bfloat16_is_chosen_where_the_device_multiplies_in_it(
-    monkeypatch, gpu, told, gpu_multiplies, avx512_bf16, amx, expected
+    monkeypatch, gpu, told, gpu_multiplies, vendor, avx512_bf16, amx, expected
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_multiplies or including_emulation
     )
+    monkeypatch.setattr(precision, "processor_vendor", lambda: vendor)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     with nullcontext() if told is None else loading_for(told):
