@@ -21,6 +21,7 @@ from speechbrain_bestrq.corpora import (
     read_manifest,
     read_trials,
 )
+from speechbrain_bestrq.corpora._trials import Trial
 from speechbrain_bestrq.corpora.iemocap import FOLDS
 from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, summary_path
 from speechbrain_bestrq.errors import InputError
@@ -28,7 +29,7 @@ from speechbrain_bestrq.evidence.alignment import ALIGNER_SETTINGS, cached_align
 from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts
 from speechbrain_bestrq.evidence.linear import Examples, Score, effective_rank, linear_probe, within_class_whitening
 from speechbrain_bestrq.metrics import equal_error_rate
-from speechbrain_bestrq.task_data import Rows, take_examples, take_hours
+from speechbrain_bestrq.task_data import Rows, take_classes, take_examples, take_hours
 from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.verification import SpeakerEmbeddings
 
@@ -37,6 +38,10 @@ SAMPLE_RATE = 16000
 DRAWS = 5
 #: Examples of each class, where labels are few.
 FEW_EXAMPLES = (5, 20)
+#: Examples of each emotion, where labels are few: that of which the trained heads learn, too.
+FEW_TURNS = 20
+#: Speakers to train on, at most, where labels are few.
+FEW_SPEAKERS = 20
 #: Hours of aligned speech, where labels are few.
 FEW_HOURS = 0.05
 #: Hours of transcribed speech that the aligner is trained on, at most.
@@ -75,10 +80,12 @@ class Measure:
 
 MEASURES = {
     "speakers": Measure("speaker EER, nothing trained", lower_is_better=True),
+    "speakers_whitened_few": Measure(f"speaker EER, whitened within {FEW_SPEAKERS} speakers", lower_is_better=True),
     "speakers_whitened": Measure("speaker EER, whitened within speakers", lower_is_better=True),
     "intents_5": Measure("intents, 5 examples a class"),
     "intents_20": Measure("intents, 20 examples a class"),
     "intents_all": Measure("intents, LABELS"),
+    "emotions_few": Measure(f"emotions, {FEW_TURNS} examples a class", is_of_states=False),
     "emotions": Measure("emotions, all labels", is_of_states=False),
     "emotions_of_states": Measure("emotions, of each hidden state", is_score=False),
     "characters_few": Measure(f"characters of frames, {60 * FEW_HOURS:.0f} minutes of labels"),
@@ -147,31 +154,37 @@ class Speakers(Corpus):
         return prepare_voxceleb(data_folder, folder, valid_share=0.15, sample_rate=SAMPLE_RATE)
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
-        """EER of plain cosines, and of cosines after a whitening within the training speakers."""
+        """EER of plain cosines, and of cosines after a whitening within the training speakers, few and all."""
         rows = {name: read_manifest(self.manifests[name]) for name in ("valid", "test")} | {"train": self.rows("train")}
         parts = {name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in rows.items()}
         trials = {"valid": read_trials(self.manifests["valid_trials"]), "test": read_trials(self.manifests["trials"])}
         trials = {name: next(iter(lists.values())) for name, lists in trials.items()}
-        speakers = {row["spk_id"]: None for row in rows["train"].values()}
+        speakers = sorted({row["spk_id"] for row in rows["train"].values()})
         numbers = {speaker: number for number, speaker in enumerate(speakers)}
-        classes = torch.tensor([numbers[row["spk_id"]] for row in rows["train"].values()])
-        found: Found = {"speakers": [], "speakers_whitened": []}
+        few = min(FEW_SPEAKERS, len(speakers))
+        draws = {
+            "speakers": [None],
+            "speakers_whitened_few": [take_classes(rows["train"], "spk_id", few, seed) for seed in range(DRAWS)],
+            "speakers_whitened": [rows["train"]],
+        }
+        found: Found = {name: [] for name in draws}
         for state in range(encoder.num_states):
-            means = {name: _stack(one, rows[name], state).mean(1) for name, one in parts.items()}
-            mean = means["train"].mean(0)
-            whitening = within_class_whitening(Examples(means["train"], classes))
-            for name, mapping in (("speakers", None), ("speakers_whitened", whitening)):
-                rates = []
-                for side in ("valid", "test"):
-                    vectors = means[side] if mapping is None else (means[side] - mean) @ mapping
-                    scores = SpeakerEmbeddings(list(rows[side]), vectors).score(trials[side])
-                    rates.append(equal_error_rate(scores, [trial[0] for trial in trials[side]]))
-                found[name].append(Score(*rates))
+            means = {name: _stack(parts[name], rows[name], state).mean(1) for name in ("valid", "test")}
+            for name, several in draws.items():
+                scores = []
+                for drawn in several:
+                    vectors = means
+                    if drawn is not None:
+                        trained = _examples(parts["train"], drawn, state, "spk_id", numbers, whole=True)
+                        mapping, mean = within_class_whitening(trained), trained.vectors.mean(0)
+                        vectors = {side: (one - mean) @ mapping for side, one in means.items()}
+                    scores.append(Score(*(_error_rate(rows[side], vectors[side], trials[side]) for side in vectors)))
+                found[name].append(_mean(scores))
         return found
 
     def chances(self) -> dict[str, float]:
         """Half of the trials are wrong."""
-        return {"speakers": 0.5, "speakers_whitened": 0.5}
+        return {name: 0.5 for name in MEASURES if name.startswith("speakers")}
 
 
 class Intents(Corpus):
@@ -223,7 +236,7 @@ class Emotions(Corpus):
         return prepare_iemocap(data_folder, folder, sample_rate=SAMPLE_RATE)
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
-        """Accuracy of linear probes over the folds, each weighing as many turns as it has.
+        """Accuracy of linear probes over the folds, each weighing as many turns as it has, with few labels and all.
 
         Taken together, the validation turns of all folds are the test turns. So the hidden state of a fold's
         speakers is chosen on those of the other folds alone.
@@ -235,26 +248,29 @@ class Emotions(Corpus):
             {name: read_manifest(path) for name, path in fold_manifests(self.manifests, fold).items()}
             for fold in FOLDS["speaker"]
         ]
-        hits = torch.zeros(encoder.num_states, len(sides), 2, dtype=torch.double)
         sizes = torch.tensor([[len(rows["valid"]), len(rows["test"])] for rows in sides], dtype=torch.double)
-        for state in range(encoder.num_states):
-            for fold, rows in enumerate(sides):
-                train, valid, test = (
-                    _examples(parts, rows[name], state, "emo", numbers, whole=True)
-                    for name in ("train", "valid", "test")
-                )
-                score = linear_probe(train, valid, test, len(numbers))
-                hits[state, fold] = torch.tensor(score, dtype=torch.double) * sizes[fold]
         speakers = [{row["spk_id"] for name in ("valid", "test") for row in rows[name].values()} for rows in sides]
         totals = sizes.sum(0)
-        return {
-            "emotions": [Score(*(chosen_apart(hits, speakers) / totals).tolist())],
-            "emotions_of_states": [Score(*one) for one in (hits.sum(1) / totals).tolist()],
-        }
+        found: Found = {}
+        for name, count, seeds in (("emotions_few", FEW_TURNS, range(DRAWS)), ("emotions", None, range(1))):
+            hits = torch.zeros(encoder.num_states, len(sides), 2, dtype=torch.double)
+            for fold, rows in enumerate(sides):
+                draws = [take_examples(rows["train"], "emo", count, seed) for seed in seeds]
+                for state in range(encoder.num_states):
+                    trained, (valid, test) = (
+                        [_examples(parts, one, state, "emo", numbers, whole=True) for one in several]
+                        for several in (draws, (rows["valid"], rows["test"]))
+                    )
+                    score = _mean([linear_probe(one, valid, test, len(numbers)) for one in trained])
+                    hits[state, fold] = torch.tensor(score, dtype=torch.double) * sizes[fold]
+            found[name] = [Score(*(chosen_apart(hits, speakers) / totals).tolist())]
+        found["emotions_of_states"] = [Score(*one) for one in (hits.sum(1) / totals).tolist()]  # with all labels
+        return found
 
     def chances(self) -> dict[str, float]:
         """Of the commonest emotion."""
-        return {"emotions": _commonest([row["emo"] for row in read_manifest(self.manifests["all"]).values()])}
+        chance = _commonest([row["emo"] for row in read_manifest(self.manifests["all"]).values()])
+        return {"emotions_few": chance, "emotions": chance}
 
 
 def chosen_apart(hits: Tensor, speakers: Sequence[set[str]]) -> Tensor:
@@ -360,6 +376,12 @@ def _examples(
     # what no example was drawn of cannot be told: no probe gives -1
     classes = torch.tensor([numbers.get(row[column], -1) for row in rows.values()])
     return Examples(vectors.mean(1) if whole else vectors.flatten(1), classes)
+
+
+def _error_rate(rows: Rows, vectors: Tensor, trials: Sequence[Trial]) -> float:
+    """Of cosines, shape (N, D) of as many rows."""
+    scores = SpeakerEmbeddings(list(rows), vectors).score(trials)
+    return equal_error_rate(scores, [trial[0] for trial in trials])
 
 
 def _mean(scores: Sequence[Score]) -> Score:

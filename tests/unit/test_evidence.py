@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import statistics
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from speechbrain_bestrq import cli
 from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.corpora import read_manifest, read_trials
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.evidence import alignment, evidence, measures
@@ -23,7 +25,10 @@ from speechbrain_bestrq.evidence.linear import Examples, effective_rank, linear_
 from speechbrain_bestrq.evidence.measures import CORPORA, MEASURES
 from speechbrain_bestrq.evidence.report import best_score, write_evidence
 from speechbrain_bestrq.evidence.sources import Source, find_sources
+from speechbrain_bestrq.metrics import equal_error_rate
+from speechbrain_bestrq.task_data import take_classes
 from speechbrain_bestrq.task_encoders import TaskEncoder
+from speechbrain_bestrq.verification import SpeakerEmbeddings
 
 CPU = torch.device("cpu")
 
@@ -386,13 +391,13 @@ def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch)
         assert record["measures"].keys() == MEASURES.keys()
         for name, scores in record["measures"].items():
             # of the emotions one score alone: which state is read is the fold's own choice
-            assert len(scores) == (1 if name == "emotions" else states)
+            assert len(scores) == (1 if name in ("emotions", "emotions_few") else states)
             assert not MEASURES[name].is_share or all(0 <= value <= 1 for score in scores for value in score)
     # synthetic voices differ in pitch and room, which filter banks show
     assert best_score(found["sources"][0], "speakers") < 0.4
     with open(run / "evidence" / "evidence.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(MEASURES) * (1 + 3 * 2) - 3
+    assert len(rows) == len(MEASURES) * (1 + 3 * 2) - 2 * 3
     assert str(run) not in (run / "evidence" / "evidence.json").read_text()
     # nothing is encoded a second time, but what changed
     monkeypatch.setattr(evidence, "_measure", lambda *_: pytest.fail("measured again"))
@@ -403,6 +408,47 @@ def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch)
     weights.write_bytes((run / "encoder" / "model.safetensors").read_bytes())
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         cli.main(words)
+
+
+def test_few_labels_of_speakers_and_emotions_are_draws_whose_mean_counts(corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr(measures, "FEW_SPEAKERS", 3)
+    monkeypatch.setattr(measures, "FEW_TURNS", 2)
+    encoder = TaskEncoder("fbank").eval()
+    corpus = CORPORA["voxceleb"](corpora["voxceleb"], tmp_path / "speakers", 0.5, CPU)
+    found = corpus.measure(encoder, CPU)
+    train, test = (read_manifest(corpus.manifests[name]) for name in ("train", "test"))
+    trials = next(iter(read_trials(corpus.manifests["trials"]).values()))
+    means = {
+        name: one[0].mean(0) for rows in (train, test) for name, one in encode_parts(encoder, rows, 16000, CPU).items()
+    }
+    rates = []
+    for drawn in (train, *(take_classes(train, "spk_id", 3, seed) for seed in range(measures.DRAWS))):
+        speakers = [row["spk_id"] for row in drawn.values()]
+        vectors = torch.stack([means[name] for name in drawn])
+        classes = torch.tensor([sorted(set(speakers)).index(one) for one in speakers])
+        mapped = (torch.stack([means[name] for name in test]) - vectors.mean(0)) @ within_class_whitening(
+            Examples(vectors, classes)
+        )
+        scores = SpeakerEmbeddings(list(test), mapped).score(trials)
+        rates.append(equal_error_rate(scores, [trial[0] for trial in trials]))
+    assert len(set(rates)) > 2
+    assert found["speakers_whitened"][0].test == pytest.approx(rates[0])
+    assert found["speakers_whitened_few"][0].test == pytest.approx(statistics.fmean(rates[1:]))
+
+    counts = []
+
+    def probe(train, *others):
+        counts.append(torch.bincount(train.classes).tolist())
+        return linear_probe(train, *others, penalties=(0.1,))
+
+    monkeypatch.setattr(measures, "linear_probe", probe)
+    corpus = CORPORA["iemocap"](corpora["iemocap"], tmp_path / "emotions", 0.5, CPU)
+    found = corpus.measure(encoder, CPU)
+    folds = len(measures.FOLDS["speaker"])
+    assert [max(one) for one in counts[: folds * measures.DRAWS]] == folds * measures.DRAWS * [2]
+    assert len(counts) == folds * (measures.DRAWS + 1) and min(map(sum, counts[-folds:])) > 8
+    assert found.keys() == {"emotions_few", "emotions", "emotions_of_states"}
+    assert found["emotions_of_states"] == [found["emotions"][0]]  # of filter banks, which are one state
 
 
 def test_corpora_that_are_not_given_are_left_out(run, corpora, tmp_path):
