@@ -22,6 +22,9 @@ FULL_SCALE = 32768
 VORBIS_TAIL_SECONDS = 20.0
 """No seek goes closer to the end of Ogg Vorbis: within its last page, which silence makes long, libsndfile (1.2) lands
 up to some 30 ms aside (its issue 885)."""
+MPEG_PRIMING_FRAMES = 10 * 1152
+"""A seek in MP3 goes so much before the place: libsndfile (1.2) does not always let its decoder have the frames before
+the one that it lands in, and gives up to some hundred wrong samples then."""
 #: Without the file, the lengths would be others, and a checkpoint amid an epoch of no use any more.
 _REMEDY = "restore it, or put any readable audio of the same length in its place"
 
@@ -441,6 +444,8 @@ def _read(file: soundfile.SoundFile, start: int, frames: int, dtype: str = "floa
     first = start
     if file.subtype == "VORBIS":
         first = min(start, max(file.frames - round(VORBIS_TAIL_SECONDS * file.samplerate), 0))
+    elif file.subtype.startswith("MPEG"):
+        first = max(start - MPEG_PRIMING_FRAMES, 0)
     file.seek(first)
     audio = file.read(start - first + frames, dtype=dtype, always_2d=True)[start - first :]
     return audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1, dtype=np.float32)

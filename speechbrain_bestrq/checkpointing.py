@@ -4,8 +4,10 @@ import errno
 import inspect
 import json
 import logging
+import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,7 +109,7 @@ class AtomicCheckpointer(Checkpointer):
                 super()._new_checkpoint_dirpath() if name is None else super()._custom_checkpoint_dirpath(name)
             )
             try:
-                checkpoint = self._publish(self._write(folder, meta or {}, end_of_epoch))
+                checkpoint = self._publish(self._write(folder, {**self._clock(), **(meta or {})}, end_of_epoch))
             except (OSError, RuntimeError) as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 failure = self._disk_failure(error)
@@ -123,6 +125,14 @@ class AtomicCheckpointer(Checkpointer):
         """Remove what a process that was killed has left; not before this one saves, for that one may still live."""
         for leftover in self.checkpoints_dir.glob(f"{UNFINISHED}+*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def _clock(self) -> dict[str, float]:
+        """The time, by which the newest is told from others: later than all before, whatever the clock says.
+
+        A machine whose clock is behind that of the one before would delete what it has just saved.
+        """
+        newest = max((one.meta["unixtime"] for one in self.list_checkpoints()), default=-math.inf)
+        return {"unixtime": max(time.time(), newest + 1)}
 
     def _write(self, folder: Path, meta: dict[str, Any], end_of_epoch: bool) -> Checkpoint:
         """Write all files of a checkpoint."""

@@ -281,11 +281,10 @@ class BeamDecoder:
         """
         if min(self.workers, len(utterances)) < 2:
             return [self.best(one).text for one in utterances]
-        # forked: the language model is shared, not read again by each
-        arrays = [_to_array(one) for one in utterances]
-        processes = min(self.workers, len(arrays))
-        with multiprocessing.get_context("fork").Pool(processes, _adopt, (self,)) as pool:
-            return pool.map(_decode_adopted, arrays, chunksize=1)
+        # forked: the language model and what is to be decoded are shared, not copied to each
+        processes = min(self.workers, len(utterances))
+        with multiprocessing.get_context("fork").Pool(processes, _adopt, (self, utterances)) as pool:
+            return pool.map(_decode_adopted, range(len(utterances)), chunksize=1)
 
     def best(self, log_probs: Tensor | NDArray) -> Hypothesis:
         """Find the best text of an utterance.
@@ -338,18 +337,19 @@ def _to_array(log_probs: Tensor | NDArray) -> NDArray:
     return np.asarray(log_probs, dtype=np.float64)
 
 
-#: The decoder of a forked worker.
-_adopted: BeamDecoder | None = None
+#: The decoder of a forked worker, and what it is to decode some of.
+_adopted: tuple[BeamDecoder, Sequence[Tensor | NDArray]] | None = None
 
 
-def _adopt(decoder: BeamDecoder) -> None:
+def _adopt(decoder: BeamDecoder, utterances: Sequence[Tensor | NDArray]) -> None:
     global _adopted
-    _adopted = decoder
-    torch.set_num_threads(1)
+    _adopted = decoder, utterances
+    torch.set_num_threads(1)  # the parent's threads are not there
 
 
-def _decode_adopted(log_probs: NDArray) -> str:
-    return _adopted.best(log_probs).text
+def _decode_adopted(place: int) -> str:
+    decoder, utterances = _adopted
+    return decoder.best(utterances[place]).text
 
 
 def check_language_model(path: str | os.PathLike, tokenizer: Tokenizer) -> None:

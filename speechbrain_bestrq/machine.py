@@ -32,6 +32,19 @@ def device_name(device: str | torch.device = "cpu") -> str:
     return f"{_of_processor('model name') or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may use, which a scheduler may have made fewer than there are.
+
+    Example
+    -------
+    >>> 1 <= usable_cores() <= os.cpu_count()
+    True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def processor_vendor() -> str:
     """Name who made the processor, as it does itself.
 

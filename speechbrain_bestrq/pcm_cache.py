@@ -18,12 +18,15 @@ from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, check_damaged, stat_audio
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
+from speechbrain_bestrq.machine import usable_cores
 from speechbrain_bestrq.writing import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
 _AHEAD = 64
 """Utterances that are read ahead of the one that is written, for each thread."""
+_MOST_THREADS = 16
+"""Unless told otherwise: what is read ahead has to be held, some 50 MB a thread of utterances of 25 s."""
 
 
 class PcmCache:
@@ -129,7 +132,9 @@ def cache_audio(
     array([-2,  3], dtype=int16)
     """
     made: list[Path] = []
-    run_on_main(lambda: made.append(_make(table, Path(folder), threads or os.cpu_count() or 1, max_unreadable)))
+    run_on_main(
+        lambda: made.append(_make(table, Path(folder), threads or min(usable_cores(), _MOST_THREADS), max_unreadable))
+    )
     cache = PcmCache(ddp_broadcast(made and made[0], src=0), table.lengths)
     _check_damaged(table, cache.damaged, max_unreadable)
     return cache
@@ -259,6 +264,7 @@ def _digest(table: AudioTable) -> str:
     digest = hashlib.sha256(json.dumps([1, table.sample_rate]).encode())
     digest.update(table.lengths.tobytes())
     if table.starts.any():  # files of whole recordings that were made before there were parts of them stay of use
+        digest.update(b"2")  # before, parts of MP3 could begin with wrong samples
         digest.update(table.starts.tobytes())
     for index in range(len(table)):
         path = table.path(index)

@@ -30,10 +30,10 @@ def interval(value: Interval) -> dict[str, float]:
     return {"value": value.value, "low": value.low, "high": value.high}
 
 
-def machine() -> dict[str, Any]:
-    """Say on what a run ran: the device, threads and versions."""
+def machine(device: str | torch.device) -> dict[str, Any]:
+    """Say on what a run ran: the device, by its name, threads and versions."""
     return {
-        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": package_versions(),
     }

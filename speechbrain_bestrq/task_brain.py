@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ class TaskBrain(sb.Brain):
     Raises
     ------
     InputError
-        If there is nothing to train something with.
+        If there is nothing to train something with, or an optimiser and its annealing begin with other rates.
     """
 
     #: Of the validation: the lower the better.
@@ -102,6 +103,7 @@ class TaskBrain(sb.Brain):
         for part in self.parts:
             if f"{part}_optimizer" not in hparams:
                 raise InputError(f"{part}_optimizer is missing from the YAML, but the {part} is to be trained: add it.")
+            _check_first_rate(part, hparams[f"{part}_optimizer"], hparams.get(f"{part}_annealing"))
         super().__init__(modules, None, hparams, run_opts, checkpointer)
         self.requests = Requests()  # heeds signals within fit only
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -540,7 +542,7 @@ class TaskBrain(sb.Brain):
             "device_hours": sum(self.seconds.values()) * self.world_size / 3600,
             "world_size": self.world_size,
             "command": command_line(),
-            **machine(),
+            **machine(self.device),
         }
 
 
@@ -622,3 +624,16 @@ def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Paramet
         if trainable:
             parts.setdefault(name if name in ("encoder", "mix") else "head", []).extend(trainable)
     return parts
+
+
+def _check_first_rate(part: str, optimizer: Any, annealing: Any) -> None:
+    """Refuse a rate that would hold for one epoch, for annealing goes on from its own."""
+    rate = getattr(optimizer, "keywords", {}).get("lr")  # !name: makes a partial
+    if annealing is None or rate is None:
+        return
+    first = annealing.hyperparam_value if isinstance(annealing, NewBobScheduler) else annealing(1)[0]
+    if not math.isclose(rate, first, rel_tol=1e-4):
+        raise InputError(
+            f"the {part}'s learning rate is {rate:g} in {part}_optimizer and {first:g} in {part}_annealing, which "
+            "would set it after an epoch: give both the same."
+        )

@@ -202,7 +202,7 @@ def make_dataset(
         item = {"func": read_audio, "takes": ["id", "wav", "duration"], "provides": "sig"}
     else:
         item = {"func": hidden.__getitem__, "takes": ["id"], "provides": "hidden"}
-    return DynamicItemDataset({name: dict(row) for name, row in rows.items()}, [item], ["id", item["provides"]])
+    return DynamicItemDataset(dict(rows), [item], ["id", item["provides"]])
 
 
 def make_task_loader(

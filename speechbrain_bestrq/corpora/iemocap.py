@@ -304,8 +304,9 @@ def _read_labels(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("[!.]*.txt")):
         strange: list[int] = []
         try:
-            # some comments of the release are not UTF-8; the names of turns and labels are ASCII
-            lines = path.read_text(encoding="latin-1").splitlines()
+            # some comments of the release are not UTF-8; the names of turns and labels are ASCII. Not splitlines, which
+            # takes some of their bytes, such as cp1252's ellipsis, for the end of a line
+            lines = path.read_text(encoding="latin-1").split("\n")
         except OSError as error:
             raise InputError(f"labels '{path}' cannot be read ({error.strerror}): unpack the session again.") from error
         for number, line in enumerate(lines, 1):

@@ -40,8 +40,10 @@ DRAWS = 5
 FEW_EXAMPLES = (5, 20)
 #: Examples of each emotion, where labels are few: that of which the trained heads learn, too.
 FEW_TURNS = 20
-#: Speakers to train on, at most, where labels are few.
+#: Speakers to train on, where labels are few.
 FEW_SPEAKERS = 20
+#: Utterances of a speaker at most: of one alone nothing is seen of what varies within speakers.
+UTTERANCES_OF_SPEAKER = 10
 #: Hours of aligned speech, where labels are few.
 FEW_HOURS = 0.05
 #: Hours of transcribed speech that the aligner is trained on, at most.
@@ -57,7 +59,7 @@ class Measure:
     """Something that is measured."""
 
     title: str
-    """With "LABELS" where it depends on the hours that are used; see :meth:`title_with`."""
+    """With "LABELS" or "FEW" where it depends on the hours that are used; see :meth:`title_with`."""
     lower_is_better: bool = False
     is_share: bool = True
     """Shown in per cent."""
@@ -75,7 +77,19 @@ class Measure:
         'intents, up to 30 minutes of labels'
         """
         most = f"{60 * hours:g} minutes" if hours < 1 else f"{hours:g} hours"
-        return self.title.replace("LABELS", f"up to {most} of labels")
+        few = f"{60 * few_hours(hours):g} minutes"
+        return self.title.replace("LABELS", f"up to {most} of labels").replace("FEW", f"{few} of labels")
+
+
+def few_hours(hours: float) -> float:
+    """Hours of aligned speech where labels are few, if so many are used.
+
+    Example
+    -------
+    >>> few_hours(0.5), few_hours(0.02)
+    (0.05, 0.01)
+    """
+    return min(FEW_HOURS, hours / 2)
 
 
 MEASURES = {
@@ -88,7 +102,7 @@ MEASURES = {
     "emotions_few": Measure(f"emotions, {FEW_TURNS} examples a class", is_of_states=False),
     "emotions": Measure("emotions, all labels", is_of_states=False),
     "emotions_of_states": Measure("emotions, of each hidden state", is_score=False),
-    "characters_few": Measure(f"characters of frames, {60 * FEW_HOURS:.0f} minutes of labels"),
+    "characters_few": Measure("characters of frames, FEW"),
     "characters_all": Measure("characters of frames, LABELS"),
     "rank": Measure("effective rank of frames", is_share=False, is_score=False),
     "scale": Measure("root mean square of frames", is_share=False, is_score=False),
@@ -139,8 +153,7 @@ class Corpus(ABC):
     def rows(self, name: str) -> dict[str, Any]:
         """A set, of which no more than ``hours`` are taken."""
         rows = read_manifest(self.manifests[name])
-        total = sum(float(row["duration"]) for row in rows.values()) / 3600
-        return take_hours(rows, self.hours) if total > self.hours else rows
+        return take_hours(rows, self.hours) if _seconds(rows) > 3600 * self.hours else rows
 
 
 class Speakers(Corpus):
@@ -155,18 +168,19 @@ class Speakers(Corpus):
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
         """EER of plain cosines, and of cosines after a whitening within the training speakers, few and all."""
-        rows = {name: read_manifest(self.manifests[name]) for name in ("valid", "test")} | {"train": self.rows("train")}
+        rows = {name: read_manifest(self.manifests[name]) for name in ("valid", "test")} | {"train": self._trained_on()}
         parts = {name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in rows.items()}
         trials = {"valid": read_trials(self.manifests["valid_trials"]), "test": read_trials(self.manifests["trials"])}
         trials = {name: next(iter(lists.values())) for name, lists in trials.items()}
         speakers = sorted({row["spk_id"] for row in rows["train"].values()})
         numbers = {speaker: number for number, speaker in enumerate(speakers)}
-        few = min(FEW_SPEAKERS, len(speakers))
-        draws = {
-            "speakers": [None],
-            "speakers_whitened_few": [take_classes(rows["train"], "spk_id", few, seed) for seed in range(DRAWS)],
-            "speakers_whitened": [rows["train"]],
-        }
+        draws: dict[str, list[Rows | None]] = {"speakers": [None]}
+        if len(rows["train"]) >= 2 * len(speakers):  # else there is little within speakers to be evened out
+            if len(speakers) > FEW_SPEAKERS:
+                draws["speakers_whitened_few"] = [
+                    take_classes(rows["train"], "spk_id", FEW_SPEAKERS, seed) for seed in range(DRAWS)
+                ]
+            draws["speakers_whitened"] = [rows["train"]]
         found: Found = {name: [] for name in draws}
         for state in range(encoder.num_states):
             means = {name: _stack(parts[name], rows[name], state).mean(1) for name in ("valid", "test")}
@@ -181,6 +195,15 @@ class Speakers(Corpus):
                     scores.append(Score(*(_error_rate(rows[side], vectors[side], trials[side]) for side in vectors)))
                 found[name].append(_mean(scores))
         return found
+
+    def _trained_on(self) -> Rows:
+        """Speakers with several utterances each, as many as the hours hold."""
+        rows = take_examples(read_manifest(self.manifests["train"]), "spk_id", UTTERANCES_OF_SPEAKER)
+        number, share = len({row["spk_id"] for row in rows.values()}), 3600 * self.hours / _seconds(rows)
+        count = number if share >= 1 else max(int(number * share), 2)
+        while _seconds(taken := take_classes(rows, "spk_id", count)) > 3600 * self.hours and count > 2:
+            count -= 1  # those drawn say more than others
+        return taken
 
     def chances(self) -> dict[str, float]:
         """Half of the trials are wrong."""
@@ -199,16 +222,20 @@ class Intents(Corpus):
 
     def _sets(self) -> tuple[dict[str, Rows], dict[str, int]]:
         rows = {name: self.rows(name) for name in ("train", "valid", "test")}
-        labels = sorted({row[self.column] for row in rows["train"].values()})
+        labels = sorted({row[self.column] for row in read_manifest(self.manifests["train"]).values()})
         return rows, {label: number for number, label in enumerate(labels)}
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
         """Accuracy of linear probes with few labels and with all of the hours that are used."""
         sets, labels = self._sets()
-        parts = {name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in sets.items()}
-        draws = {f"intents_{count}": [take_examples(sets["train"], self.column, count, seed) for seed in range(DRAWS)]
+        every = read_manifest(self.manifests["train"])  # of which the hours may lack rare classes
+        draws = {f"intents_{count}": [take_examples(every, self.column, count, seed) for seed in range(DRAWS)]
                  for count in FEW_EXAMPLES}  # fmt: skip
         draws["intents_all"] = [sets["train"]]
+        heard = {name: row for several in draws.values() for drawn in several for name, row in drawn.items()}
+        parts = {
+            name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in (sets | {"train": heard}).items()
+        }
         found: Found = {name: [] for name in draws}
         for state in range(encoder.num_states):
             valid, test = (_examples(parts[name], sets[name], state, self.column, labels) for name in ("valid", "test"))
@@ -310,8 +337,7 @@ class Characters(Corpus):
         super().__init__(data_folder, folder, hours, device)
         sets = {name: self.rows(name) for name in ("train", "valid", "test")}
         every = read_manifest(self.manifests["train"])
-        total = sum(float(row["duration"]) for row in every.values()) / 3600
-        trained_on = take_hours(every, ALIGNER_HOURS) if total > ALIGNER_HOURS else every
+        trained_on = take_hours(every, ALIGNER_HOURS) if _seconds(every) > 3600 * ALIGNER_HOURS else every
         made_by = [self.mark, ALIGNER_HOURS, ALIGNER_SETTINGS]
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
         self.times = cached_alignment(folder / f"alignment-{key}.pt", trained_on, sets, SAMPLE_RATE, device)
@@ -330,7 +356,7 @@ class Characters(Corpus):
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
         """Accuracy of linear probes on frames; rank, scale and share of variance of the test set's frames."""
-        few = take_hours(self.sets["train"], min(FEW_HOURS, self.hours / 2))
+        few = take_hours(self.sets["train"], few_hours(self.hours))
         rest = {name: row for name, row in self.sets["train"].items() if name not in few}
         parts = {"few": few, "rest": rest, "valid": self.sets["valid"], "test": self.sets["test"]}
         times = {name: self.times["train" if name in ("few", "rest") else name] for name in parts}
@@ -376,6 +402,10 @@ def _examples(
     # what no example was drawn of cannot be told: no probe gives -1
     classes = torch.tensor([numbers.get(row[column], -1) for row in rows.values()])
     return Examples(vectors.mean(1) if whole else vectors.flatten(1), classes)
+
+
+def _seconds(rows: Rows) -> float:
+    return sum(float(row["duration"]) for row in rows.values())
 
 
 def _error_rate(rows: Rows, vectors: Tensor, trials: Sequence[Trial]) -> float:

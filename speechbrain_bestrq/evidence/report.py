@@ -116,7 +116,7 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
     corpora = "; ".join(sorted(set(found["corpora"].values())))
     titles = {name: measure.title_with(found["hours"]) for name, measure in MEASURES.items()}
     heads = ("", *(titles[name] for name in scores))
-    chances = (f"{titles[name]}: {100 * value:.1f} %" for name, value in found["chances"].items())
+    chances = (f"{titles[name]}: {100 * value:.1f} %" for name, value in found["chances"].items() if name in scores)
     blocks: list[Block] = [
         Paragraph(
             f"Linear probes on frozen hidden states, per cent on the test sets of {corpora}; at most "

@@ -82,6 +82,8 @@ def find_sources(folders: list[Path], seeds: int) -> list[Source]:
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         by_update: dict[int, Source] = {}
         for path in [*run.glob("encoder@*"), run / "encoder"]:
+            if not path.name.removeprefix("encoder@").isdecimal() and path.name != "encoder":
+                continue  # one that is being written, or taken the place of
             if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
                 facts = read_json(path / CONFIG_FILE).get("training") or {}
                 one = _source(path, name, facts)

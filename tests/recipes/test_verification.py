@@ -153,6 +153,11 @@ def test_a_run_goes_on_from_its_last_epoch_and_can_be_tested_again(
     assert again == unbroken and again_log == resumed_log
 
 
+def test_a_corpus_may_have_moved_before_a_run_goes_on(train):
+    places = {"data_folder": "/old", "extra_folders": ["/old/VoxCeleb2"]}
+    assert train.VerificationBrain.settings_of({**places, "train_speakers": 20}) == {"train_speakers": 20}
+
+
 def test_each_file_of_several_lists_is_embedded_once(train, small_yamls, voxceleb, tmp_path, monkeypatch):
     lines = (voxceleb / "meta" / "veri_test.txt").read_text().splitlines()
     short = tmp_path / "easy.txt"

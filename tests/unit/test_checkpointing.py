@@ -1,5 +1,7 @@
 """A checkpoint is whole or not there."""
 
+import time
+
 import pytest
 import torch
 
@@ -157,6 +159,18 @@ def test_a_later_save_looks_no_longer_for_what_to_delete_than_the_second(start, 
         checkpointer.save_and_keep_only(meta={"step": step, "loss": 1.0}, min_keys=["loss"], end_of_epoch=False)
         each.append(len(looked) - before)
     assert len(set(each[1:])) == 1, each
+
+
+def test_the_newest_is_the_one_saved_last_whatever_the_clock_says(start, monkeypatch):
+    """A run goes on on a machine whose clock is two hours behind."""
+    checkpointer, _, _ = start()
+    now = [1e9 + 7200.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    for step in range(6):
+        now[0] = 1e9 + step if step > 2 else now[0] + 1
+        checkpointer.save_and_keep_only(meta={"step": step}, name=f"step{step}", num_to_keep=1)
+        assert checkpointer.find_checkpoint().meta["step"] == step
+    assert names(checkpointer) == ["CKPT+step5"]
 
 
 def test_best_and_last_are_kept_and_the_rest_deleted(start):

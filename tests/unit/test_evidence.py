@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import statistics
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.evidence import alignment, evidence, measures
 from speechbrain_bestrq.evidence.alignment import Aligner, spread
 from speechbrain_bestrq.evidence.evidence import gather
-from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts, part_means
+from speechbrain_bestrq.evidence.hidden import PARTS, encode_frames, encode_parts, part_means
 from speechbrain_bestrq.evidence.linear import Examples, effective_rank, linear_probe, within_class_whitening
 from speechbrain_bestrq.evidence.measures import CORPORA, MEASURES
 from speechbrain_bestrq.evidence.report import best_score, write_evidence
@@ -357,6 +358,9 @@ def test_of_a_reproduction_what_was_moved_aside_or_has_no_encoder_yet_is_passed_
     (reproduction / "plan.json").write_text("{}")
     for name in ("bestrq", "bestrq.before1"):
         (reproduction / "pretraining" / name).symlink_to(run)
+    for name in ("encoder@5.writing", "encoder@10.replaced"):  # of a run that is saving
+        shutil.copytree(run / "encoder@5", run / name)
+    assert {one.name for one in find_sources([run], 0)} == {"fbank", f"{run}/encoder@5", f"{run}/encoder"}
     assert {one.run for one in find_sources([reproduction], 0)} == {"fbank", "BEST-RQ"}
 
 
@@ -376,6 +380,7 @@ def corpora(tmp_path_factory):
 @pytest.mark.slow
 def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch):
     monkeypatch.setattr(alignment, "EPOCHS", 2)
+    monkeypatch.setattr(measures, "FEW_SPEAKERS", 3)
     words = ["report", "--evidence", str(run), "--untrained", "1", "--hours", "0.02"]
     words += [word for name, folder in corpora.items() for word in (f"--{name}", str(folder))]
     assert cli.main(words) == 0
@@ -449,6 +454,45 @@ def test_few_labels_of_speakers_and_emotions_are_draws_whose_mean_counts(corpora
     assert len(counts) == folds * (measures.DRAWS + 1) and min(map(sum, counts[-folds:])) > 8
     assert found.keys() == {"emotions_few", "emotions", "emotions_of_states"}
     assert found["emotions_of_states"] == [found["emotions"][0]]  # of filter banks, which are one state
+
+
+def of_rows(corpus, rows, monkeypatch, hours=0.5):
+    """A corpus whose training set these are."""
+    monkeypatch.setattr(measures, "read_manifest", lambda _: rows)
+    made = CORPORA[corpus].__new__(CORPORA[corpus])
+    made.hours, made.manifests = hours, {name: None for name in ("train", "valid", "test")}
+    return made
+
+
+def test_speakers_to_whiten_by_have_several_utterances_each_however_many_there_are(monkeypatch):
+    rows = {f"{n}": {"spk_id": f"s{n % 1000}", "duration": 5 + n % 7} for n in range(20_000)}
+    drawn = of_rows("voxceleb", rows, monkeypatch)._trained_on()
+    counts = Counter(row["spk_id"] for row in drawn.values())
+    assert set(counts.values()) == {measures.UTTERANCES_OF_SPEAKER}
+    seconds = sum(row["duration"] for row in drawn.values())
+    assert 1800 - 10 * 12 < seconds <= 1800
+    # of one utterance each, nothing varies within speakers
+    alone = {name: {**row, "spk_id": name} for name, row in list(rows.items())[:100]}
+    assert len(of_rows("voxceleb", alone, monkeypatch)._trained_on()) == 100
+
+
+def test_few_examples_of_a_class_are_drawn_of_all_labels(monkeypatch):
+    """Of half an hour spread over speakers, rare classes have fewer."""
+    rows = {f"{n}": {"scenario": "rare" if n % 100 == 0 else "common", "duration": 3.0} for n in range(5000)}
+    corpus = of_rows("slurp", rows, monkeypatch)
+    assert Counter(row["scenario"] for row in corpus.rows("train").values())["rare"] < 20
+    parts = {name: torch.zeros(1, PARTS, 2) for name in rows}
+    monkeypatch.setattr(measures, "encode_parts", lambda encoder, wanted, *_: {name: parts[name] for name in wanted})
+    counts = []
+
+    def probe(train, *_):
+        counts.append(torch.bincount(train.classes, minlength=2).tolist())
+        return measures.Score(0.0, 0.0)
+
+    monkeypatch.setattr(measures, "linear_probe", probe)
+    corpus.measure(TaskEncoder("fbank"), CPU)
+    assert counts[: 2 * measures.DRAWS] == measures.DRAWS * [[5, 5]] + measures.DRAWS * [[20, 20]]
+    assert sum(counts[-1]) == 600  # half an hour
 
 
 def test_corpora_that_are_not_given_are_left_out(run, corpora, tmp_path):

@@ -28,7 +28,7 @@ EVALUATION = """\
 C-E2:\tNeutral;\t()
 C-E3:\tNeutral;\t()
 C-E4:\tNeutral;\t()
-C-F1:\tNeutral;\t(curious)
+C-F1:\tNeutral;\t(curious\x85[hm])
 A-E3:\tval 3; act 2; dom  2;\t()
 A-E4:\tval 2; act 3; dom  3;\t(annoyed but polite, [not sure] about\tthis one)
 A-F1:\tval 3; act 2; dom  1;\t()
@@ -66,7 +66,7 @@ def write_dialog(root, dialog, content):
     path = session / "dialog" / "EmoEvaluation" / f"{dialog}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode("latin-1"))
-    for line in content.splitlines():
+    for line in content.split("\n"):
         if line.startswith("["):
             write_audio(session / "sentences" / "wav" / dialog / f"{line.split()[3]}.wav")
 

@@ -252,6 +252,14 @@ def test_what_is_trained_needs_an_optimizer(folder, tmp_path):
         LoudnessBrain(modules, optimizers, {"device": "cpu"})
 
 
+@pytest.mark.parametrize("annealing", [NewBobScheduler(2e-4), LinearScheduler(2e-4, 1e-5, 4)])
+def test_a_rate_that_would_hold_for_one_epoch_is_refused(folder, tmp_path, annealing):
+    with pytest.raises(InputError, match="0.01 in head_optimizer and 0.0002 in head_annealing, .* give both the same"):
+        make_brain(tmp_path / "run", folder, head_annealing=annealing)
+    same = partial(torch.optim.Adam, lr=2e-4)
+    make_brain(tmp_path / "run", folder, head_annealing=annealing, head_optimizer=same)
+
+
 def logged(output):
     """The lines of a run's log without their clock."""
     return [re.sub(r"train_seconds: \S+", "", line) for line in (output / "train_log.txt").read_text().splitlines()]

@@ -71,7 +71,10 @@ class VerificationBrain(TaskBrain):
     """
 
     metric = "eer"
-    free_settings = TaskBrain.free_settings | {"trials", "cohort_utterances", "cohort_top", "cohort_seed"}
+    # extra_folders are places, as data_folder: whom and what a run is trained on is compared by itself
+    free_settings = TaskBrain.free_settings | {
+        *("trials", "extra_folders", "cohort_utterances", "cohort_top", "cohort_seed")
+    }
 
     def __init__(self, *arguments: Any, trials: dict[sb.Stage, list], **options: Any):
         super().__init__(*arguments, **options)
