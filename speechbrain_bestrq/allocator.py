@@ -14,7 +14,8 @@ def keep_freed_memory() -> bool:
     By its own rules glibc returns the largest blocks to the system as soon as they are freed, and the system maps and
     clears every page of them anew for the next step: 500 MB an update of ``wav2vec2_small.yaml``, a fifth of its time
     (``benchmarks/freed_memory.py``; ``bestrq_small.yaml`` has none so large). The process holds on to its peak instead.
-    That is so for the whole process, its other threads too: it is for a program's first lines, not for a library's.
+    That is so for the whole process, in other threads of blocks up to 64 MB: it is for a program's first lines, not for
+    a library's.
 
     Returns
     -------

@@ -131,7 +131,9 @@ class AtomicCheckpointer(Checkpointer):
 
         A machine whose clock is behind that of the one before would delete what it has just saved.
         """
-        newest = max((one.meta["unixtime"] for one in self.list_checkpoints()), default=-math.inf)
+        whole = [folder for folder in super()._list_checkpoint_dirs() if self._is_whole(folder)]
+        times = [checkpoint.meta["unixtime"] for checkpoint in self._construct_checkpoint_objects(whole)]
+        newest = max(times, default=-math.inf)
         return {"unixtime": max(time.time(), newest + 1)}
 
     def _write(self, folder: Path, meta: dict[str, Any], end_of_epoch: bool) -> Checkpoint:

@@ -107,7 +107,7 @@ def cache_audio(
     folder : str or Path
         Where to; it is made if need be.
     threads : int, optional
-        That decode at the same time; as many as there are processors if left out.
+        That decode at the same time; as many as this process may use cores, 16 at most, if left out.
     max_unreadable : int
         Up to so many files may be damaged: a warning names them, and :meth:`PcmCache.read` refuses their utterances.
 
@@ -264,10 +264,11 @@ def _digest(table: AudioTable) -> str:
     digest = hashlib.sha256(json.dumps([1, table.sample_rate]).encode())
     digest.update(table.lengths.tobytes())
     if table.starts.any():  # files of whole recordings that were made before there were parts of them stay of use
-        digest.update(b"2")  # before, parts of MP3 could begin with wrong samples
         digest.update(table.starts.tobytes())
     for index in range(len(table)):
         path = table.path(index)
         status = stat_audio(path)
+        if table.starts[index] and path.lower().endswith(".mp3"):
+            digest.update(b"primed")  # before, parts could begin with wrong samples
         digest.update(json.dumps([path, status.st_size, status.st_mtime_ns]).encode())
     return digest.hexdigest()[:16]

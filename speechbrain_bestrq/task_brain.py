@@ -1,12 +1,13 @@
 """What the downstream tasks share: encoder, mix and head, each with its own optimiser, their cost, their records."""
 
 import hashlib
+import inspect
 import json
 import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ class TaskBrain(sb.Brain):
         encoder: TaskEncoder = hparams["speech_encoder"]
         progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
         settings = cls.settings_of(hparams), cls.composed_settings_of(hparams)
-        _check_progress(progress, newest.path, *settings, encoder.identity(), encoder.source)
+        _check_progress(progress, newest.path, *settings, encoder.identity(), encoder.source, cls.free_settings)
 
     # ---------------------------------------------------------------- computing
 
@@ -459,7 +460,9 @@ class TaskBrain(sb.Brain):
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         progress = json.loads(Path(path).read_text(encoding="utf-8"))
         settings = self.settings, self.composed_settings
-        _check_progress(progress, Path(path).parent, *settings, self._begun_with, self.encoder.source)
+        _check_progress(
+            progress, Path(path).parent, *settings, self._begun_with, self.encoder.source, self.free_settings
+        )
         if self._trains_on is not None and progress["trains_on"] != self._trains_on:
             raise InputError(
                 f"the checkpoint in {Path(path).parent} was trained on other utterances or labels: give another "
@@ -590,14 +593,18 @@ def _check_progress(
     composed_settings: dict[str, Any],
     encoder: dict[str, str],
     source: str,
+    free: Set[str],
 ) -> None:
-    """Refuse a checkpoint of other settings or another encoder."""
+    """Refuse a checkpoint of other settings, but for the free ones, or of another encoder."""
     advice = "give another --output_folder, or that"
     if any(progress.get(name, value) != value for name, value in encoder.items()):  # older ones tell the weights alone
         raise InputError(f"the checkpoint in {folder} was trained on another encoder than {source}: {advice} encoder.")
     # a switch that the run's version did not have yet was off; what its version did not keep at all is not compared
     composed = progress.get("composed_settings", composed_settings)
-    for before, now, missing in ((progress["settings"], settings, False), (composed, composed_settings, None)):
+    # nor is what was no setting by itself then: where it goes into, as the rate of an optimiser, it is
+    plain = {name: value for name, value in progress["settings"].items() if name not in free}
+    settings = {name: value for name, value in settings.items() if name in plain or isinstance(value, bool)}
+    for before, now, missing in ((plain, settings, False), (composed, composed_settings, None)):
         for name in sorted(before.keys() | now.keys()):
             there, here = before.get(name, missing if name in now else None), now.get(name)
             if there != here:
@@ -628,12 +635,25 @@ def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Paramet
 
 def _check_first_rate(part: str, optimizer: Any, annealing: Any) -> None:
     """Refuse a rate that would hold for one epoch, for annealing goes on from its own."""
-    rate = getattr(optimizer, "keywords", {}).get("lr")  # !name: makes a partial
-    if annealing is None or rate is None:
-        return
-    first = annealing.hyperparam_value if isinstance(annealing, NewBobScheduler) else annealing(1)[0]
-    if not math.isclose(rate, first, rel_tol=1e-4):
+    rate, first = _rate(optimizer), _first_rate(annealing)
+    if rate is not None and first is not None and not math.isclose(rate, first, rel_tol=1e-4):
         raise InputError(
             f"the {part}'s learning rate is {rate:g} in {part}_optimizer and {first:g} in {part}_annealing, which "
             "would set it after an epoch: give both the same."
         )
+
+
+def _rate(optimizer: Any) -> float | None:
+    """What a constructor, bare or with arguments as ``!name:`` makes it, is going to give; None if it does not tell."""
+    given = getattr(optimizer, "keywords", {})
+    known = inspect.signature(getattr(optimizer, "func", optimizer)).parameters
+    rate = given.get("lr", known["lr"].default if "lr" in known else None)
+    return float(rate) if isinstance(rate, int | float) else None
+
+
+def _first_rate(annealing: Any) -> float | None:
+    """Of SpeechBrain's schedules that are for epochs; None of others."""
+    if isinstance(annealing, NewBobScheduler):
+        return annealing.hyperparam_value
+    epochs = getattr(annealing, "value_at_epoch", None)
+    return epochs[0] if epochs else getattr(annealing, "initial_value", None)

@@ -25,7 +25,12 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     evidence.add_argument("--evidence", action="store_true", help="probe the encoders along the pre-trainings")
     for corpus in _CORPORA:
         evidence.add_argument(f"--{corpus}", type=Path, metavar="FOLDER", help="the corpus, as its recipe takes it")
-    evidence.add_argument("--hours", type=float, default=0.5, help="of a training or test set, at most (0.5)")
+    evidence.add_argument(
+        "--hours",
+        type=float,
+        default=0.5,
+        help="of a training or test set, at most (0.5); few examples of intents are drawn of all",
+    )
     evidence.add_argument("--untrained", type=int, default=2, metavar="COUNT", help="encoders without training (2)")
     evidence.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(RUN/evidence, of the first)")
 

@@ -43,7 +43,8 @@ def gather(
     -------
     dict
         "corpora": their true names; "chances": of measures; "sources": of each its facts and
-        "measures", a list of [valid, test] for each hidden state; "hours" and "provenance".
+        "measures", a list of [valid, test] for each hidden state; "hours", "version" (of what measures
+        mean) and "provenance".
     """
     corpora = {
         name: CORPORA[name](folder, output_folder / "data" / name, hours, device) for name, folder in folders.items()
@@ -68,6 +69,7 @@ def gather(
         "corpora": {name: corpus.name for name, corpus in corpora.items()},
         "chances": {key: value for corpus in corpora.values() for key, value in corpus.chances().items()},
         "hours": hours,
+        "version": VERSION,
         "sources": records,
         "provenance": {"device": device_name(device), "commit": commit(), "versions": package_versions()},
     }

@@ -38,12 +38,15 @@ SAMPLE_RATE = 16000
 DRAWS = 5
 #: Examples of each class, where labels are few.
 FEW_EXAMPLES = (5, 20)
+#: Examples of each class that the draws are of: more would take their time to be encoded.
+POOL_EXAMPLES = 40
 #: Examples of each emotion, where labels are few: that of which the trained heads learn, too.
 FEW_TURNS = 20
 #: Speakers to train on, where labels are few.
 FEW_SPEAKERS = 20
-#: Utterances of a speaker at most: of one alone nothing is seen of what varies within speakers.
-UTTERANCES_OF_SPEAKER = 10
+#: Utterances of a speaker at most: of one alone nothing is seen of what varies within speakers; of many, the hours hold
+#: few speakers.
+UTTERANCES_OF_SPEAKER = 5
 #: Hours of aligned speech, where labels are few.
 FEW_HOURS = 0.05
 #: Hours of transcribed speech that the aligner is trained on, at most.
@@ -124,7 +127,7 @@ class Corpus(ABC):
         Where manifests and alignments are kept.
     hours : float
         Most of the training, the validation and the test set that is used; sets are taken whole where
-        trials name their utterances, or each speaker is left out in turn.
+        trials name their utterances, or each speaker is left out in turn. Few examples of intents are drawn of all.
     device : torch.device
     """
 
@@ -228,8 +231,9 @@ class Intents(Corpus):
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
         """Accuracy of linear probes with few labels and with all of the hours that are used."""
         sets, labels = self._sets()
-        every = read_manifest(self.manifests["train"])  # of which the hours may lack rare classes
-        draws = {f"intents_{count}": [take_examples(every, self.column, count, seed) for seed in range(DRAWS)]
+        # of all labels: the hours may have too few of a rare class
+        pool = take_examples(read_manifest(self.manifests["train"]), self.column, POOL_EXAMPLES)
+        draws = {f"intents_{count}": [take_examples(pool, self.column, count, seed) for seed in range(1, DRAWS + 1)]
                  for count in FEW_EXAMPLES}  # fmt: skip
         draws["intents_all"] = [sets["train"]]
         heard = {name: row for several in draws.values() for drawn in several for name, row in drawn.items()}

@@ -27,7 +27,7 @@ from speechbrain_bestrq.evidence.measures import CORPORA, MEASURES
 from speechbrain_bestrq.evidence.report import best_score, write_evidence
 from speechbrain_bestrq.evidence.sources import Source, find_sources
 from speechbrain_bestrq.metrics import equal_error_rate
-from speechbrain_bestrq.task_data import take_classes
+from speechbrain_bestrq.task_data import take_classes, take_examples
 from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.verification import SpeakerEmbeddings
 
@@ -292,12 +292,15 @@ def test_a_score_of_no_single_state_is_in_no_table_of_states(tmp_path):
         "sources": [record("BEST-RQ", None, 400, emotions=0.7, intents_5=0.4)],
         "corpora": {},
         "hours": 0.5,
-        "chances": {},
+        "version": 5,
+        "chances": {"emotions": 0.4, "speakers_whitened_few": 0.5},
         "provenance": {"versions": {}, "device": "cpu", "commit": None},
     }
     files = write_evidence(found, tmp_path)
     text = files["markdown"].read_text()
     assert "## By hidden state: intents, 5 examples a class" in text and "## By hidden state: emotions" not in text
+    assert "few examples of intents are drawn of all" in text
+    assert "all labels: 40.0 %" in text and "whitened" not in text  # which was not measured
     with open(files["csv"], newline="") as file:
         assert {row["measure"]: row["state"] for row in csv.DictReader(file)} == {"emotions": "", "intents_5": "0"}
 
@@ -427,6 +430,7 @@ def test_few_labels_of_speakers_and_emotions_are_draws_whose_mean_counts(corpora
         name: one[0].mean(0) for rows in (train, test) for name, one in encode_parts(encoder, rows, 16000, CPU).items()
     }
     rates = []
+    train = take_examples(train, "spk_id", measures.UTTERANCES_OF_SPEAKER)
     for drawn in (train, *(take_classes(train, "spk_id", 3, seed) for seed in range(measures.DRAWS))):
         speakers = [row["spk_id"] for row in drawn.values()]
         vectors = torch.stack([means[name] for name in drawn])
@@ -468,12 +472,22 @@ def test_speakers_to_whiten_by_have_several_utterances_each_however_many_there_a
     rows = {f"{n}": {"spk_id": f"s{n % 1000}", "duration": 5 + n % 7} for n in range(20_000)}
     drawn = of_rows("voxceleb", rows, monkeypatch)._trained_on()
     counts = Counter(row["spk_id"] for row in drawn.values())
-    assert set(counts.values()) == {measures.UTTERANCES_OF_SPEAKER}
+    assert set(counts.values()) == {measures.UTTERANCES_OF_SPEAKER} and len(counts) > 2 * measures.FEW_SPEAKERS
     seconds = sum(row["duration"] for row in drawn.values())
-    assert 1800 - 10 * 12 < seconds <= 1800
-    # of one utterance each, nothing varies within speakers
-    alone = {name: {**row, "spk_id": name} for name, row in list(rows.items())[:100]}
-    assert len(of_rows("voxceleb", alone, monkeypatch)._trained_on()) == 100
+    assert 1800 - 5 * 12 < seconds <= 1800
+
+
+def test_of_one_utterance_each_no_whitening_is_measured(corpora, tmp_path, monkeypatch):
+    corpus = CORPORA["voxceleb"](corpora["voxceleb"], tmp_path, 0.5, CPU)
+    encoder = TaskEncoder("fbank").eval()
+    trained_on = corpus._trained_on()
+    alone = {row["spk_id"]: name for name, row in trained_on.items()}.values()
+    for rows, measured in (
+        (trained_on, {"speakers", "speakers_whitened"}),
+        ({name: trained_on[name] for name in alone}, {"speakers"}),
+    ):
+        monkeypatch.setattr(corpus, "_trained_on", lambda rows=rows: rows)
+        assert corpus.measure(encoder, CPU).keys() == measured  # not within 20 speakers, of whom there are fewer
 
 
 def test_few_examples_of_a_class_are_drawn_of_all_labels(monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import speechbrain as sb
 import torch
-from speechbrain.nnet.schedulers import LinearScheduler, NewBobScheduler
+from speechbrain.nnet.schedulers import LinearScheduler, NewBobScheduler, StepScheduler
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.run_opts import RunOptions
 from speechbrain.utils.train_logger import FileTrainLogger
@@ -258,6 +258,22 @@ def test_a_rate_that_would_hold_for_one_epoch_is_refused(folder, tmp_path, annea
         make_brain(tmp_path / "run", folder, head_annealing=annealing)
     same = partial(torch.optim.Adam, lr=2e-4)
     make_brain(tmp_path / "run", folder, head_annealing=annealing, head_optimizer=same)
+    with pytest.raises(InputError, match="0.001 in head_optimizer and 0.0002 in head_annealing"):
+        make_brain(tmp_path / "run", folder, head_annealing=annealing, head_optimizer=torch.optim.Adam)
+
+
+@pytest.mark.parametrize("annealing", [StepScheduler(1e-2, half_life=3), LinearScheduler(1e-2, 1e-3, 0), None])
+def test_schedules_that_begin_with_the_rate_or_tell_none_are_not_refused(folder, tmp_path, annealing):
+    make_brain(tmp_path / "run", folder, head_annealing=annealing)
+
+
+def test_a_run_of_before_a_setting_got_a_name_or_was_set_free_goes_on(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder, epochs=1)
+    brain.settings["num_workers"] = 7  # free today
+    fit(brain, rows)
+    with pytest.raises(InputError, match="was trained with new_switch False, not True"):
+        fit(make_brain(tmp_path / "run", folder, epochs=2, new_switch=True), rows)
+    fit(make_brain(tmp_path / "run", folder, epochs=2, new_rate=0.1, new_switch=False), rows)
 
 
 def logged(output):
@@ -638,8 +654,8 @@ def test_filter_banks_are_a_source_like_any_other(rows, tmp_path):
 
 def test_a_switch_that_an_older_run_did_not_have_was_off():
     progress = {"encoder": "e", "settings": {"seed": 1}}
-    _check_progress(progress, "save", {"seed": 1, "utterance_norm": False}, {}, {"encoder": "e"}, "source")
+    _check_progress(progress, "save", {"seed": 1, "utterance_norm": False}, {}, {"encoder": "e"}, "source", set())
     with pytest.raises(InputError, match="trained with utterance_norm False, not True"):
-        _check_progress(progress, "save", {"seed": 1, "utterance_norm": True}, {}, {"encoder": "e"}, "source")
+        _check_progress(progress, "save", {"seed": 1, "utterance_norm": True}, {}, {"encoder": "e"}, "source", set())
     with pytest.raises(InputError, match="trained with seed 1, not None"):
-        _check_progress(progress, "save", {}, {}, {"encoder": "e"}, "source")
+        _check_progress(progress, "save", {}, {}, {"encoder": "e"}, "source", set())
