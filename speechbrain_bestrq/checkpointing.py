@@ -108,8 +108,9 @@ class AtomicCheckpointer(Checkpointer):
             folder = self._unfinished(
                 super()._new_checkpoint_dirpath() if name is None else super()._custom_checkpoint_dirpath(name)
             )
+            meta = self._clock() | (meta or {})
             try:
-                checkpoint = self._publish(self._write(folder, {**self._clock(), **(meta or {})}, end_of_epoch))
+                checkpoint = self._publish(self._write(folder, meta, end_of_epoch))
             except (OSError, RuntimeError) as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 failure = self._disk_failure(error)

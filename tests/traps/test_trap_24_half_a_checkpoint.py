@@ -13,8 +13,8 @@ class Killed(BaseException):
 def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path):
     """Trap: the meta file is written first, and half a checkpoint passes for a whole one.
 
-    Mutation: in checkpointing.py, AtomicCheckpointer.save_checkpoint, ``self._publish(self._write(folder, meta or {},
-    end_of_epoch))`` -> ``self._write(folder.with_name(folder.name.removeprefix("UNFINISHED+")), meta or {},
+    Mutation: in checkpointing.py, AtomicCheckpointer.save_checkpoint, ``self._publish(self._write(folder, meta,
+    end_of_epoch))`` -> ``self._write(folder.with_name(folder.name.removeprefix("UNFINISHED+")), meta,
     end_of_epoch)``.
     """
     model = torch.nn.Linear(2, 2)
