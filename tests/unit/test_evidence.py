@@ -384,7 +384,7 @@ def corpora(tmp_path_factory):
 def test_the_command_measures_everything_once(run, corpora, capsys, monkeypatch):
     monkeypatch.setattr(alignment, "EPOCHS", 2)
     monkeypatch.setattr(measures, "FEW_SPEAKERS", 3)
-    words = ["report", "--evidence", str(run), "--untrained", "1", "--hours", "0.02"]
+    words = ["report", "--evidence", str(run), "--untrained", "1", "--hours", "0.06"]
     words += [word for name, folder in corpora.items() for word in (f"--{name}", str(folder))]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
