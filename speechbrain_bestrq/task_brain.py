@@ -77,7 +77,7 @@ class TaskBrain(sb.Brain):
     Raises
     ------
     InputError
-        If there is nothing to train something with, or an optimiser and its annealing begin with other rates.
+        If there is nothing to train something with.
     """
 
     #: Of the validation: the lower the better.
@@ -104,7 +104,6 @@ class TaskBrain(sb.Brain):
         for part in self.parts:
             if f"{part}_optimizer" not in hparams:
                 raise InputError(f"{part}_optimizer is missing from the YAML, but the {part} is to be trained: add it.")
-            _check_first_rate(part, hparams[f"{part}_optimizer"], hparams.get(f"{part}_annealing"))
         super().__init__(modules, None, hparams, run_opts, checkpointer)
         self.requests = Requests()  # heeds signals within fit only
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -179,7 +178,8 @@ class TaskBrain(sb.Brain):
         Raises
         ------
         InputError
-            Naming what differs, or an option that the task's optimisers do not heed.
+            Naming what differs, or an option that the task's optimisers do not heed; or if an optimiser of a run that
+            begins and its annealing begin with other rates.
         """
         if hparams.get(GOVERNING, {}).get("remove_vector_weight_decay"):
             raise InputError(
@@ -189,6 +189,8 @@ class TaskBrain(sb.Brain):
         if newest is None:
             if hparams["test_only"]:
                 raise InputError(NOTHING_TRAINED.format(checkpointer.checkpoints_dir))
+            for part in ("encoder", "mix", "head"):  # of a run that began so nothing can be changed any more
+                _check_first_rate(part, hparams.get(f"{part}_optimizer"), hparams.get(f"{part}_annealing"))
             return
         encoder: TaskEncoder = hparams["speech_encoder"]
         progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
@@ -635,6 +637,8 @@ def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Paramet
 
 def _check_first_rate(part: str, optimizer: Any, annealing: Any) -> None:
     """Refuse a rate that would hold for one epoch, for annealing goes on from its own."""
+    if optimizer is None or annealing is None:
+        return
     rate, first = _rate(optimizer), _first_rate(annealing)
     if rate is not None and first is not None and not math.isclose(rate, first, rel_tol=1e-4):
         raise InputError(

@@ -252,19 +252,25 @@ def test_what_is_trained_needs_an_optimizer(folder, tmp_path):
         LoudnessBrain(modules, optimizers, {"device": "cpu"})
 
 
+def check_rates(folder, annealing, optimizer):
+    """Begin a run with these for its head."""
+    hparams = {"test_only": False, "head_annealing": annealing, "head_optimizer": optimizer}
+    LoudnessBrain.check_run(AtomicCheckpointer(checkpoints_dir=folder), hparams)
+
+
 @pytest.mark.parametrize("annealing", [NewBobScheduler(2e-4), LinearScheduler(2e-4, 1e-5, 4)])
-def test_a_rate_that_would_hold_for_one_epoch_is_refused(folder, tmp_path, annealing):
+def test_a_rate_that_would_hold_for_one_epoch_is_refused_before_any_work(tmp_path, annealing):
+    adam = torch.optim.Adam
     with pytest.raises(InputError, match="0.01 in head_optimizer and 0.0002 in head_annealing, .* give both the same"):
-        make_brain(tmp_path / "run", folder, head_annealing=annealing)
-    same = partial(torch.optim.Adam, lr=2e-4)
-    make_brain(tmp_path / "run", folder, head_annealing=annealing, head_optimizer=same)
+        check_rates(tmp_path, annealing, partial(adam, lr=1e-2))
     with pytest.raises(InputError, match="0.001 in head_optimizer and 0.0002 in head_annealing"):
-        make_brain(tmp_path / "run", folder, head_annealing=annealing, head_optimizer=torch.optim.Adam)
+        check_rates(tmp_path, annealing, adam)
+    check_rates(tmp_path, annealing, partial(adam, lr=2e-4))
 
 
 @pytest.mark.parametrize("annealing", [StepScheduler(1e-2, half_life=3), LinearScheduler(1e-2, 1e-3, 0), None])
-def test_schedules_that_begin_with_the_rate_or_tell_none_are_not_refused(folder, tmp_path, annealing):
-    make_brain(tmp_path / "run", folder, head_annealing=annealing)
+def test_schedules_that_begin_with_the_rate_or_tell_none_are_not_refused(tmp_path, annealing):
+    check_rates(tmp_path, annealing, partial(torch.optim.Adam, lr=1e-2))
 
 
 def test_a_run_of_before_a_setting_got_a_name_or_was_set_free_goes_on(rows, folder, tmp_path):
