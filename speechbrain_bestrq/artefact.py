@@ -277,3 +277,30 @@ def _check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[i
             else:
                 problem = f"{name!r:.80} is {found[name]} and should be {expected[name]}"
             raise InputError(f"{path} does not fit {CONFIG_FILE}: {problem}; copy the folder again.")
+
+
+def encoders_at_steps(folder: str | os.PathLike) -> dict[int, Path]:
+    """Find the encoders that a pre-training has left of some of its updates, ``encoder@<step>``.
+
+    What is being written, or has been taken the place of, is passed over.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The pre-training's output folder.
+
+    Returns
+    -------
+    dict
+        Folders by their update.
+
+    Example
+    -------
+    >>> run = getfixture("tmp_path")
+    >>> for name in ("encoder", "encoder@40", "encoder@80.writing"):
+    ...     (run / name).mkdir()
+    >>> [path.name for path in encoders_at_steps(run).values()]
+    ['encoder@40']
+    """
+    steps = {path.name.removeprefix("encoder@"): path for path in Path(folder).glob("encoder@*")}
+    return {int(step): path for step, path in steps.items() if step.isdecimal() and path.is_dir()}

@@ -132,8 +132,8 @@ class AtomicCheckpointer(Checkpointer):
 
         A machine whose clock is behind that of the one before would delete what it has just saved.
         """
-        whole = [folder for folder in super()._list_checkpoint_dirs() if self._is_whole(folder)]
-        times = [checkpoint.meta["unixtime"] for checkpoint in self._construct_checkpoint_objects(whole)]
+        checkpoints = self._construct_checkpoint_objects(self._whole(super()._list_checkpoint_dirs()))
+        times = [checkpoint.meta["unixtime"] for checkpoint in checkpoints]
         newest = max(times, default=-math.inf)
         return {"unixtime": max(time.time(), newest + 1)}
 
@@ -187,13 +187,16 @@ class AtomicCheckpointer(Checkpointer):
     def _list_checkpoint_dirs(self) -> list[Path]:
         """The folders that the Checkpointer looks into: those that are whole."""
         folders = super()._list_checkpoint_dirs()
-        whole = [folder for folder in folders if self._is_whole(folder)]
+        whole = self._whole(folders)
         if folders and not whole:
             raise InputError(
                 f"none of the {len(folders)} checkpoints in {self.checkpoints_dir} is whole: delete them to start at "
                 "the beginning."
             )
         return whole
+
+    def _whole(self, folders: Sequence[Path]) -> list[Path]:
+        return [folder for folder in folders if self._is_whole(folder)]
 
     def _is_whole(self, folder: Path) -> bool:
         """Whether the files are those that were written; looked at once."""

@@ -37,6 +37,7 @@ from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.hidden_states import FORMATS, HiddenStatesFile, file_header, is_whole
 from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.machine import usable_cores
 from speechbrain_bestrq.sources import find_encoder
 from speechbrain_bestrq.windows import WINDOW_SECONDS, Window, plan_batches, plan_windows, samples_per_frame
 from speechbrain_bestrq.writing import write_text
@@ -52,7 +53,7 @@ MOST_NAMED = 10
 #: Seconds between two lines about the progress, where there is no terminal to draw a bar on.
 PROGRESS_INTERVAL = 30.0
 
-_READERS = min(8, os.cpu_count() or 1)
+_READERS = min(8, usable_cores())
 
 
 # ---------------------------------------------------------------- what was there

@@ -132,9 +132,8 @@ def cache_audio(
     array([-2,  3], dtype=int16)
     """
     made: list[Path] = []
-    run_on_main(
-        lambda: made.append(_make(table, Path(folder), threads or min(usable_cores(), _MOST_THREADS), max_unreadable))
-    )
+    threads = threads or min(usable_cores(), _MOST_THREADS)
+    run_on_main(lambda: made.append(_make(table, Path(folder), threads, max_unreadable)))
     cache = PcmCache(ddp_broadcast(made and made[0], src=0), table.lengths)
     _check_damaged(table, cache.damaged, max_unreadable)
     return cache

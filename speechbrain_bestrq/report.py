@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
+from speechbrain_bestrq.artefact import encoders_at_steps
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.run_log import (
     LOG_FILE,
@@ -79,11 +80,7 @@ def summarise(log: RunLog) -> dict[str, Any]:
     audio_hours, device_hours = last_number(both, "audio_hours"), last_number(both, "device_hours")
     memory = [value for row in log.train if (value := number(row, "peak_memory_gb")) is not None]
     scored = [row for row in log.valid if number(row, "loss") is not None]
-    at_steps = {}
-    for folder in log.folder.glob("encoder@*"):
-        step = folder.name.removeprefix("encoder@")
-        if step.isdecimal() and folder.is_dir():
-            at_steps[int(step)] = str(folder)
+    at_steps = {step: str(folder) for step, folder in encoders_at_steps(log.folder).items()}
     encoder = log.folder / "encoder"
     return {
         "run": str(log.folder),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.machine import usable_cores
 
 AUDIO_EXTENSIONS = ("wav", "flac", "ogg", "opus", "mp3")
 
@@ -48,7 +49,7 @@ class AudioRules:
     @property
     def threads(self) -> int:
         """The number of threads that are used."""
-        return self.workers or min(16, os.cpu_count() or 1)
+        return self.workers or min(16, usable_cores())
 
 
 def resolve_folder(folder: str | os.PathLike, key: str, remedy: str) -> Path:

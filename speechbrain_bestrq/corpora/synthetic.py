@@ -21,6 +21,7 @@ from speechbrain_bestrq.corpora._rooms import SAMPLE_RATE, record
 from speechbrain_bestrq.corpora._voices import make_request
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.machine import usable_cores
 from speechbrain_bestrq.writing import replacing, write_text
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def make_synthetic(
     asked = {"layout": layout, "hours": float(hours), "speakers": count, "seed": seed, "format": FORMAT}
     folder = absolute_path(output_folder)
     try:
-        return _make(folder, kind, count, asked, workers or os.cpu_count() or 1)
+        return _make(folder, kind, count, asked, workers or usable_cores())
     except (OSError, soundfile.SoundFileError) as error:
         raise InputError(
             f"output_folder '{folder}' cannot be written to ({error}): mend that; the same command goes on from there."

@@ -135,11 +135,11 @@ def encode_frames(
         mean = (hidden * mask).sum(2, keepdim=True) / counts
         variance = ((hidden - mean) * mask).square().sum(2, keepdim=True) / counts
         normal = (hidden - mean) * (variance + 1e-8).rsqrt()
-        utterances, places = [], []
+        utterances, places, sizes = [], [], lengths.tolist()  # one wait for the device
         for number, name in enumerate(names):
             seconds, label = times[name]
-            rate = lengths[number].item() / float(rows[name]["duration"])
-            places.append((seconds * rate).long().clamp(max=int(lengths[number]) - 1))
+            rate = sizes[number] / float(rows[name]["duration"])
+            places.append((seconds * rate).long().clamp(max=sizes[number] - 1))
             utterances.append(torch.full_like(label, number))
             classes.append(label)
         index = torch.cat(utterances).to(device), torch.cat(places).to(device)

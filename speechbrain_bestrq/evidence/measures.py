@@ -155,8 +155,7 @@ class Corpus(ABC):
 
     def rows(self, name: str) -> dict[str, Any]:
         """A set, of which no more than ``hours`` are taken."""
-        rows = read_manifest(self.manifests[name])
-        return take_hours(rows, self.hours) if _seconds(rows) > 3600 * self.hours else rows
+        return _at_most(read_manifest(self.manifests[name]), self.hours)
 
 
 class Speakers(Corpus):
@@ -340,8 +339,7 @@ class Characters(Corpus):
     def __init__(self, data_folder: Path, folder: Path, hours: float, device: torch.device):
         super().__init__(data_folder, folder, hours, device)
         sets = {name: self.rows(name) for name in ("train", "valid", "test")}
-        every = read_manifest(self.manifests["train"])
-        trained_on = take_hours(every, ALIGNER_HOURS) if _seconds(every) > 3600 * ALIGNER_HOURS else every
+        trained_on = _at_most(read_manifest(self.manifests["train"]), ALIGNER_HOURS)
         made_by = [self.mark, ALIGNER_HOURS, ALIGNER_SETTINGS]
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
         self.times = cached_alignment(folder / f"alignment-{key}.pt", trained_on, sets, SAMPLE_RATE, device)
@@ -410,6 +408,10 @@ def _examples(
 
 def _seconds(rows: Rows) -> float:
     return sum(float(row["duration"]) for row in rows.values())
+
+
+def _at_most(rows: Rows, hours: float) -> Rows:
+    return take_hours(rows, hours) if _seconds(rows) > 3600 * hours else rows
 
 
 def _error_rate(rows: Rows, vectors: Tensor, trials: Sequence[Trial]) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speechbrain_bestrq.artefact import CONFIG_FILE, WEIGHTS_FILE
+from speechbrain_bestrq.artefact import CONFIG_FILE, WEIGHTS_FILE, encoders_at_steps
 from speechbrain_bestrq.corpora.manifest import file_digest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction.stages import MOVED_ASIDE
@@ -81,9 +81,7 @@ def find_sources(folders: list[Path], seeds: int) -> list[Source]:
     found = [Source(FILTERBANK, FILTERBANK)]
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         by_update: dict[int, Source] = {}
-        for path in [*run.glob("encoder@*"), run / "encoder"]:
-            if not path.name.removeprefix("encoder@").isdecimal() and path.name != "encoder":
-                continue  # one that is being written, or taken the place of
+        for path in [*encoders_at_steps(run).values(), run / "encoder"]:
             if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
                 facts = read_json(path / CONFIG_FILE).get("training") or {}
                 one = _source(path, name, facts)

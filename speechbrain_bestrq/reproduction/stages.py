@@ -24,7 +24,7 @@ import yaml
 
 from speechbrain_bestrq.errors import USER_ERROR, InputError
 from speechbrain_bestrq.locking import sole_writer
-from speechbrain_bestrq.machine import commit
+from speechbrain_bestrq.machine import commit, usable_cores
 from speechbrain_bestrq.reproduction.time_left import left_text
 from speechbrain_bestrq.writing import write_text
 
@@ -381,7 +381,7 @@ def device_environment(devices: Sequence[str | None], at_once: int) -> dict[str,
     {'CUDA_VISIBLE_DEVICES': '4,7'}
     """
     if CPU in devices:
-        threads = max(len(os.sched_getaffinity(0)) // at_once, 1)
+        threads = max(usable_cores() // at_once, 1)
         return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
     return {} if list(devices) == [None] else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))}
 
