@@ -81,9 +81,19 @@ def relative_difference():
 
 @pytest.fixture(scope="session")
 def toy():
-    """The module tests/helpers/toy.py, loaded from its path."""
-    path = Path(__file__).parent / "helpers" / "toy.py"
-    spec = importlib.util.spec_from_file_location("toy", path)
+    """The module tests/helpers/toy.py."""
+    return load_helper("toy")
+
+
+@pytest.fixture(scope="session")
+def absent_gpu():
+    """The module tests/helpers/absent_gpu.py."""
+    return load_helper("absent_gpu")
+
+
+def load_helper(name):
+    """A module of tests/helpers, from its path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "helpers" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

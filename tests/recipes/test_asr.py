@@ -19,6 +19,7 @@ from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.ngram import train_ngram
 from speechbrain_bestrq.results import read_results
+from speechbrain_bestrq.task_brain import TaskBrain
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "ASR"
 WORDS = "SO IT IS NOT THE CAT'S HAT".split()
@@ -100,6 +101,16 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, librispeech
         assert results["sets"][split]["evaluation_seconds"] > 0
         assert "ALIGNMENTS" in (tmp_path / "run" / f"wer_{split}.txt").read_text()
     assert (tmp_path / "run" / "layer_weights.png").exists() == (name != "bestrq_finetune")
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_step_of_every_yaml_can_be_done_on_a_gpu(
+    name, train, small_yamls, librispeech, encoder, tmp_path, monkeypatch, absent_gpu
+):
+    absent_gpu.fit_first_batch_there(monkeypatch, TaskBrain)
+    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    with pytest.raises(absent_gpu.StepDone):
+        train.main(arguments(small_yamls, name, librispeech, encoder, tmp_path / "run", *more))
 
 
 def test_error_rates_of_a_run_are_jiwers(train, small_yamls, librispeech, tmp_path, monkeypatch):

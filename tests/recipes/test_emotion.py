@@ -18,6 +18,7 @@ from speechbrain_bestrq.corpora.iemocap import SESSIONS, SPEAKERS
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.results import read_results
+from speechbrain_bestrq.task_brain import TaskBrain
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "IEMOCAP" / "emotion"
 TOY = "--num_workers=0 --number_of_epochs=1 --max_batch_size=8 --noprogressbar --device=cpu".split()
@@ -91,6 +92,14 @@ def test_every_yaml_trains_tests_and_tells(name, train, iemocap, encoder, tmp_pa
     for picture in ("layer_weights.png", "confusion_test.png"):
         assert (fold / picture).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "run" / "all" / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_step_of_every_yaml_can_be_done_on_a_gpu(name, train, iemocap, encoder, tmp_path, monkeypatch, absent_gpu):
+    absent_gpu.fit_first_batch_there(monkeypatch, TaskBrain)
+    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    with pytest.raises(absent_gpu.StepDone):
+        train.main(arguments(name, iemocap, encoder, tmp_path / "run", *more))
 
 
 def test_all_folds_in_one_command_are_those_run_one_by_one_and_are_put_together(train, iemocap, encoder, tmp_path):

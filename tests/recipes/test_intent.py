@@ -19,6 +19,7 @@ from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.results import read_results
+from speechbrain_bestrq.task_brain import TaskBrain
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "SLURP" / "intent"
 TOY = "--num_workers=0 --number_of_epochs=2 --max_batch_size=8 --noprogressbar --device=cpu".split()
@@ -99,6 +100,14 @@ def test_every_yaml_trains_tests_and_tells(name, train, slurp, encoder, tmp_path
     assert [row["class"] for row in read_rows(run / "classes_test.csv")][: len(results["labels"])] == results["labels"]
     for picture in ("layer_weights.png", "confusion_test.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_step_of_every_yaml_can_be_done_on_a_gpu(name, train, slurp, encoder, tmp_path, monkeypatch, absent_gpu):
+    absent_gpu.fit_first_batch_there(monkeypatch, TaskBrain)
+    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    with pytest.raises(absent_gpu.StepDone):
+        train.main(arguments(name, slurp, encoder, tmp_path / "run", *more))
 
 
 @pytest.mark.parametrize("target", ["action", "intent"])

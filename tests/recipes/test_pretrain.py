@@ -76,6 +76,13 @@ def arguments(name, librispeech, output_folder, *more):
     return [str(RECIPE / "hparams" / f"{name}.yaml"), *last_wins.values()]
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_step_of_every_yaml_can_be_done_on_a_gpu(name, train, librispeech, tmp_path, monkeypatch, absent_gpu):
+    absent_gpu.fit_first_batch_there(monkeypatch, train.PretrainingBrain)
+    with pytest.raises(absent_gpu.StepDone):
+        train.main(arguments(name, librispeech, tmp_path, "--log_interval=9"))
+
+
 def read_log(output_folder):
     return [json.loads(line) for line in (Path(output_folder) / "train_log.jsonl").read_text().splitlines()]
 

@@ -21,6 +21,7 @@ from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.results import read_results
 from speechbrain_bestrq.resuming import digest
+from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_encoders import TaskEncoder
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "VoxCeleb" / "verification"
@@ -115,6 +116,16 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, voxceleb, e
     for picture in ("layer_weights.png", "scores_veri_test.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     assert sum("valid eer" in line for line in (run / "train_log.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_step_of_every_yaml_can_be_done_on_a_gpu(
+    name, train, small_yamls, voxceleb, encoder, tmp_path, monkeypatch, absent_gpu
+):
+    absent_gpu.fit_first_batch_there(monkeypatch, TaskBrain)
+    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    with pytest.raises(absent_gpu.StepDone):
+        train.main(arguments(small_yamls, name, voxceleb, encoder, tmp_path / "run", *more))
 
 
 @pytest.mark.parametrize("source", ["fbank", "random"])

@@ -1,0 +1,44 @@
+"""A step of training on a GPU, as far as a machine without one can tell."""
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("bestrq", {"attention": "relative"}),
+        ("bestrq", {"grid": True}),
+        ("wav2vec2", {"extractor_norm": "layer", "norm": "pre", "normalize_input": True}),
+    ],
+)
+def test_a_step_mixes_no_devices_and_waits_for_none(method, settings, toy, tmp_path, monkeypatch, absent_gpu):
+    """What the recipes' YAMLs do not have; those are tested with their recipes."""
+    absent_gpu.fit_first_batch_there(monkeypatch, toy.ToyBrain)
+    model = toy.make_model(method, dropout=0.1, layer_drop=0.5, **settings)
+    waves = np.random.default_rng(1).standard_normal((2, 16000))
+    with pytest.raises(absent_gpu.StepDone):
+        batch = toy.make_batch(model, [waves[0], waves[1, :12000]])
+        toy.fit_batches(tmp_path, model, [batch] * 2, log_interval=5, max_grad_norm=1.0, spike_ratio=20.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda wavs: wavs + torch.zeros(3), "found two different devices cuda:0, cpu"),
+        (lambda wavs: wavs[wavs > 0], "nonzero"),
+        (lambda wavs: float(wavs.sum()), "_local_scalar_dense"),
+        (lambda wavs: wavs.sum().cpu().tolist(), "_local_scalar_dense"),
+    ],
+)
+def test_what_a_gpu_would_refuse_or_wait_for_is_noticed(step, message, absent_gpu):
+    with absent_gpu.absent_gpu(), pytest.raises(Exception, match=message):
+        step(absent_gpu.move(torch.ones(3)))
+
+
+def test_autocast_is_that_of_a_gpu(absent_gpu):
+    with absent_gpu.absent_gpu(), torch.autocast("cuda", torch.bfloat16):
+        weights = absent_gpu.move(torch.ones(3, 3))
+        assert (weights @ weights).dtype == torch.bfloat16
+        assert (weights @ weights).device == torch.device("cuda:0")
