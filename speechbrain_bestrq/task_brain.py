@@ -1,13 +1,10 @@
 """What the downstream tasks share: encoder, mix and head, each with its own optimiser, their cost, their records."""
 
-import hashlib
-import inspect
 import json
 import logging
-import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from speechbrain_bestrq.results import machine
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
+from speechbrain_bestrq.task_settings import check_first_rate, check_progress, plain_values, utterance_digest
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +139,7 @@ class TaskBrain(sb.Brain):
         dict
             By their keys.
         """
-        return _plain({name: value for name, value in hparams.items() if name not in cls.free_settings})
+        return plain_values({name: value for name, value in hparams.items() if name not in cls.free_settings})
 
     @classmethod
     def composed_settings_of(cls, hparams: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +160,7 @@ class TaskBrain(sb.Brain):
         annealings = [value for name, value in hparams.items() if name.endswith("_annealing")]
         if not all(isinstance(one, NewBobScheduler) for one in annealings) and "number_of_epochs" in hparams:
             composed["number_of_epochs"] = hparams["number_of_epochs"]
-        return _plain(composed)
+        return plain_values(composed)
 
     @classmethod
     def check_run(cls, checkpointer: Checkpointer, hparams: dict[str, Any]) -> None:
@@ -190,12 +188,12 @@ class TaskBrain(sb.Brain):
             if hparams["test_only"]:
                 raise InputError(NOTHING_TRAINED.format(checkpointer.checkpoints_dir))
             for part in ("encoder", "mix", "head"):  # of a run that began so nothing can be changed any more
-                _check_first_rate(part, hparams.get(f"{part}_optimizer"), hparams.get(f"{part}_annealing"))
+                check_first_rate(part, hparams.get(f"{part}_optimizer"), hparams.get(f"{part}_annealing"))
             return
         encoder: TaskEncoder = hparams["speech_encoder"]
         progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
         settings = cls.settings_of(hparams), cls.composed_settings_of(hparams)
-        _check_progress(progress, newest.path, *settings, encoder.identity(), encoder.source, cls.free_settings)
+        check_progress(progress, newest.path, *settings, encoder.identity(), encoder.source, cls.free_settings)
 
     # ---------------------------------------------------------------- computing
 
@@ -361,7 +359,7 @@ class TaskBrain(sb.Brain):
             Of :func:`speechbrain_bestrq.task_data.make_task_loader`.
         """
         self.train_sampler = train_set.batch_sampler  # on one device too, each epoch has batches of its own
-        self._trains_on = _fingerprint(train_set.dataset.data)
+        self._trains_on = utterance_digest(train_set.dataset.data)
         updates = epoch_counter.limit * (len(train_set) // self.grad_accumulation_factor)
         updates = min(updates, self.optimizer_step_limit or updates)
         if not updates:
@@ -462,7 +460,7 @@ class TaskBrain(sb.Brain):
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         progress = json.loads(Path(path).read_text(encoding="utf-8"))
         settings = self.settings, self.composed_settings
-        _check_progress(
+        check_progress(
             progress, Path(path).parent, *settings, self._begun_with, self.encoder.source, self.free_settings
         )
         if self._trains_on is not None and progress["trains_on"] != self._trains_on:
@@ -575,56 +573,6 @@ def check_metrics(hparams: Mapping[str, Any], metrics: Sequence[str]) -> None:
             raise InputError(f"{key} is one of {', '.join(metrics)}, not {hparams[key]!r}.")
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Those of some values that are plain JSON, as it gives them back."""
-    settings = {}
-    for name, value in values.items():
-        if name.startswith("__"):
-            continue
-        try:
-            settings[name] = json.loads(json.dumps(value))
-        except TypeError:  # a module, an optimiser...
-            continue
-    return settings
-
-
-def _check_progress(
-    progress: dict[str, Any],
-    folder: Path,
-    settings: dict[str, Any],
-    composed_settings: dict[str, Any],
-    encoder: dict[str, str],
-    source: str,
-    free: Set[str],
-) -> None:
-    """Refuse a checkpoint of other settings, but for the free ones, or of another encoder."""
-    advice = "give another --output_folder, or that"
-    if any(progress.get(name, value) != value for name, value in encoder.items()):  # older ones tell the weights alone
-        raise InputError(f"the checkpoint in {folder} was trained on another encoder than {source}: {advice} encoder.")
-    # a switch that the run's version did not have yet was off; what its version did not keep at all is not compared
-    composed = progress.get("composed_settings", composed_settings)
-    # nor is what was no setting by itself then: where it goes into, as the rate of an optimiser, it is
-    plain = {name: value for name, value in progress["settings"].items() if name not in free}
-    settings = {name: value for name, value in settings.items() if name in plain or isinstance(value, bool)}
-    for before, now, missing in ((plain, settings, False), (composed, composed_settings, None)):
-        for name in sorted(before.keys() | now.keys()):
-            there, here = before.get(name, missing if name in now else None), now.get(name)
-            if there != here:
-                raise InputError(
-                    f"the checkpoint in {folder} was trained with {name} {there!r}, not {here!r}: {advice} setting."
-                )
-
-
-def _fingerprint(rows: dict[str, dict[str, Any]]) -> str:
-    """Digest what is known of utterances, but not where they lie."""
-    hashed = hashlib.sha256()
-    for number, name in enumerate(sorted(rows)):  # piece by piece: there may be millions
-        told = {key: str(value) for key, value in rows[name].items() if key != "wav"}
-        hashed.update(f"{', ' if number else '{'}{json.dumps(name)}: {json.dumps(told, sort_keys=True)}".encode())
-    hashed.update(b"}" if rows else b"{}")
-    return hashed.hexdigest()[:16]
-
-
 def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
     """The trainable parameters of each optimiser: encoder, mix, and all else as the head."""
     parts: dict[str, list[nn.Parameter]] = {}
@@ -633,31 +581,3 @@ def _optimized_parts(modules: dict[str, nn.Module]) -> dict[str, list[nn.Paramet
         if trainable:
             parts.setdefault(name if name in ("encoder", "mix") else "head", []).extend(trainable)
     return parts
-
-
-def _check_first_rate(part: str, optimizer: Any, annealing: Any) -> None:
-    """Refuse a rate that would hold for one epoch, for annealing goes on from its own."""
-    if optimizer is None or annealing is None:
-        return
-    rate, first = _rate(optimizer), _first_rate(annealing)
-    if rate is not None and first is not None and not math.isclose(rate, first, rel_tol=1e-4):
-        raise InputError(
-            f"the {part}'s learning rate is {rate:g} in {part}_optimizer and {first:g} in {part}_annealing, which "
-            "would set it after an epoch: give both the same."
-        )
-
-
-def _rate(optimizer: Any) -> float | None:
-    """What a constructor, bare or with arguments as ``!name:`` makes it, is going to give; None if it does not tell."""
-    given = getattr(optimizer, "keywords", {})
-    known = inspect.signature(getattr(optimizer, "func", optimizer)).parameters
-    rate = given.get("lr", known["lr"].default if "lr" in known else None)
-    return float(rate) if isinstance(rate, int | float) else None
-
-
-def _first_rate(annealing: Any) -> float | None:
-    """Of SpeechBrain's schedules that are for epochs; None of others."""
-    if isinstance(annealing, NewBobScheduler):
-        return annealing.hyperparam_value
-    epochs = getattr(annealing, "value_at_epoch", None)
-    return epochs[0] if epochs else getattr(annealing, "initial_value", None)

@@ -29,9 +29,10 @@ from speechbrain_bestrq.feature_cache import cache_features
 from speechbrain_bestrq.recipe import GOVERNING, build_hparams
 from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.stopping import StoppedError
-from speechbrain_bestrq.task_brain import TaskBrain, _check_progress
+from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import TaskBatchSampler, make_dataset, make_task_loader
 from speechbrain_bestrq.task_encoders import TaskEncoder
+from speechbrain_bestrq.task_settings import check_progress
 
 
 class LoudnessBrain(TaskBrain):
@@ -660,8 +661,8 @@ def test_filter_banks_are_a_source_like_any_other(rows, tmp_path):
 
 def test_a_switch_that_an_older_run_did_not_have_was_off():
     progress = {"encoder": "e", "settings": {"seed": 1}}
-    _check_progress(progress, "save", {"seed": 1, "utterance_norm": False}, {}, {"encoder": "e"}, "source", set())
+    check_progress(progress, "save", {"seed": 1, "utterance_norm": False}, {}, {"encoder": "e"}, "source", set())
     with pytest.raises(InputError, match="trained with utterance_norm False, not True"):
-        _check_progress(progress, "save", {"seed": 1, "utterance_norm": True}, {}, {"encoder": "e"}, "source", set())
+        check_progress(progress, "save", {"seed": 1, "utterance_norm": True}, {}, {"encoder": "e"}, "source", set())
     with pytest.raises(InputError, match="trained with seed 1, not None"):
-        _check_progress(progress, "save", {}, {}, {"encoder": "e"}, "source", set())
+        check_progress(progress, "save", {}, {}, {"encoder": "e"}, "source", set())
