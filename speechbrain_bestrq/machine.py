@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 
+from speechbrain_bestrq.errors import InputError
+
+#: Where Linux has the devices.
+DEVICES = Path("/dev")
+
 
 def device_name(device: str | torch.device = "cpu") -> str:
     """Name the GPU, or the processor and its cores.
@@ -43,6 +48,31 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_gpus_usable() -> None:
+    """Refuse to leave a GPU idle because PyTorch was built for a newer driver, of which it says no more than a warning.
+
+    ``CUDA_VISIBLE_DEVICES`` that names none hides all of them: they are not wanted then.
+
+    Raises
+    ------
+    InputError
+        If there is an NVIDIA GPU that PyTorch cannot use.
+
+    Example
+    -------
+    >>> if torch.cuda.is_available():
+    ...     check_gpus_usable()
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not any(DEVICES.glob("nvidia[0-9]*")):
+        return
+    raise InputError(
+        f"there is an NVIDIA GPU here, but torch {torch.__version__} cannot use it, mostly since it was built for a "
+        "newer driver than nvidia-smi tells: install torch and torchaudio for this one (docs/dependencies.md), or give "
+        "--device cpu."
+    )
 
 
 def processor_vendor() -> str:

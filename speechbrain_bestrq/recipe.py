@@ -21,6 +21,7 @@ from speechbrain.utils.run_opts import RunOptions
 from speechbrain_bestrq.allocator import keep_freed_memory
 from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError, explain_refusal
 from speechbrain_bestrq.locking import fellow_writer, sole_writer
+from speechbrain_bestrq.machine import check_gpus_usable
 from speechbrain_bestrq.precision import loading_for
 from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
 from speechbrain_bestrq.stopping import StoppedError
@@ -117,11 +118,14 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     Raises
     ------
     InputError
-        If the YAML is missing, a placeholder is left, a key is unknown, or ranks were given different ones.
+        If the YAML is missing, a placeholder is left, a key is unknown, or ranks were given different ones; or if no
+        device is named and PyTorch cannot use the GPU that is there.
     """
     # what preparation says is shown, before the run's own log is opened
     logging.basicConfig(level=logging.INFO, format="%(name)s - %(message)s")
     hparams_file, run_opts, overrides = sb.parse_arguments(quote_paths(arguments))
+    if "device" not in run_opts.overridden_args:
+        check_gpus_usable()
     on_cpu = not torch.cuda.is_available() or str(run_opts["device"]).startswith("cpu")
     if on_cpu and "distributed_backend" not in run_opts.overridden_args:
         named = {name: run_opts[name] for name in run_opts.overridden_args}

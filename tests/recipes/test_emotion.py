@@ -174,6 +174,8 @@ def test_finished_folds_are_passed_over_until_something_changes(train, iemocap, 
     ) as error:
         run("--examples_per_class=1")
     assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="Session1 is a fold of --folds session: give those"):
+        run("--folds=speaker")
 
 
 def test_another_encoder_in_the_same_folder_is_refused(train, iemocap, encoder, tmp_path):

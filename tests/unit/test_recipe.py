@@ -1,7 +1,9 @@
 """What the options of a recipe's command line become."""
 
 import pytest
+import torch
 
+from speechbrain_bestrq import machine
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.recipe import load_recipe, quote_paths
 
@@ -48,3 +50,17 @@ def test_paths_that_cannot_be_given_are_refused(path, message):
         quote_paths(["--data_folder", path])
     with pytest.raises(InputError, match=message):
         quote_paths([f"--data_folder={path}"])
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(options, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    (tmp_path / "nvidiactl").touch()  # no GPU yet
+    assert options("--data_folder=a")
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(InputError, match="there is an NVIDIA GPU here.*give --device cpu"):
+        options("--data_folder=a")
+    assert options("--data_folder=a", "--device=cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert options("--data_folder=a")

@@ -7,7 +7,7 @@
     python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only
 
 A run that was stopped goes on when the same command is given again: finished folds are passed over, the one that was
-begun goes on from its last epoch. What governs what:
+begun goes on where it was; after a kill, from its last epoch. What governs what:
 
     the encoder                 --encoder: an encoder folder, a pre-training run, a hub id, random:<one of these>,
                                 fbank; frozen or not, which layers: `speech_encoder` of the YAML
@@ -64,6 +64,16 @@ def choose_folds(hparams: dict) -> list[str]:
     if hparams["fold"] not in names:
         raise InputError(f"fold {str(hparams['fold'])!r} does not exist: give one of {', '.join(names)}, or {ALL}.")
     return [hparams["fold"]]
+
+
+def check_folds(output_folder: Path, folds: str) -> None:
+    """Refuse a folder whose results are of other folds: those of all together would take their place."""
+    for other in FOLDS.keys() - {folds}:
+        there = [name for name in FOLDS[other] if (output_folder / name).exists()]
+        if there:
+            raise InputError(
+                f"{output_folder / there[0]} is a fold of --folds {other}: give those, or another --output_folder."
+            )
 
 
 def load_fold(hparams_file: str, overrides: str, run_opts: Any, fold: str) -> tuple[str, dict[str, Any]]:
@@ -178,6 +188,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     check_options(hparams)
     folds = choose_folds(hparams)
     output_folder = Path(hparams["output_folder"])
+    check_folds(output_folder, str(hparams["folds"]))
     for fold in folds:
         ClassificationBrain.check_run(AtomicCheckpointer(checkpoints_dir=output_folder / fold / "save"), hparams)
     # an option is merged into the mapping of the YAML: null is how it takes a label out

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=2 train.py hparams/bestrq.yaml --data_folder /path/to/VoxCeleb1 --encoder ...
     python train.py hparams/bestrq.yaml --data_folder ... --encoder ... --test_only
 
-A run that was stopped goes on from its last epoch when the same command is given again. What governs what:
+A run that was stopped goes on where it was when the same command is given again; after a kill, from its last epoch.
+What governs what:
 
     the encoder                 --encoder: an encoder folder, a pre-training run, a hub id, random:<one of these>,
                                 fbank; frozen or not, which layers: `speech_encoder` of the YAML
