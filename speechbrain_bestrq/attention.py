@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from speechbrain_bestrq.tables import TableModule
+
 #: Up to so many frames, in bfloat16 or float16 on a CPU, attention is plain products: the fused kernel takes 1.5 to
 #: 3.7 times as long there (docs/LOG.md). Of longer sequences the weights would need much memory.
 LONGEST_PLAIN = 512
@@ -55,7 +57,7 @@ def attend(
     return drop(scores.softmax(-1), dropout_p) @ value
 
 
-class RotaryAttention(nn.Module):
+class RotaryAttention(TableModule):
     """Multi-head self-attention with rotary positions (RoFormer, arXiv 2104.09864).
 
     Queries and keys are rotated by their frame's position, so that their product
@@ -81,6 +83,8 @@ class RotaryAttention(nn.Module):
     torch.Size([3, 10, 16])
     """
 
+    tables = ("cos", "sin")
+
     def __init__(
         self, d_model: int, num_heads: int, dropout: float = 0.0, base: float = 10000.0, table_frames: int = 2048
     ):
@@ -91,8 +95,7 @@ class RotaryAttention(nn.Module):
         self.dropout, self.base = dropout, base
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model)
-        self.register_buffer("cos", torch.empty(0), persistent=False)
-        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.cos = self.sin = torch.empty(0)
         self._tabulate(table_frames)
 
     def _tabulate(self, frames: int) -> None:
@@ -135,7 +138,7 @@ class RotaryAttention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
-class RelativeAttention(nn.Module):
+class RelativeAttention(TableModule):
     """Multi-head self-attention with relative positions (Transformer-XL, arXiv 1901.02860).
 
     As SpeechBrain's ``RelPosMHAXL``, with its scale ``1 / sqrt(d_model)`` and its
@@ -160,6 +163,8 @@ class RelativeAttention(nn.Module):
     torch.Size([3, 10, 16])
     """
 
+    tables = ("table",)
+
     def __init__(self, d_model: int, num_heads: int, dropout: float = 0.0, table_frames: int = 2048):
         super().__init__()
         if d_model % num_heads or d_model % 2:
@@ -171,7 +176,7 @@ class RelativeAttention(nn.Module):
         self.content_bias = nn.Parameter(torch.zeros(num_heads, self.d_head))
         self.position_bias = nn.Parameter(torch.zeros(num_heads, self.d_head))
         self.out = nn.Linear(d_model, d_model)
-        self.register_buffer("table", torch.empty(0, d_model), persistent=False)
+        self.table = torch.empty(0, d_model)
         self._tabulate(table_frames)
 
     def _tabulate(self, frames: int) -> None:

@@ -211,7 +211,7 @@ class PretrainingBrain(sb.Brain):
         buffers = {name for name, _ in self.model.named_buffers()}
         check_ranks_agree(
             model=self.model.signature(),
-            # without tables that grow with the longest utterance so far
+            # without those that are no part of a checkpoint
             buffers=digest({name: one for name, one in self.model.state_dict().items() if name in buffers}),
             training=self.sampler.state_dict(),
             validation=self.valid_set.batch_sampler.fingerprint(),

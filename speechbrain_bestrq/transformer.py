@@ -10,6 +10,7 @@ from speechbrain_bestrq.attention import attend
 from speechbrain_bestrq.convolution import FrameConvolution
 from speechbrain_bestrq.encoder import run_layers
 from speechbrain_bestrq.frontend import valid_frames
+from speechbrain_bestrq.tables import TableModule
 
 #: Standard deviation of the initial weights of every linear layer.
 INITIAL_DEVIATION = 0.02
@@ -147,7 +148,7 @@ class ConvolutionalPositions(nn.Module):
         return 2.0 * frames * self.convolution.parametrizations.weight.original1.numel()
 
 
-class SinusoidalPositions(nn.Module):
+class SinusoidalPositions(TableModule):
     """Absolute positions as sines and cosines (arXiv 1706.03762, section 3.5); without parameters.
 
     Arguments
@@ -163,12 +164,14 @@ class SinusoidalPositions(nn.Module):
     torch.Size([1, 10, 16])
     """
 
+    tables = ("table",)
+
     def __init__(self, d_model: int, table_frames: int = 3000):
         super().__init__()
         if d_model % 2:
             raise ValueError(f"d_model must be even for sinusoidal positions, not {d_model}.")
         with torch.device("cpu"):  # constants have values even where a model is built on the meta device
-            self.register_buffer("table", torch.empty(0, d_model), persistent=False)
+            self.table = torch.empty(0, d_model)
             self._tabulate(table_frames)
 
     def _tabulate(self, frames: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from speechbrain_bestrq import encoder
+from speechbrain_bestrq.tables import TableModule
 
 CUDA = torch.device("cuda")
 
@@ -43,6 +44,9 @@ def move_module(module):
                 if tensor is not None:
                     there.setdefault(id(tensor), (move(tensor), tensor))  # kept, so that no other gets its number
                     tensors[name] = there[id(tensor)][0]
+        if isinstance(one, TableModule):  # what it does beyond parameters and buffers
+            with mock.patch.multiple(one, _parameters={}, _buffers={}):
+                one._apply(move, recurse=False)
 
 
 def move(tensor):

@@ -12,6 +12,9 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 
+from speechbrain_bestrq.attention import RelativeAttention, RotaryAttention
+from speechbrain_bestrq.transformer import SinusoidalPositions
+
 #: The one entry that is swapped.
 WAV2VEC2_YAML = """
 wav2vec2: !new:speechbrain_bestrq.PretrainedEncoder
@@ -204,6 +207,30 @@ def fit(recipe, source, save_folder, brain_class=None, **overrides):
 
 #: :func:`ranks.train_ranks` for functions of this file.
 train_ranks = partial(runpy.run_path(str(Path(__file__).with_name("ranks.py")))["train_ranks"], __file__)
+
+
+def rank_attend(kind, lengths):
+    """Hear inputs of this rank's lengths, then one that all hear; return how far it is from what a new module makes."""
+    make = {"rotary": RotaryAttention, "relative": RelativeAttention, "sinusoidal": Placed}[kind]
+    module = torch.nn.parallel.DistributedDataParallel(make(8, 2, table_frames=4))
+    for frames in lengths[torch.distributed.get_rank()]:
+        module(torch.randn(1, frames, 8)).sum().backward()
+    fresh, heard = make(8, 2, table_frames=100), torch.randn(1, 50, 8)
+    fresh.load_state_dict(module.module.state_dict())
+    return float((module.module(heard) - fresh(heard)).abs().max())
+
+
+class Placed(torch.nn.Module):
+    """Something to train on top of absolute positions."""
+
+    def __init__(self, d_model, _num_heads, table_frames):
+        super().__init__()
+        self.positions = SinusoidalPositions(d_model, table_frames)
+        self.linear = torch.nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        """Add the positions."""
+        return self.linear(x + self.positions(x))
 
 
 def rank_fit(recipe, source, save_folder, **overrides):

@@ -131,6 +131,13 @@ def test_two_ranks_train_one_encoder(swapped, folder, tmp_path, options, wrapped
     assert all(not torch.equal(one["before"][name], one["after"][name]) for name in one["trained"])
 
 
+@pytest.mark.parametrize("kind", ["rotary", "relative", "sinusoidal"])
+def test_a_long_utterance_on_one_rank_leaves_the_positions_of_all_alone(swapped, tmp_path, kind):
+    for number, lengths in enumerate(([[3, 3], [40, 3]], [[40, 3], [3, 3]])):
+        calls = ("rank_attend", {"kind": kind, "lengths": lengths})
+        assert max(swapped.train_ranks(tmp_path / str(number), calls)) < 1e-6
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_checkpoints_and_pretrainer_carry_the_encoder(folder, tmp_path, weighted):
     make = WeightedEncoder if weighted else PretrainedEncoder
