@@ -19,6 +19,7 @@ from speechbrain.utils.checkpoints import (
     PARAMFILE_EXT,
     Checkpoint,
     Checkpointer,
+    ckpt_recency,
     get_default_hook,
 )
 from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
@@ -33,8 +34,19 @@ UNFINISHED = "UNFINISHED"
 CHECKSUMS = "checksums.json"
 """Size and CRC-32 of each other file of a checkpoint."""
 
-#: A full, failing or read-only disk, or a quota: what may be over at the next attempt.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+#: A full, failing or read-only disk, a quota, or a file server that is away: what may be over at the next attempt.
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG),
+    *(
+        errno.ENOENT,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EREMOTEIO,
+        errno.ENOTCONN,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+    ),
+}
 #: How torch.save puts it.
 _TORCH_DISK_ERRORS = ("PytorchStreamWriter", "unexpected pos", "enforce fail at inline_container")
 
@@ -104,15 +116,18 @@ class AtomicCheckpointer(Checkpointer):
         """
         checkpoint, failure = None, ""
         if if_main_process():
-            self._remove_leftovers()
-            folder = self._unfinished(
-                super()._new_checkpoint_dirpath() if name is None else super()._custom_checkpoint_dirpath(name)
-            )
-            meta = self._clock() | (meta or {})
+            folder = None
             try:
+                self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+                folder = self._unfinished(
+                    super()._new_checkpoint_dirpath() if name is None else super()._custom_checkpoint_dirpath(name)
+                )
+                meta = self._clock() | (meta or {})
                 checkpoint = self._publish(self._write(folder, meta, end_of_epoch))
             except (OSError, RuntimeError) as error:
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
                 failure = self._disk_failure(error)
         failure, path = ddp_broadcast((failure, checkpoint and checkpoint.path), src=0)
         if failure:
@@ -163,8 +178,11 @@ class AtomicCheckpointer(Checkpointer):
             reason = "the disk did not take all of it"
         else:
             raise error
-        newest = self.find_checkpoint()
-        needed = "" if newest is None else f" a checkpoint needs {_folder_bytes(newest.path) / 1e6:.1f} MB;"
+        try:
+            newest = self.find_checkpoint()
+            needed = "" if newest is None else f" a checkpoint needs {_folder_bytes(newest.path) / 1e6:.1f} MB;"
+        except (OSError, InputError):  # the folder cannot be listed either
+            needed = ""
         return f"no checkpoint could be saved in {self.checkpoints_dir} ({reason}):{needed} make room or mend the disk."
 
     @staticmethod
@@ -207,6 +225,35 @@ class AtomicCheckpointer(Checkpointer):
         return not self._faults[folder]
 
     # ---------------------------------------------------------------- deleting
+
+    def keep_newest_and_best(
+        self, newest: int, min_key: str, comparable: Callable[[Checkpoint], bool] = lambda checkpoint: True
+    ) -> None:
+        """Delete all but the best checkpoint and the newest others, on the main process alone.
+
+        Other processes may see an older state of a folder on a file server, and need not look. A folder that cannot be
+        looked into is left as it is until the next time.
+
+        Arguments
+        ---------
+        newest : int
+            How many besides the best.
+        min_key : str
+            Of the meta; the best has the least.
+        comparable : callable
+            Tells of a checkpoint whether its ``min_key`` may be compared at all.
+        """
+        ddp_barrier()  # whoever looks for one has found it
+        if if_main_process():
+            try:
+                best = self.find_checkpoint(min_key=min_key, ckpt_predicate=comparable)
+                by_age = self.find_checkpoints(importance_key=ckpt_recency)
+                others = [checkpoint.path for checkpoint in by_age if best is None or checkpoint.path != best.path]
+                for path in others[newest:]:
+                    self._delete(path, logging.INFO)
+            except OSError as error:
+                logger.warning("%s cannot be looked into (%s): nothing is deleted.", self.checkpoints_dir, error)
+        ddp_barrier()
 
     def delete_checkpoints(
         self,

@@ -13,6 +13,7 @@ from torch import nn
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.encoder import SpeechEncoder
+from speechbrain_bestrq.tables import TableModule
 
 logger = logging.getLogger(__name__)
 
@@ -96,4 +97,7 @@ def _copy_on_cpu(speech_encoder: SpeechEncoder) -> SpeechEncoder:
         id(one): nn.Parameter(one.detach().cpu().clone(), one.requires_grad) for one in speech_encoder.parameters()
     }
     on_cpu |= {id(one): one.cpu().clone() for one in speech_encoder.buffers()}
+    tabulated = [module for module in speech_encoder.modules() if isinstance(module, TableModule)]
+    tables = [getattr(module, name) for module in tabulated for name in module.tables]
+    on_cpu |= {id(one): one.cpu().clone() for one in tables}
     return copy.deepcopy(speech_encoder, on_cpu)

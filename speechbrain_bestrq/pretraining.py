@@ -9,7 +9,6 @@ from typing import Any
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.checkpoints import ckpt_recency
 from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -102,7 +101,7 @@ class PretrainingBrain(sb.Brain):
         self.generator = torch.Generator(device=self.device)
         self.best_valid_loss, self.withheld, self.validation_due = float("inf"), False, False
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
-        self.saved_update = None
+        self.saved_update = self.valid_set = None
         self.encoders = EncoderFolders(self.folder)
         self.requests = Requests()  # heeds signals within fit only
         self.guard = UpdateGuard(self.device, getattr(self.hparams, "spike_ratio", 0.0))
@@ -132,6 +131,10 @@ class PretrainingBrain(sb.Brain):
             "seed": self.hparams.seed,
             "versions": package_versions(),
         }
+
+    def _valid_fingerprint(self) -> str | None:
+        """Tell the audio of the validation from other; None before there is any."""
+        return None if self.valid_set is None else self.valid_set.batch_sampler.fingerprint()
 
     def _frames_per_second(self) -> float:
         """Encoder frames in a second of speech, in the long run."""
@@ -183,7 +186,8 @@ class PretrainingBrain(sb.Brain):
         self.sampler, self.valid_set = train_set.batch_sampler, valid_set
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("sampler", self.sampler, load_state, save_state)
-            newest = self.checkpointer.find_checkpoint()
+            # the main process decides: others may see an older state of a shared folder
+            newest = ddp_broadcast(self.checkpointer.find_checkpoint() if if_main_process() else None, src=0)
             planned = self.optimizer_step_limit or float("inf")
             if newest is not None and newest.meta["step"] >= planned and not newest.meta.get("validation_due"):
                 logger.info("This run is done: %s holds update %d.", newest.path, newest.meta["step"])
@@ -214,7 +218,7 @@ class PretrainingBrain(sb.Brain):
             # without those that are no part of a checkpoint
             buffers=digest({name: one for name, one in self.model.state_dict().items() if name in buffers}),
             training=self.sampler.state_dict(),
-            validation=self.valid_set.batch_sampler.fingerprint(),
+            validation=self._valid_fingerprint(),
             precision=self.precision,
             seed=self.hparams.seed,
             updates=(self.grad_accumulation_factor, self.optimizer_step_limit),
@@ -224,6 +228,7 @@ class PretrainingBrain(sb.Brain):
         """Refuse a foreign checkpoint, else load the newest; open the logs."""
         check_resumable(self.checkpointer, self.model, self.sampler)
         super().on_fit_start()
+        check_ranks_agree(resumed_after_update=self.optimizer_step)
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")
         self.optimizer_parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -516,6 +521,7 @@ class PretrainingBrain(sb.Brain):
             self.best_valid_loss = values["loss"]
         # the best has the least: a loss that is no number has no place in that order
         meta = {"valid_loss": values["loss"]} if math.isfinite(values["loss"]) else {}
+        meta["valid_set"] = self._valid_fingerprint()
         # a run that ends amid an epoch can be continued there
         self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), **meta)
 
@@ -544,7 +550,7 @@ class PretrainingBrain(sb.Brain):
     def _save_intra_epoch_ckpt(self) -> None:
         self._save_checkpoint(end_of_epoch=False)
 
-    def _save_checkpoint(self, end_of_epoch: bool, stopping: bool = False, **meta: float) -> None:
+    def _save_checkpoint(self, end_of_epoch: bool, stopping: bool = False, **meta: Any) -> None:
         """Save; keep the newest and the best."""
         if self.checkpointer is None:
             return
@@ -564,12 +570,10 @@ class PretrainingBrain(sb.Brain):
                 self._train_on_unsaved(error)
                 return
             self.unsaved_since, self.saved_update = None, self.optimizer_step
-            # two of the newest, for one may be damaged, and the best
-            best = self.checkpointer.find_checkpoint(min_key="valid_loss")
-            self.checkpointer.delete_checkpoints(
-                num_to_keep=2,
-                importance_keys=[ckpt_recency],
-                ckpt_predicate=lambda checkpoint: best is None or checkpoint.path != best.path,
+            # two of the newest, for one may be damaged, and the best of those validated on the same audio
+            here = self._valid_fingerprint()
+            self.checkpointer.keep_newest_and_best(
+                2, "valid_loss", comparable=lambda checkpoint: checkpoint.meta.get("valid_set", here) == here
             )
 
     def _train_on_unsaved(self, error: SaveError) -> None:
@@ -590,6 +594,7 @@ class PretrainingBrain(sb.Brain):
             "histogram": self.shared_histogram,
             "device_seconds": self.device_hours * 3600,
             "best_valid_loss": self.best_valid_loss,
+            "valid_set": self._valid_fingerprint(),
             "rate_scale": self.rate_scale,
             "rewinds": self.rewinds,
             "best_perplexity": self.log.best_perplexity,
@@ -604,7 +609,11 @@ class PretrainingBrain(sb.Brain):
         # histograms are added up over the ranks: the first holds what all had
         self.tally.histogram = state["histogram"] * (self.rank == 0)
         self.device_seconds_before = max(self.device_seconds_rewound, state["device_seconds"])
+        here = self._valid_fingerprint()
         self.best_valid_loss = state["best_valid_loss"]
+        if None not in (here, state.get("valid_set")) and state["valid_set"] != here:
+            logger.warning("The validation set is another than before: the best loss so far does not count any more.")
+            self.best_valid_loss = float("inf")
         # a run that went back here with a lower rate keeps it
         self.rate_scale = min(self.rate_scale, state["rate_scale"])
         self.rewinds = max(self.rewinds, state["rewinds"])
@@ -624,7 +633,12 @@ class PretrainingBrain(sb.Brain):
             "validation": entry,
         }
         with self.clock.saving():
-            card = write_card(facts, [line for line in self.log.lines.read() if line["event"] == "valid"])
+            try:
+                lines = self.log.lines.read()
+            except OSError as error:
+                logger.warning("The log cannot be read (%s): the card of %s tells no curve.", error, name)
+                lines = []
+            card = write_card(facts, [line for line in lines if line["event"] == "valid"])
             self.encoders.write(name, self.model.speech_encoder, card, facts)
 
     def _write_missing_encoder(self, checkpoint: Any) -> None:

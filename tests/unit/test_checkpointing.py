@@ -1,11 +1,16 @@
 """A checkpoint is whole or not there."""
 
+import errno
+import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from speechbrain_bestrq.checkpointing import UNFINISHED, AtomicCheckpointer
+from speechbrain_bestrq import writing
+from speechbrain_bestrq.checkpointing import UNFINISHED, AtomicCheckpointer, SaveError
 
 
 class Killed(BaseException):
@@ -182,3 +187,58 @@ def test_best_and_last_are_kept_and_the_rest_deleted(start):
     assert names(checkpointer) == ["CKPT+step1", "CKPT+step3"]
     assert checkpointer.find_checkpoint(min_key="loss").meta["step"] == 1
     assert checkpointer.find_checkpoint().meta["step"] == 3
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_a_folder_that_cannot_be_listed_is_a_disk_failure_and_saving_goes_on_when_it_is_back(
+    start, monkeypatch, caplog, number
+):
+    checkpointer, _, _ = start()
+    checkpointer.save_checkpoint(name="first", meta={"loss": 2.0})
+
+    def refuse(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        for listing in ("iterdir", "glob"):
+            patch.setattr(Path, listing, refuse)
+        patch.setattr(os, "listdir", refuse)
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(SaveError, match="no checkpoint could be saved in .*save"):
+            checkpointer.save_checkpoint(name="second", meta={"loss": 1.0})
+        checkpointer.keep_newest_and_best(1, "loss")
+    assert "nothing is deleted" in caplog.text
+    checkpointer.save_checkpoint(name="third", meta={"loss": 3.0})
+    assert names(checkpointer) == ["CKPT+first", "CKPT+third"]
+
+
+def test_a_folder_that_was_moved_away_is_made_anew(start, tmp_path):
+    checkpointer, _, _ = start()
+    checkpointer.save_checkpoint(name="first")
+    shutil.move(tmp_path / "save", tmp_path / "elsewhere")
+    checkpointer.save_checkpoint(name="second")
+    assert names(checkpointer) == ["CKPT+second"]
+
+
+def test_newest_and_best_are_kept_of_what_may_be_compared(start):
+    checkpointer, _, _ = start()
+    for number, (loss, audio) in enumerate([(0.1, "old"), (3.0, "new"), (2.0, "new"), (4.0, "new"), (5.0, "new")]):
+        checkpointer.save_checkpoint(name=str(number), meta={"loss": loss, "audio": audio})
+        checkpointer.keep_newest_and_best(2, "loss", lambda checkpoint: checkpoint.meta["audio"] == "new")
+    assert names(checkpointer) == ["CKPT+2", "CKPT+3", "CKPT+4"]
+
+
+@pytest.mark.parametrize(("number", "passed_over"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_sync_folders_is_no_failure(tmp_path, monkeypatch, number, passed_over):
+    def refuse(_descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if passed_over:
+        writing.sync(tmp_path)
+    else:
+        with pytest.raises(OSError):
+            writing.sync(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        writing.sync(tmp_path / "file")

@@ -308,8 +308,8 @@ def test_what_a_run_has_learned_of_itself_outlives_it(toy, tmp_path, corpus):
     first = toy.train(tmp_path, **settings, stop_after=4).brain
     first.guard.usual_norm, first.rewinds, first.rate_scale = torch.tensor(3.5), 2, 0.25
     first.guard.skipped_row, first.log.best_perplexity, first.best_valid_loss = torch.tensor(7), 12.5, 0.75
-    first.checkpointer.save_checkpoint(meta={"step": 4, "signature": json.dumps(first.model.signature())})
     hours = first.device_hours
+    first.checkpointer.save_checkpoint(meta={"step": 4, "signature": json.dumps(first.model.signature())})
     again = toy.make_brain(tmp_path, toy.make_model(), updates=6)
     again.sampler = first.sampler
     again.checkpointer.add_recoverable("sampler", first.sampler, load_state, save_state)
@@ -584,6 +584,22 @@ def test_the_best_encoder_survives_a_kill_between_checkpoint_and_encoder(toy, tm
     assert not (tmp_path / "encoder").exists()
     toy.train(tmp_path, **settings)
     assert (tmp_path / "encoder" / "model.safetensors").exists()
+
+
+def test_losses_of_another_validation_set_are_not_compared(toy, tmp_path, corpus, caplog):
+    """A run that diverges goes on with another validation set: none of its losses is as low as the first one."""
+    settings = {**corpus, "valid_interval": 1, "checkpoint_every": 1, "peak": 3.0, "warmup": 9, "max_grad_norm": 0.0}
+    toy.train(tmp_path / "run", **settings, updates=3)
+    path = max((tmp_path / "run" / "save").glob("CKPT*"), key=lambda folder: folder.stat().st_mtime) / "progress.ckpt"
+    before = torch.load(path, weights_only=True)["best_valid_loss"]
+    other = toy.write_noise(tmp_path / "other", [1.3] * 3, seed=9)
+    done = toy.train(tmp_path / "run", **{**settings, "valid_folder": other}, updates=6)
+    assert "The validation set is another than before" in caplog.text
+    later = [line for line in toy.log_lines(tmp_path / "run", "valid") if line["step"] > 3]
+    best = min(later, key=lambda line: line["loss"])
+    assert done.brain.best_valid_loss == best["loss"] > before
+    config = json.loads((tmp_path / "run" / "encoder" / "config.json").read_text())
+    assert config["training"]["step"] == best["step"]
 
 
 def test_the_two_newest_and_the_best_checkpoint_are_kept(toy, tmp_path, corpus):
