@@ -8,9 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +68,9 @@ def equality(settings: Settings, findings: Findings, seconds: float) -> None:
     compare_labels(models["bestrq"], settings, findings)
     for name, model in models.items():
         compare_losses(name, model, settings, findings)
+    if not settings.toy:  # on a CPU it takes a compiler, and minutes
+        for name, model in models.items():
+            compare_compiled(name, model, settings, findings)
 
 
 def compare_labels(model: BestRQ, settings: Settings, findings: Findings) -> None:
@@ -111,18 +113,6 @@ def _gaps(model: BestRQ, frames: Tensor, first: Tensor, second: Tensor) -> Tenso
     return ((projected * codes[first]).sum(-1) - (projected * codes[second]).sum(-1)).abs()
 
 
-@contextmanager
-def exact(device: str) -> Iterator[None]:
-    """Float32 throughout: no TF32, in convolutions neither."""
-    previous = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    try:
-        with full_precision(device):
-            yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = previous
-
-
 def compare_losses(name: str, model: BestRQ | Wav2Vec2, settings: Settings, findings: Findings) -> None:
     """Loss and gradient of a batch with the same mask and noise, without dropout."""
     for module in model.train().modules():
@@ -146,7 +136,7 @@ def compare_losses(name: str, model: BestRQ | Wav2Vec2, settings: Settings, find
     losses, gradients = [], []
     for device in ("cpu", settings.device):
         one = copy.deepcopy(model).to(device)
-        with exact(device):
+        with full_precision(device):
             given = {key: value.to(device) for key, value in drawn.items()}
             loss = one(wavs.to(device), mask=mask.to(device), **given).loss
             loss.backward()
@@ -159,6 +149,34 @@ def compare_losses(name: str, model: BestRQ | Wav2Vec2, settings: Settings, find
         f"{name}: fp32 loss as on a CPU",
         f"{losses[0]:.5f}, apart by {loss_difference:.1e} of it, gradients by {gradient_difference:.1e}",
         loss_difference <= LOSS_TOLERANCE and gradient_difference <= GRADIENT_TOLERANCE,
+    )
+
+
+def compare_compiled(
+    name: str, model: BestRQ | Wav2Vec2, settings: Settings, findings: Findings, backend: str = "inductor"
+) -> None:
+    """Output and gradients of a layer as --compile makes it, in float32, against the eager one."""
+    layer = copy.deepcopy(model.speech_encoder.encoder.layers[0]).to(settings.device).eval()
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(2, 300, model.speech_encoder.encoder.d_model, generator=generator).to(settings.device)
+    results = []
+    with full_precision(settings.device):
+        for one in (layer, torch.compile(layer, backend=backend, dynamic=False)):
+            layer.zero_grad()
+            heard = given.clone().requires_grad_()
+            output = one(heard)
+            output.square().mean().backward()
+            gradients = [
+                heard.grad,
+                *(parameter.grad for parameter in layer.parameters() if parameter.grad is not None),
+            ]
+            results.append([output.detach().double(), torch.cat([grad.flatten().double() for grad in gradients])])
+    apart = [float((ours - eager).norm() / eager.norm()) for eager, ours in zip(*results, strict=True)]
+    findings.figures[f"{name} compiled"] = dict(zip(("output_apart", "gradients_apart"), apart, strict=True))
+    findings.row(
+        f"{name}: a compiled layer as an eager one",
+        f"output apart by {apart[0]:.1e} of it, gradients by {apart[1]:.1e}",
+        apart[0] <= LOSS_TOLERANCE and apart[1] <= GRADIENT_TOLERANCE,
     )
 
 

@@ -70,7 +70,7 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
     mix = (
         ["--micro_batches", "30", "--steps", "1"] if settings.toy else ["--micro_batches", micro_batch, "--steps", "4"]
     )
-    stages.insert(1, ["--seconds", "mix", *mix, "--repeats", repeats])
+    stages.insert(2, ["--seconds", "mix", *mix, "--repeats", repeats])  # the default compiled is worth more
     measurements: list[pretrain_step.Measurement] = []
 
     def tell(text: str) -> None:
@@ -91,7 +91,7 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
                 found = pretrain_step.measure(arguments, Path(folder), tell)
         except Exception as error:  # the other stages are worth having
             traceback.print_exc()
-            findings.row(" ".join(stage), f"{type(error).__name__}: {str(error)[:160]}", False)
+            findings.row(" ".join(stage), f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", False)
             free_memory(settings)
             continue
         measurements += found

@@ -29,6 +29,7 @@ evidence/ and encoders/ in half precision. The exit status is 1 if something fai
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -39,7 +40,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ from speechbrain_bestrq.writing import write_text
 
 #: The parts and the seconds that each may take, of eight minutes; the last takes what is left.
 PARTS = {
-    "equality": (equality, 60),
+    "equality": (equality, 80),
     "pretraining": (pretraining, 120),
     "downstream": (downstream, 60),
     "steps": (steps, 120),
@@ -69,16 +71,25 @@ PARTS = {
 RESERVE, GRACE = 8, 8
 
 
+#: Of prctl: orphans among what a process has started become its own children.
+ADOPT_ORPHANS = 36
 #: Bytes of the runs of all parts, most of them checkpoints.
 MEMORY_NEEDED = 32e9
 
 
 def run_part(name: str, settings_file: Path, findings_file: Path, log: Path, seconds: float) -> Outcome:
-    """Run a part in a process of its own; when its time is over, it is killed with all that it started."""
+    """Run a part in a process of its own; when its time is over, it is killed with all that it started.
+
+    What a process of it put into a session of its own, as torchrun does its workers, comes to this one when its parent
+    is gone: it would compute beside the next part's measurements.
+    """
     words = [sys.executable, __file__, "--part", name, str(settings_file), str(findings_file)]
     words.append(str(time.time() + seconds - GRACE))
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    libc = ctypes.CDLL(None)
+    libc.prctl(ADOPT_ORPHANS, 1, 0, 0, 0)
+    before = children()
     with open(log, "wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -91,7 +102,25 @@ def run_part(name: str, settings_file: Path, findings_file: Path, log: Path, sec
             except ProcessLookupError:
                 pass
             process.wait()
+            while orphans := children() - before:  # what they started comes in their place
+                for orphan in orphans:
+                    os.kill(orphan, signal.SIGKILL)
+                    os.waitpid(orphan, 0)
+            libc.prctl(ADOPT_ORPHANS, 0, 0, 0, 0)
     return Outcome(status, time.monotonic() - started, log)
+
+
+def children() -> set[int]:
+    """The processes that this one has started or adopted, those that have ended among them."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+        if parent == os.getpid():
+            found.add(int(folder.name))
+    return found
 
 
 def part(words: Sequence[str]) -> None:
@@ -102,15 +131,23 @@ def part(words: Sequence[str]) -> None:
     findings.save()
 
 
-def run_session(settings: Settings, parts: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Run the parts; what they found, by part, with how each ended."""
+def run_session(
+    settings: Settings,
+    parts: Sequence[str],
+    seconds: float,
+    after_part: Callable[[dict[str, Any]], Any] = lambda session: None,
+) -> dict[str, Any]:
+    """Run the parts; what they found, by part, with how each ended, which ``after_part`` is told after each."""
     ends = time.monotonic() + seconds - RESERVE
     settings_file = Path(settings.work) / "settings.json"
     settings.write(settings_file)
     session = {}
+    shares = [PARTS[name][1] for name in parts]
+    # parts that are all there is share all of the time
+    scale = seconds / 480 if None in shares else max(seconds - RESERVE, 0) / sum(shares)
     for name in parts:
         left, own = ends - time.monotonic(), PARTS[name][1]
-        limit = left if own is None else min(own * seconds / 480, left)
+        limit = left if own is None else min(own * scale, left)
         print(f"{name}: at most {max(limit, 0):.0f} s of {max(left, 0):.0f}", file=sys.stderr, flush=True)
         found: dict[str, Any] = {"rows": [], "sections": {}, "figures": {}, "seconds": 0.0}
         session[name] = found
@@ -124,6 +161,7 @@ def run_session(settings: Settings, parts: Sequence[str], seconds: float) -> dic
         found["seconds"] = outcome.seconds
         if outcome.status != 0:
             found["rows"].append({"what": name, "outcome": outcome.failure(), "good": False})
+        after_part(session)
     return session
 
 
@@ -219,7 +257,9 @@ def main(words: list[str] | None = None) -> None:
             arguments.sizes,
         )
         parts = [name for name in PARTS if name in arguments.parts]
-        session = run_session(settings, parts, 60 * arguments.minutes)
+        # after each part, for a machine may be taken away
+        written = partial(write_session, settings=settings, command=command)
+        session = run_session(settings, parts, 60 * arguments.minutes, written)
     path = write_session(session, settings, command)
     print(short_table(session))
     print(f"\nAll figures: {path} and {path.with_suffix('.json').name}")

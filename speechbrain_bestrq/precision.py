@@ -1,7 +1,7 @@
 """Where float32 has to stay float32, and where bfloat16 is faster."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
@@ -13,7 +13,7 @@ _device: ContextVar[str | None] = ContextVar("device", default=None)
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Switch autocast and reduced-precision float32 products (TF32, bf16) off.
+    """Switch autocast and reduced-precision float32 products and convolutions (TF32, bf16) off.
 
     The front end and the quantizer run under it: labels have to be a function of
     the audio, not of the precision that the encoder happens to train in. (In bf16
@@ -31,20 +31,26 @@ def full_precision(device_type: str) -> Iterator[None]:
     ...     (torch.eye(2) @ torch.eye(2)).dtype
     torch.float32
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    cudnn = torch.backends.cudnn
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, cudnn.conv, cudnn.rnn)
     previous = [backend.fp32_precision for backend in backends]
-    # PyTorch keeps the same setting under an older name too, and some kernels raise where the two disagree
-    try:
-        previous_of_old_name = torch.get_float32_matmul_precision()
-    except RuntimeError:  # they disagreed before
-        previous_of_old_name = None
-    torch.set_float32_matmul_precision("highest")
+    # PyTorch keeps the same settings under older names too, and some kernels raise where the two disagree
+    old_names = (
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (lambda: cudnn.allow_tf32, lambda value: setattr(cudnn, "allow_tf32", value), False),
+    )
+    restore = []
+    for read, write, full in old_names:
+        with suppress(RuntimeError):  # they disagreed before
+            restore.append((write, read()))
+        write(full)
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"  # the older name left it to what stands above them
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if previous_of_old_name is not None:
-            torch.set_float32_matmul_precision(previous_of_old_name)
+        for write, value in restore:
+            write(value)
         for backend, precision in zip(backends, previous, strict=True):
             backend.fp32_precision = precision
 

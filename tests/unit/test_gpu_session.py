@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from speechbrain_bestrq import PretrainedEncoder
@@ -62,26 +63,31 @@ def test_a_part_that_fails_or_hangs_is_told_in_a_line_and_the_others_go_on(load,
 echo beginning; echo RuntimeError: no such kernel
 printf '{found}' > "$5"
 case "$3" in
-    steps) sleep 60 & echo $! > "{tmp_path}/left"; wait;;
+    steps) setsid sleep 60 & echo $! > "{tmp_path}/away"; sleep 60 & echo $! > "{tmp_path}/left"; wait;;
     cost) exit 3;;
 esac
 """
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
+    for name in ("cost", "trace"):
+        monkeypatch.setitem(session.PARTS, name, (None, 234.5))
     monkeypatch.setitem(session.PARTS, "steps", (None, 3))
     settings, _ = toys
     Path(settings.work).mkdir()
     started = time.monotonic()
-    told = session.run_session(settings, ["cost", "steps", "trace"], 480.0)
+    known = []
+    told = session.run_session(settings, ["cost", "steps", "trace"], 480.0, lambda found: known.append(list(found)))
+    assert known == [["cost"], ["cost", "steps"], ["cost", "steps", "trace"]]
     assert time.monotonic() - started < 30
     table = session.short_table(told).splitlines()
     assert "| cost | cost | exit status 3: beginning / RuntimeError: no such kernel | FAILED |" in table
     assert sum("| steps | steps | stopped after 3 s: beginning / RuntimeError" in line for line in table) == 1
     assert [f"| {name} | a | b | ok |" in table for name in ("cost", "steps", "trace")] == [True] * 3
     assert len(table) == 2 + 5
-    left = Path(f"/proc/{(tmp_path / 'left').read_text().strip()}/stat")
-    assert not left.exists() or left.read_text().split()[2] == "Z"
+    for name in ("left", "away"):
+        left = Path(f"/proc/{(tmp_path / name).read_text().strip()}/stat")
+        assert not left.exists() or left.read_text().split()[2] == "Z", name
 
 
 def test_parts_for_which_no_time_is_left_are_left_out(load, toys):
@@ -98,6 +104,28 @@ def test_what_is_compared_with_a_cpu_is_equal_there(load, toys):
     names = ["labels as on a CPU", "bestrq: fp32 loss as on a CPU", "wav2vec2: fp32 loss as on a CPU"]
     assert rows(findings) == dict.fromkeys(names, True)
     assert findings.figures["labels"]["frames"] == 300
+
+
+def test_a_compiled_layer_is_compared_with_the_eager_one(load, toys, monkeypatch):
+    checks = load("gpu_checks")
+    settings, findings = toys
+    torch._dynamo.reset()
+
+    def wrong(graph, inputs):
+        return lambda *given: [1.001 * one if i == 0 else one for i, one in enumerate(graph.forward(*given))]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "compare_losses", lambda *arguments: None)
+        patch.setattr(checks, "compare_labels", lambda *arguments: None)
+        patch.setattr(checks, "compare_compiled", lambda name, model, *_: models.update({name: model}))
+        models = {}
+        checks.equality(settings, findings, 60)
+        assert not models  # a rehearsal has no compiler
+        checks.equality(checks.Settings("cpu", False, settings.output, settings.work), findings, 60)
+    for name, backend in (("bestrq", "eager"), ("wav2vec2", wrong)):
+        torch._dynamo.reset()
+        checks.compare_compiled(name, models[name], settings, findings, backend)
+    assert [row["good"] for row in json.loads(findings.path.read_text())["rows"]] == [True, False]
 
 
 def test_labels_of_other_features_are_found(load, toys, monkeypatch):

@@ -76,6 +76,19 @@ def test_a_users_older_way_to_allow_reduced_products_still_reads_as_set():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_convolutions_on_a_gpu_are_full_inside_too_and_restored_under_both_names(allowed):
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = allowed  # SpeechBrain does so
+        with full_precision("cpu"):
+            assert (cudnn.conv.fp32_precision, cudnn.allow_tf32) == ("ieee", False)
+        assert cudnn.allow_tf32 == allowed and cudnn.conv.fp32_precision == ("tf32" if allowed else "none")
+    finally:
+        cudnn.allow_tf32 = before
+
+
 @pytest.mark.parametrize(
     "gpu, told, gpu_multiplies, vendor, avx512_bf16, amx, expected",
     [
