@@ -210,7 +210,7 @@ class Answers:
         path = Path(folder) / ERRORS_FILE.format(name)
         answers = cls(labels)
         try:
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
                 rows = list(csv.DictReader(file))
             columns = ([row[column] for row in rows] for column in ("ID", "target", "answer", "speaker"))
             answers.append(*columns)
@@ -241,7 +241,8 @@ def _mean_share(parts: NDArray, wholes: NDArray) -> NDArray:
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    # utterances may have names that are no UTF-8, as their files may
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([columns, *rows])
 
 

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,13 +280,25 @@ class BeamDecoder:
         -------
         list of str
             The best text of each.
+
+        Raises
+        ------
+        InputError
+            If a process was killed.
         """
         if min(self.workers, len(utterances)) < 2:
             return [self.best(one).text for one in utterances]
         # forked: the language model and what is to be decoded are shared, not copied to each
         processes = min(self.workers, len(utterances))
-        with multiprocessing.get_context("fork").Pool(processes, _adopt, (self, utterances)) as pool:
-            return pool.map(_decode_adopted, range(len(utterances)), chunksize=1)
+        context = multiprocessing.get_context("fork")
+        try:
+            with ProcessPoolExecutor(processes, context, _adopt, (self, utterances)) as pool:
+                return list(pool.map(_decode_adopted, range(len(utterances))))
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"one of {processes} decoding processes was killed, mostly for want of memory: give fewer "
+                "--decoding_workers, or a smaller language model, and --test_only."
+            ) from error
 
     def best(self, log_probs: Tensor | NDArray) -> Hypothesis:
         """Find the best text of an utterance.

@@ -193,6 +193,6 @@ class ErrorRates:
         stats = ErrorRateStats()
         words, spoken = zip(*self._texts.values(), strict=True) if self._texts else ((), ())
         stats.append(list(self._texts), words, spoken)
-        with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
+        with replacing(path) as beside, open(beside, "w", encoding="utf-8", errors="surrogateescape") as file:
             stats.write_stats(file)
         return Path(path)

@@ -117,7 +117,8 @@ def write_errors(
         The file.
     """
     path = Path(folder) / ERRORS_FILE.format(name)
-    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+    # utterances may have names that are no UTF-8, as their files may
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -164,7 +165,7 @@ def compare_runs(folder: str | os.PathLike, other: str | os.PathLike, name: str,
 
 def _read_errors(path: Path, metric: str) -> dict[str, tuple[float, float, str]]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             return {
                 row["ID"]: (float(row[f"{metric}_errors"]), float(row[f"{metric}_total"]), row["group"])
                 for row in csv.DictReader(file)

@@ -23,6 +23,7 @@ from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.precision import full_precision
 from speechbrain_bestrq.recipe import GOVERNING, command_line
 from speechbrain_bestrq.results import machine
+from speechbrain_bestrq.resuming import check_ranks_agree
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -107,6 +108,7 @@ class TaskBrain(sb.Brain):
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.seconds = {"train": 0.0, "validation": 0.0}
+        self.device_seconds = 0.0  # of both, of all devices; a run may go on on another number of them
         self.layer_weights: list[list[float]] = []
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
         self.settings, self.composed_settings = self.settings_of(hparams), self.composed_settings_of(hparams)
@@ -388,6 +390,7 @@ class TaskBrain(sb.Brain):
     def on_fit_start(self) -> None:
         """Load the newest checkpoint; take the epochs that it has not seen the end of out of the log."""
         super().on_fit_start()
+        check_ranks_agree(resumed_after_update=self.optimizer_step)  # a shared folder may show them other states
         log = Path(self.hparams.train_logger.save_file)
         if if_main_process() and log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -419,7 +422,7 @@ class TaskBrain(sb.Brain):
         """Log; after a validation set the rates and save."""
         elapsed = time.perf_counter() - self._started
         if stage == sb.Stage.TRAIN:
-            self.seconds["train"] += elapsed
+            self._book("train", elapsed)
             self._check_losses()
             self._train_loss = float(self._shown_loss)
             return
@@ -428,7 +431,7 @@ class TaskBrain(sb.Brain):
         if stage == sb.Stage.TEST:
             self.test_metrics = metrics
             return
-        self.seconds["validation"] += elapsed
+        self._book("validation", elapsed)
         rates = self._anneal(epoch, metrics[getattr(self.hparams, "annealing_metric", self.metric)])
         meta = {"epoch": epoch, "updates": self.optimizer_step, **rates, "train_seconds": self.seconds["train"]}
         self.hparams.train_logger.log_stats(meta, {"loss": self._train_loss}, metrics)
@@ -439,11 +442,17 @@ class TaskBrain(sb.Brain):
             self.checkpointer.save_and_keep_only(meta={"epoch": epoch, **metrics}, min_keys=[self.metric])
         self._stop_if_asked(saved=True)
 
+    def _book(self, stage: str, elapsed: float) -> None:
+        self.seconds[stage] += elapsed
+        self.device_seconds += elapsed * self.world_size
+
     def _save_progress(self, _brain: Any, path: Path) -> None:
         if if_main_process():
             begun = time.perf_counter() - self._started if self._stage == sb.Stage.TRAIN else 0.0
             progress = {
                 "seconds": {**self.seconds, "train": self.seconds["train"] + begun},
+                "device_seconds": self.device_seconds + begun * self.world_size,
+                "machine": machine(self.device),
                 "step": self.step,
                 "train_sums": self._train_sums.tolist() if self._stage == sb.Stage.TRAIN else [0.0] * 3,
                 "world_size": self.world_size,
@@ -474,6 +483,8 @@ class TaskBrain(sb.Brain):
                 f"go on with as many, or give another --output_folder."
             )
         self.seconds, self.layer_weights = progress["seconds"], progress["layer_weights"]
+        before = sum(self.seconds.values()) * progress["world_size"]  # of an older run
+        self.device_seconds = progress.get("device_seconds", before)
         self._sums_before = progress.get("train_sums", [0.0] * 3)
 
     # ---------------------------------------------------------------- evaluation
@@ -521,11 +532,14 @@ class TaskBrain(sb.Brain):
         Returns
         -------
         dict
-            Plain JSON values. "device_hours" are those of training and validation.
+            Plain JSON values. "device_hours" are those of training and validation, on the machine that is named;
+            "tested_on" says on which other one the tests were made, if that is so.
         """
         best = self.checkpointer.find_checkpoint(min_key=self.metric)
         newest = self.checkpointer.find_checkpoint()
         trained = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
+        here = machine(self.device)
+        there = trained.get("machine", here)
         return {
             "encoder": {
                 **self.encoder.describe(),
@@ -542,10 +556,11 @@ class TaskBrain(sb.Brain):
             "layer_weights": None if self.mix is None else self.mix.shares(),
             "seconds": dict(self.seconds),
             "feature_seconds": feature_seconds,
-            "device_hours": sum(self.seconds.values()) * self.world_size / 3600,
-            "world_size": self.world_size,
+            "device_hours": self.device_seconds / 3600,
+            "world_size": trained["world_size"],
             "command": command_line(),
-            **machine(self.device),
+            **there,
+            **({} if here == there else {"tested_on": here}),
         }
 
 

@@ -67,7 +67,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     b'\\xc3\\xbc'
     """
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        # a path that is no UTF-8: JSON reads the same path again
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sync(path: str | os.PathLike) -> None:

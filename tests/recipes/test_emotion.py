@@ -176,6 +176,39 @@ def test_finished_folds_are_passed_over_until_something_changes(train, iemocap, 
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="Session1 is a fold of --folds session: give those"):
         run("--folds=speaker")
+    with pytest.raises(InputError, match="would be that of all folds: leave it out"):
+        run(f"--save_folder={tmp_path / 'elsewhere'}")
+
+
+def test_a_look_at_a_fold_that_is_half_trained_does_not_finish_it(train, iemocap, tmp_path, monkeypatch):
+    given = arguments("probe_small", iemocap, "fbank", tmp_path, "--fold=Session1", "--folds=session")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.ClassificationBrain, "on_evaluate_start", refuse := RefusedTest())
+        with pytest.raises(KeyboardInterrupt):
+            train.main(given)
+    assert refuse.asked and not (tmp_path / "Session1" / "results.json").exists()
+    train.main([*given, "--test_only"])
+    assert read_results(tmp_path / "Session1")["mark"] is None
+    trained = []
+    run_fold = train.run_fold
+    monkeypatch.setattr(train, "run_fold", lambda *all, **facts: trained.append(1) or run_fold(*all, **facts))
+    train.main(given)
+    assert trained and read_results(tmp_path / "Session1")["mark"]
+    train.main([*given, "--test_only"])
+    assert read_results(tmp_path / "Session1")["mark"] and len(trained) == 2
+    train.main(given)
+    assert len(trained) == 2
+
+
+class RefusedTest:
+    """Stands for a stop before the test."""
+
+    asked = False
+
+    def __call__(self, *_, **__):
+        """Stop."""
+        self.asked = True
+        raise KeyboardInterrupt
 
 
 def test_another_encoder_in_the_same_folder_is_refused(train, iemocap, encoder, tmp_path):

@@ -2,6 +2,8 @@
 
 import gzip
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -59,6 +61,13 @@ def test_utterances_without_frames_have_no_text(lm_file):
     for lm in (None, lm_file):
         assert BeamDecoder(CharacterTokenizer(), lm)(log_probs, lengths) == ["", ""]
     assert greedy_decode(torch.zeros(1, 0, 29), torch.tensor([0])) == [[]]
+
+
+def test_a_worker_that_is_killed_is_one_clear_line_and_no_wait_for_ever(heard, monkeypatch):
+    decoder = BeamDecoder(CharacterTokenizer(), workers=2)
+    monkeypatch.setattr(BeamDecoder, "best", lambda decoder, one: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="decoding processes was killed.*fewer --decoding_workers"):
+        decoder(*batch_of(heard))
 
 
 def test_the_same_texts_with_any_number_of_workers_and_again(heard, lm_file):

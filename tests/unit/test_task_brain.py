@@ -546,6 +546,24 @@ def test_the_best_checkpoint_is_tested_and_the_records_are_plain_json(rows, fold
     assert records["trained_parameters"] == 3 + 2 * 17
     assert sum(records["layer_weights"]) == pytest.approx(1.0)
     assert records["device_hours"] == pytest.approx(sum(records["seconds"].values()) / 3600)
+    assert "tested_on" not in records
+
+
+def test_what_was_trained_on_other_devices_is_not_booked_as_trained_on_those_of_the_test(
+    rows, folder, tmp_path, monkeypatch
+):
+    brain = make_brain(tmp_path / "run", folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+        patch.setattr(task_brain, "machine", lambda _: {"device": "another", "threads": 3})
+        brain.world_size = 8
+        fit(brain, rows)
+    again = make_brain(tmp_path / "run", folder)
+    again.test(loaders(rows)[1])
+    records = again.records()
+    assert records["world_size"] == 8 and (records["device"], records["threads"]) == ("another", 3)
+    assert records["device_hours"] == pytest.approx(8 * sum(records["seconds"].values()) / 3600)
+    assert records["tested_on"] == task_brain.machine("cpu")
 
 
 def test_the_best_weights_are_tested_but_the_cost_is_that_of_all_epochs(rows, folder, tmp_path, monkeypatch):

@@ -76,6 +76,18 @@ def check_folds(output_folder: Path, folds: str) -> None:
             )
 
 
+def check_save_folder(hparams: dict) -> None:
+    """Refuse another place for checkpoints: it would be one for all folds."""
+    for key, place in (
+        ("fold_folder", Path(hparams["output_folder"]) / hparams["fold"]),
+        ("save_folder", Path(hparams["fold_folder"]) / "save"),
+    ):
+        if Path(hparams[key]) != place:
+            raise InputError(
+                f"{key} '{hparams[key]}' would be that of all folds: leave it out, and give --output_folder."
+            )
+
+
 def load_fold(hparams_file: str, overrides: str, run_opts: Any, fold: str) -> tuple[str, dict[str, Any]]:
     """Build all anew for one fold, so that nothing of one reaches the next; give the overrides and what was built."""
     kept = [line for line in overrides.splitlines() if not line.startswith("fold:")]
@@ -189,6 +201,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     folds = choose_folds(hparams)
     output_folder = Path(hparams["output_folder"])
     check_folds(output_folder, str(hparams["folds"]))
+    check_save_folder(hparams)
     for fold in folds:
         ClassificationBrain.check_run(AtomicCheckpointer(checkpoints_dir=output_folder / fold / "save"), hparams)
     # an option is merged into the mapping of the YAML: null is how it takes a label out
@@ -212,15 +225,17 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     # from here on the folders of the folds are written to
     cache = open_cache(hparams, {ALL: turns}, run_opts["device"])
     marks = mark_folds(hparams_file, overrides, hparams, sides)
-    finished = [] if hparams["test_only"] else run_on_main(find_finished, args=[output_folder, marks])
+    finished = run_on_main(find_finished, args=[output_folder, marks])
     for fold in folds:
-        if fold in finished:
+        if fold in finished and not hparams["test_only"]:
             logger.info("fold %s: finished before, see %s", fold, output_folder / fold)
             continue
         fold_overrides, loaded = load_fold(hparams_file, overrides, run_opts, fold)
         sb.create_experiment_directory(loaded["fold_folder"], hparams_file, fold_overrides)
         rows = {name: read_manifest(path) for name, path in sides[fold].items()}
-        run_fold(loaded, run_opts, rows, labels, cache, mark=marks[fold], unreadable=unreadable)
+        # to test what is half trained does not finish it
+        mark = None if hparams["test_only"] and fold not in finished else marks[fold]
+        run_fold(loaded, run_opts, rows, labels, cache, mark=mark, unreadable=unreadable)
     if hparams["fold"] == ALL:
         sb.create_experiment_directory(output_folder / ALL, hparams_file, overrides)
         if if_main_process():
