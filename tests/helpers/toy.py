@@ -472,6 +472,13 @@ def rank_train_on_a_full_disk(**settings):
     return {**done, "refused": len(refused), "saved": [checkpoint.meta for checkpoint in metas]}
 
 
+def rank_train_unseen(**settings):
+    """As :func:`rank_train`; the second rank sees no checkpoint yet, as it may be in a shared folder."""
+    if ranks_now()[0]:
+        AtomicCheckpointer.find_checkpoint = lambda *_, **__: None
+    return rank_train(**settings)
+
+
 def rank_load_recipe(yaml, more):
     """Load a YAML as a recipe does, in the group that is there."""
     sb.utils.distributed.ddp_init_group = lambda options: None

@@ -289,6 +289,16 @@ def test_two_ranks_resume_in_new_processes(toy, tmp_path, corpus, workers, accum
     assert hours[0] == hours[1]
 
 
+def test_a_rank_that_does_not_see_the_newest_checkpoint_is_told_and_one_that_is_done_ends_on_all(toy, tmp_path, corpus):
+    settings = {**corpus, "updates": 4, "checkpoint_every": 1, "output": str(tmp_path / "run")}
+    toy.train_ranks(tmp_path / "first", ("rank_train", {**settings, "stop_after": 3}))
+    with pytest.raises(AssertionError, match=r"\(resumed_after_update: 0 there, 2 on rank 0\)"):
+        toy.train_ranks(tmp_path / "second", ("rank_train_unseen", settings))
+    toy.train_ranks(tmp_path / "third", ("rank_train", settings))
+    done = toy.train_ranks(tmp_path / "fourth", ("rank_train_unseen", settings))
+    assert [rank["trained"] for rank in done] == [[], []]
+
+
 def test_on_another_number_of_ranks_it_goes_on_after_an_epoch_and_says_so(toy, tmp_path, corpus, caplog):
     settings = {**corpus, "updates": 6}
     toy.train_ranks(tmp_path / "ranks", ("rank_train", {**settings, "epochs": 1, "output": str(tmp_path / "run")}))
