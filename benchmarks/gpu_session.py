@@ -102,10 +102,13 @@ def run_part(name: str, settings_file: Path, findings_file: Path, log: Path, sec
             except ProcessLookupError:
                 pass
             process.wait()
-            while orphans := children() - before:  # what they started comes in their place
+            ends = time.monotonic() + GRACE  # one that hangs in a driver cannot be killed
+            # what they started comes in their place
+            while (orphans := children() - before) and time.monotonic() < ends:
                 for orphan in orphans:
                     os.kill(orphan, signal.SIGKILL)
-                    os.waitpid(orphan, 0)
+                    os.waitpid(orphan, os.WNOHANG)
+                time.sleep(0.05)
             libc.prctl(ADOPT_ORPHANS, 0, 0, 0, 0)
     return Outcome(status, time.monotonic() - started, log)
 
@@ -115,7 +118,7 @@ def children() -> set[int]:
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
         except OSError:  # it has ended
             continue
         if parent == os.getpid():

@@ -106,7 +106,8 @@ class RotaryAttention(TableModule):
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotate the pairs (i, i + d_head / 2) of (B, T, H, d_head)."""
         frames = x.shape[1]
-        cos, sin = self.cos[:frames, None], self.sin[:frames, None]
+        # a replica of torch.nn.DataParallel has the tables of the first device
+        cos, sin = (table[:frames, None].to(x.device) for table in (self.cos, self.sin))
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -193,7 +194,7 @@ class RelativeAttention(TableModule):
             longest = 2 * frames
             self._tabulate(longest)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.d_head)).unbind(2)
-        position = self.position(self.table[longest - frames : longest - 1 + frames])
+        position = self.position(self.table[longest - frames : longest - 1 + frames].to(x.device))
         position = position.unflatten(-1, (self.num_heads, self.d_head))
         biased = (query + self.position_bias.to(query.dtype)) * self.scale
         bias = _shift(torch.einsum("bthd,phd->bhtp", biased, position))

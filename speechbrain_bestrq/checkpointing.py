@@ -86,6 +86,7 @@ class AtomicCheckpointer(Checkpointer):
 
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
+        self._device = os.stat(self.checkpoints_dir).st_dev
         self._faults: dict[Path, str] = {}
 
     # ---------------------------------------------------------------- saving
@@ -118,7 +119,7 @@ class AtomicCheckpointer(Checkpointer):
         if if_main_process():
             folder = None
             try:
-                self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+                self._make_folder()
                 self._remove_leftovers()
                 folder = self._unfinished(
                     super()._new_checkpoint_dirpath() if name is None else super()._custom_checkpoint_dirpath(name)
@@ -136,6 +137,13 @@ class AtomicCheckpointer(Checkpointer):
         if if_main_process():
             logger.log(verbosity, "Saved a checkpoint in %s", path)
         return checkpoint
+
+    def _make_folder(self) -> None:
+        """Make the folder anew if it was moved away, but not below the mount point of a disk that is away."""
+        there = next(path for path in (self.checkpoints_dir, *self.checkpoints_dir.absolute().parents) if path.exists())
+        if there.stat().st_dev != self._device:
+            raise OSError(errno.ESTALE, "its disk is not mounted", str(there))
+        self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
 
     def _remove_leftovers(self) -> None:
         """Remove what a process that was killed has left; not before this one saves, for that one may still live."""
@@ -172,7 +180,9 @@ class AtomicCheckpointer(Checkpointer):
 
     def _disk_failure(self, error: OSError | RuntimeError) -> str:
         """Say what is wrong with the disk; raise what is not the disk's fault."""
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        gone = getattr(error, "errno", None) == errno.ENOENT  # of a folder of its own, not of what a hook reads
+        foreign = gone and not str(error.filename).startswith(str(self.checkpoints_dir))
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and not foreign:
             reason = error.strerror
         elif isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_DISK_ERRORS):
             reason = "the disk did not take all of it"

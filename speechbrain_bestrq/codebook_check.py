@@ -408,7 +408,7 @@ def check_codebook(
     given = [] if corpus is None else ["--data_folder", str(corpus)]
     with tempfile.TemporaryDirectory() as scratch:
         # the YAML makes its checkpoint folder, and clears a running training's unfinished checkpoints
-        _, _, _, hparams = load_recipe([hparams_file, *given, "--output_folder", scratch, *overrides])
+        _, _, _, hparams = load_recipe([hparams_file, *given, "--output_folder", scratch, "--device=cpu", *overrides])
     corpus = corpus or hparams["data_folder"]  # the YAML may name its own
     model = hparams["model"]
     quantizer = getattr(model, "quantizer", None)

@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -359,6 +360,13 @@ def _adopt(decoder: BeamDecoder, utterances: Sequence[Tensor | NDArray]) -> None
     global _adopted
     _adopted = decoder, utterances
     torch.set_num_threads(1)  # the parent's threads are not there
+    # a parent that is killed tells its executor's workers nothing, and they would keep the language model in memory
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _decode_adopted(place: int) -> str:

@@ -50,10 +50,15 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def check_gpus_usable() -> None:
+def check_gpus_usable(option: str = "--device cpu") -> None:
     """Refuse to leave a GPU idle because PyTorch was built for a newer driver, of which it says no more than a warning.
 
-    ``CUDA_VISIBLE_DEVICES`` that names none hides all of them: they are not wanted then.
+    GPUs that ``CUDA_VISIBLE_DEVICES`` hides, or that this process may not open, are not meant.
+
+    Arguments
+    ---------
+    option : str
+        By which one goes without, for the message.
 
     Raises
     ------
@@ -65,14 +70,24 @@ def check_gpus_usable() -> None:
     >>> if torch.cuda.is_available():
     ...     check_gpus_usable()
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if hidden or torch.cuda.is_available() or not any(DEVICES.glob("nvidia[0-9]*")):
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    hidden = not (first.isdigit() or first.startswith(("GPU-", "MIG-")))  # as SLURM's NoDevFiles
+    if hidden or torch.cuda.is_available() or not any(map(_can_be_opened, DEVICES.glob("nvidia[0-9]*"))):
         return
     raise InputError(
         f"there is an NVIDIA GPU here, but torch {torch.__version__} cannot use it, mostly since it was built for a "
         "newer driver than nvidia-smi tells: install torch and torchaudio for this one (docs/dependencies.md), or give "
-        "--device cpu."
+        f"{option}."
     )
+
+
+def _can_be_opened(device: Path) -> bool:
+    """Whether a device is this process's to use: a scheduler may show all of them and allow some."""
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def processor_vendor() -> str:

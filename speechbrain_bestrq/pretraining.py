@@ -132,9 +132,9 @@ class PretrainingBrain(sb.Brain):
             "versions": package_versions(),
         }
 
-    def _valid_fingerprint(self) -> str | None:
-        """Tell the audio of the validation from other; None before there is any."""
-        return None if self.valid_set is None else self.valid_set.batch_sampler.fingerprint()
+    def _valid_content(self) -> str | None:
+        """Tell the audio of the validation from other, by its lengths; None before there is any."""
+        return None if self.valid_set is None else self.valid_set.batch_sampler.content()
 
     def _frames_per_second(self) -> float:
         """Encoder frames in a second of speech, in the long run."""
@@ -218,7 +218,7 @@ class PretrainingBrain(sb.Brain):
             # without those that are no part of a checkpoint
             buffers=digest({name: one for name, one in self.model.state_dict().items() if name in buffers}),
             training=self.sampler.state_dict(),
-            validation=self._valid_fingerprint(),
+            validation=self.valid_set.batch_sampler.fingerprint(),
             precision=self.precision,
             seed=self.hparams.seed,
             updates=(self.grad_accumulation_factor, self.optimizer_step_limit),
@@ -521,7 +521,7 @@ class PretrainingBrain(sb.Brain):
             self.best_valid_loss = values["loss"]
         # the best has the least: a loss that is no number has no place in that order
         meta = {"valid_loss": values["loss"]} if math.isfinite(values["loss"]) else {}
-        meta["valid_set"] = self._valid_fingerprint()
+        meta["valid_set"] = self._valid_content()
         # a run that ends amid an epoch can be continued there
         self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), **meta)
 
@@ -571,7 +571,7 @@ class PretrainingBrain(sb.Brain):
                 return
             self.unsaved_since, self.saved_update = None, self.optimizer_step
             # two of the newest, for one may be damaged, and the best of those validated on the same audio
-            here = self._valid_fingerprint()
+            here = self._valid_content()
             self.checkpointer.keep_newest_and_best(
                 2, "valid_loss", comparable=lambda checkpoint: checkpoint.meta.get("valid_set", here) == here
             )
@@ -594,7 +594,7 @@ class PretrainingBrain(sb.Brain):
             "histogram": self.shared_histogram,
             "device_seconds": self.device_hours * 3600,
             "best_valid_loss": self.best_valid_loss,
-            "valid_set": self._valid_fingerprint(),
+            "valid_set": self._valid_content(),
             "rate_scale": self.rate_scale,
             "rewinds": self.rewinds,
             "best_perplexity": self.log.best_perplexity,
@@ -609,7 +609,7 @@ class PretrainingBrain(sb.Brain):
         # histograms are added up over the ranks: the first holds what all had
         self.tally.histogram = state["histogram"] * (self.rank == 0)
         self.device_seconds_before = max(self.device_seconds_rewound, state["device_seconds"])
-        here = self._valid_fingerprint()
+        here = self._valid_content()
         self.best_valid_loss = state["best_valid_loss"]
         if None not in (here, state.get("valid_set")) and state["valid_set"] != here:
             logger.warning("The validation set is another than before: the best loss so far does not count any more.")

@@ -532,8 +532,8 @@ class TaskBrain(sb.Brain):
         Returns
         -------
         dict
-            Plain JSON values. "device_hours" are those of training and validation, on the machine that is named;
-            "tested_on" says on which other one the tests were made, if that is so.
+            Plain JSON values. "device_hours" are those of training and validation; the machine that is named is
+            the last that trained; "tested_on" says on which other one the tests were made, if that is so.
         """
         best = self.checkpointer.find_checkpoint(min_key=self.metric)
         newest = self.checkpointer.find_checkpoint()

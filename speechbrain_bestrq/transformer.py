@@ -184,7 +184,7 @@ class SinusoidalPositions(TableModule):
         """Give the positions of (B, T, d_model)."""
         if x.shape[1] > len(self.table):
             self._tabulate(2 * x.shape[1])
-        return self.table[None, : x.shape[1]]
+        return self.table[None, : x.shape[1]].to(x.device)
 
     def flops(self, frames: int) -> float:
         """Nothing is multiplied."""

@@ -70,6 +70,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.corpora._options import absolute_path
     from speechbrain_bestrq.errors import InputError
     from speechbrain_bestrq.locking import sole_writer
+    from speechbrain_bestrq.machine import check_gpus_usable
     from speechbrain_bestrq.reproduction.cost import cost_table, expected_seconds
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
     from speechbrain_bestrq.reproduction.report import reproduction_text, write_reproduction
@@ -93,6 +94,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         raise InputError(f"--language_model {model} is no file: give an ARPA file.")
     stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options, extra_folders)
     # what is only told of may be run on another machine
+    if arguments.devices is None and not arguments.dry_run:
+        check_gpus_usable("--devices cpu")  # each stage would refuse
     devices = parse_devices(arguments.devices, check=not arguments.dry_run)
     check_devices(stages, devices)
     state = StageState(stages, folder)

@@ -225,6 +225,8 @@ class InOrder(torch.utils.data.Sampler):
         """Equal for equal batches."""
         return f"{self.count} ready batches"
 
+    content = fingerprint
+
     def __len__(self):
         return self.count
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from speechbrain_bestrq.attention import RelativeAttention, RotaryAttention
+
 
 @pytest.mark.parametrize(
     ("method", "settings"),
@@ -42,3 +44,14 @@ def test_autocast_is_that_of_a_gpu(absent_gpu):
         weights = absent_gpu.move(torch.ones(3, 3))
         assert (weights @ weights).dtype == torch.bfloat16
         assert (weights @ weights).device == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("attention", [RotaryAttention, RelativeAttention])
+def test_a_replica_that_has_the_tables_of_another_device_attends(attention, absent_gpu):
+    """As those of torch.nn.DataParallel, which sends parameters and buffers alone."""
+    module = attention(8, 2)
+    tables = {name: getattr(module, name) for name in module.tables}
+    with absent_gpu.absent_gpu():
+        absent_gpu.move_module(module)
+        vars(module).update(tables)
+        assert module(absent_gpu.move(torch.ones(1, 5, 8))).device == torch.device("cuda:0")

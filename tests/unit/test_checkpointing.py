@@ -242,3 +242,17 @@ def test_a_file_system_that_cannot_sync_folders_is_no_failure(tmp_path, monkeypa
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         writing.sync(tmp_path / "file")
+
+
+def test_a_file_that_a_hook_misses_is_no_failure_of_the_disk_and_a_disk_that_is_away_is(start, tmp_path, monkeypatch):
+    checkpointer, _, fragile = start()
+    checkpointer.save_checkpoint(name="first")
+    with monkeypatch.context() as patch:
+        patch.setitem(checkpointer.custom_save_hooks, "fragile", lambda *_: (tmp_path / "scratch").read_text())
+        with pytest.raises(FileNotFoundError):
+            checkpointer.save_checkpoint(name="second")
+    shutil.move(tmp_path / "save", tmp_path / "elsewhere")
+    checkpointer._device += 1  # as if what is left were the disk below a mount point
+    with pytest.raises(SaveError, match="its disk is not mounted"):
+        checkpointer.save_checkpoint(name="third")
+    assert not (tmp_path / "save").exists()

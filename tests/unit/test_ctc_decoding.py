@@ -4,6 +4,10 @@ import gzip
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +72,43 @@ def test_a_worker_that_is_killed_is_one_clear_line_and_no_wait_for_ever(heard, m
     monkeypatch.setattr(BeamDecoder, "best", lambda decoder, one: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match="decoding processes was killed.*fewer --decoding_workers"):
         decoder(*batch_of(heard))
+
+
+#: Decodes for a minute, and says in which processes.
+SLOW = """
+import os, time, torch
+from speechbrain_bestrq.ctc_decoding import BeamDecoder
+from speechbrain_bestrq.text import CharacterTokenizer
+
+def best(decoder, one):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+BeamDecoder.best = best
+tokenizer = CharacterTokenizer()
+BeamDecoder(tokenizer, workers=2).decode([torch.zeros(2, tokenizer.size)] * 4)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_run_that_started_them(number):
+    run = subprocess.Popen([sys.executable, "-c", SLOW], stdout=subprocess.PIPE, text=True)
+    workers = [int(run.stdout.readline()) for _ in range(2)]
+    run.send_signal(number)
+    run.wait()
+    ends = time.monotonic() + 30
+    while any(map(is_alive, workers)) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert [worker for worker in workers if is_alive(worker)] == []
+
+
+def is_alive(process):
+    """Whether it runs: one that nobody has waited for yet does not."""
+    stat = Path(f"/proc/{process}/stat")
+    try:
+        return stat.read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_the_same_texts_with_any_number_of_workers_and_again(heard, lm_file):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_bestrq import machine
+from speechbrain_bestrq import cli, machine
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.recipe import load_recipe, quote_paths
 
@@ -52,7 +52,7 @@ def test_paths_that_cannot_be_given_are_refused(path, message):
         quote_paths([f"--data_folder={path}"])
 
 
-def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(options, tmp_path, monkeypatch):
+def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(options, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "DEVICES", tmp_path)
@@ -62,5 +62,16 @@ def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(options, tmp_path, mon
     with pytest.raises(InputError, match="there is an NVIDIA GPU here.*give --device cpu"):
         options("--data_folder=a")
     assert options("--data_folder=a", "--device=cpu")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert options("--data_folder=a")
+    for named in ("0", "1,0", "GPU-8932f937"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        with pytest.raises(InputError, match="there is an NVIDIA GPU here"):
+            options("--data_folder=a")
+    given = ["reproduce", "--preset=small", f"--librispeech={tmp_path}", f"--output_folder={tmp_path / 'all'}"]
+    assert cli.main(given) == 2 and "or give --devices cpu." in capsys.readouterr().err
+    # a scheduler shows all and allows some: a folder cannot be opened either
+    (tmp_path / "nvidia0").unlink()
+    (tmp_path / "nvidia0").mkdir()
     assert options("--data_folder=a")

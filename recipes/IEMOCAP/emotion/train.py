@@ -78,6 +78,8 @@ def check_folds(output_folder: Path, folds: str) -> None:
 
 def check_save_folder(hparams: dict) -> None:
     """Refuse another place for checkpoints: it would be one for all folds."""
+    if hparams["fold"] != ALL:
+        return
     for key, place in (
         ("fold_folder", Path(hparams["output_folder"]) / hparams["fold"]),
         ("save_folder", Path(hparams["fold_folder"]) / "save"),
