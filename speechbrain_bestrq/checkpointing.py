@@ -140,10 +140,12 @@ class AtomicCheckpointer(Checkpointer):
 
     def _make_folder(self) -> None:
         """Make the folder anew if it was moved away, but not below the mount point of a disk that is away."""
-        there = next(path for path in (self.checkpoints_dir, *self.checkpoints_dir.absolute().parents) if path.exists())
-        if there.stat().st_dev != self._device:
-            raise OSError(errno.ESTALE, "its disk is not mounted", str(there))
-        self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+        if not self.checkpoints_dir.exists():
+            there = next(path for path in self.checkpoints_dir.absolute().parents if path.exists())
+            if there.stat().st_dev != self._device:
+                raise OSError(errno.ESTALE, "its disk is not mounted", str(there))
+            self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+        self._device = self.checkpoints_dir.stat().st_dev  # a disk that was mounted again may have another number
 
     def _remove_leftovers(self) -> None:
         """Remove what a process that was killed has left; not before this one saves, for that one may still live."""
