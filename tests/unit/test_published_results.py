@@ -58,6 +58,7 @@ def test_all_evidence_is_there():
         "three_long_seeds_evidence",
         "three_seeds_evidence",
         "two_kinds_evidence",
+        "two_long_seeds_evidence",
     ]
 
 
