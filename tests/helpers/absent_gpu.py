@@ -10,6 +10,7 @@ Tests load this file from its path.
 import contextlib
 from unittest import mock
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -56,8 +57,9 @@ def move(tensor):
     return tensor.to(CUDA)
 
 
-def fit_first_batch_there(monkeypatch, brain_class):
-    """Have Brains of a class do their first step of training there, and end with :class:`StepDone`."""
+@contextlib.contextmanager
+def first_step_there(brain_class):
+    """Within it a Brain of a class does its first step of training there, which ends the run; there must be one."""
     fit_batch, draw_exponential = brain_class.fit_batch, torch.Tensor.exponential_
 
     def exponential(tensor, generator=None):  # fake tensors draw with none
@@ -76,7 +78,7 @@ def fit_first_batch_there(monkeypatch, brain_class):
 
     def on_the_gpu(brain, batch):
         brains.append(brain)
-        with absent_gpu(), monkeypatch.context() as patch:
+        with absent_gpu(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "backward", backward)
             patch.setattr(torch.Tensor, "exponential_", exponential)
             patch.setattr(torch.nn.functional, "ctc_loss", ctc_loss)
@@ -96,7 +98,8 @@ def fit_first_batch_there(monkeypatch, brain_class):
         raise StepDone
 
     brains = []
-    monkeypatch.setattr(brain_class, "fit_batch", on_the_gpu)
+    with mock.patch.object(brain_class, "fit_batch", on_the_gpu), pytest.raises(StepDone):
+        yield
 
 
 def parameters(brain):
