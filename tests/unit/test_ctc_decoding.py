@@ -81,7 +81,7 @@ from speechbrain_bestrq.ctc_decoding import BeamDecoder
 from speechbrain_bestrq.text import CharacterTokenizer
 
 def best(decoder, one):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # in one piece: two processes write to this pipe
     time.sleep(60)
 
 BeamDecoder.best = best
