@@ -151,16 +151,50 @@ def compare_runs(folder: str | os.PathLike, other: str | os.PathLike, name: str,
     InputError
         If a file is missing, or the utterances are not the same.
     """
-    ours, theirs = (_read_errors(Path(one) / ERRORS_FILE.format(name), metric) for one in (folder, other))
-    if ours.keys() != theirs.keys():
-        raise InputError(f"{folder} and {other} were not tested on the same utterances of {name}: test both again.")
-    groups = [ours[key][2] for key in ours]
-    return paired_bootstrap(
-        [ours[key][0] for key in ours],
-        [theirs[key][0] for key in ours],
-        [ours[key][1] for key in ours],
-        groups if by_speaker(groups) else None,
+    return compare_runs_over_seeds([folder], [other], name, metric)
+
+
+def compare_runs_over_seeds(
+    folders: Sequence[str | os.PathLike], others: Sequence[str | os.PathLike], name: str, metric: str
+) -> tuple[Interval, float]:
+    """Compare two systems, each with a run of every seed, on one test set: :func:`compare_runs` of their means.
+
+    The utterances are resampled and the seeds are not: the interval tells what other utterances would give,
+    not other seeds.
+
+    Arguments
+    ---------
+    folders, others : sequence of str or Path
+        Output folders of the runs of both.
+    name, metric : str
+        As for :func:`compare_runs`.
+
+    Returns
+    -------
+    difference : Interval
+        The mean rate of the first's runs minus that of the other's.
+    not_better : float
+        As :func:`speechbrain_bestrq.metrics.paired_bootstrap` gives it.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, or the utterances are not the same.
+    """
+    paths = [Path(one) / ERRORS_FILE.format(name) for one in (*folders, *others)]
+    read = [_read_errors(path, metric) for path in paths]
+    first = read[0]
+    for path, found in zip(paths, read, strict=True):
+        if found.keys() != first.keys():
+            both = f"{paths[0].parent} and {path.parent}"
+            raise InputError(f"{both} were not tested on the same utterances of {name}: test both again.")
+    ours, theirs = read[: len(folders)], read[len(folders) :]
+    errors, other_errors = (
+        [sum(found[key][0] for found in side) / len(side) for key in first] for side in (ours, theirs)
     )
+    groups = [first[key][2] for key in first]
+    totals = [first[key][1] for key in first]
+    return paired_bootstrap(errors, other_errors, totals, groups if by_speaker(groups) else None)
 
 
 def _read_errors(path: Path, metric: str) -> dict[str, tuple[float, float, str]]:

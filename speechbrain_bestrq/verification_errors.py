@@ -231,17 +231,57 @@ def compare_scores(
     InputError
         If a file is missing, or the trials are not the same.
     """
-    (trials, ours), (others, theirs) = (read_scores(one, name, kind) for one in (folder, other))
-    if trials != others:
-        raise InputError(f"{folder} and {other} were not tested on the same trials of {name}: test both again.")
-    mine, its = _Errors(ours, trials), _Errors(theirs, trials)
+    return compare_scores_over_seeds([folder], [other], name, kind, seed, resamples)
+
+
+def compare_scores_over_seeds(
+    folders: Sequence[str | os.PathLike],
+    others: Sequence[str | os.PathLike],
+    name: str,
+    kind: str = "cosine",
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[Interval, float]:
+    """Compare the EER of two systems, each with a run of every seed: :func:`compare_scores` of their means.
+
+    The speakers are resampled and the seeds are not: the interval tells what other speakers would give,
+    not other seeds.
+
+    Arguments
+    ---------
+    folders, others : sequence of str or Path
+        Output folders of the runs of both.
+    name, kind, seed, resamples
+        As for :func:`compare_scores`.
+
+    Returns
+    -------
+    difference : Interval
+        The mean EER of the first's runs minus that of the other's.
+    not_better : float
+        Share of the resamples in which the first's is not lower.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, or the trials are not the same.
+    """
+    read = [read_scores(one, name, kind) for one in (*folders, *others)]
+    trials = read[0][0]
+    for folder, (found, _) in zip((*folders, *others), read, strict=True):
+        if found != trials:
+            raise InputError(
+                f"{folders[0]} and {folder} were not tested on the same trials of {name}: test both again."
+            )
+    errors = [_Errors(scores, trials) for _, scores in read]
+    weights = np.repeat([1 / len(folders), -1 / len(others)], [len(folders), len(others)])
     differences = []
-    for drawn in mine.draws(seed, resamples):
-        pair = mine.resampled(drawn), its.resampled(drawn)
-        if all(pair):
-            differences.append(pair[0][0] - pair[1][0])
+    for drawn in errors[0].draws(seed, resamples):
+        outcomes = [one.resampled(drawn) for one in errors]
+        if all(outcomes):
+            differences.append(weights @ [outcome[0] for outcome in outcomes])
     low, high = np.quantile(differences, [0.025, 0.975])
-    difference = Interval(mine.rates[0] - its.rates[0], float(low), float(high))
+    difference = Interval(float(weights @ [one.rates[0] for one in errors]), float(low), float(high))
     return difference, float(np.mean(np.array(differences) >= 0))
 
 

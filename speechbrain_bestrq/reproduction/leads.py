@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from speechbrain_bestrq.metrics import difference_over_seeds, paired_difference_over_seeds
 from speechbrain_bestrq.reproduction.document import Block, Grid, Items, Paragraph, Text
 from speechbrain_bestrq.reproduction.plan import FROZEN
-from speechbrain_bestrq.reproduction.tables import Cell, Runs, Table, row_name
+from speechbrain_bestrq.reproduction.tables import Cell, Runs, Table, is_trained, row_name
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,17 @@ class Lead:
     """Positive where it is better."""
     doubt: float
     """Half the width of the 95 % interval: of the utterances and, where there are several, of the seeds."""
+    paired: bool
+    """Whether the utterances' part is of the difference, on the same ones; else of two scores by themselves."""
     seeds: int
     """That both have."""
     planned: int
     """How many there are to be."""
 
 
-def lead(cell: Cell, base: Cell, lower_is_better: bool, shared_draws: bool = False) -> Lead | None:
+def lead(
+    cell: Cell, base: Cell, lower_is_better: bool, shared_draws: bool = False, of_utterances: float | None = None
+) -> Lead | None:
     """Compare two cells of a column over the seeds that both have.
 
     Arguments
@@ -38,6 +42,8 @@ def lead(cell: Cell, base: Cell, lower_is_better: bool, shared_draws: bool = Fal
         As the column says.
     shared_draws : bool
         Whether both had the same labels to learn from with a seed, and others with another.
+    of_utterances : float, optional
+        Half the 95 % interval of their difference by the chance of the utterances, where it is known.
 
     Returns
     -------
@@ -55,11 +61,35 @@ def lead(cell: Cell, base: Cell, lower_is_better: bool, shared_draws: bool = Fal
     if cell.value is None or base.value is None:
         return None
     points = (base.value - cell.value) * (1 if lower_is_better else -1)
-    doubt = _doubt(cell, base, shared_draws)
-    return Lead(cell.value, base.value, points, doubt, len(cell.values), cell.seeds)
+    doubt = (_of_utterances(cell, base) if of_utterances is None else of_utterances**2) ** 0.5
+    if len(cell.values) > 1:
+        difference = paired_difference_over_seeds if shared_draws else difference_over_seeds
+        of_seeds = difference(list(cell.values.values()), list(base.values.values()))
+        doubt = (doubt**2 + ((of_seeds.high - of_seeds.low) / 2) ** 2) ** 0.5
+    return Lead(cell.value, base.value, points, doubt, of_utterances is not None, len(cell.values), cell.seeds)
 
 
-def judge(table: Table, against: str = "random") -> list[str]:
+def lead_in(table: Table, number: int, encoder: str, base: str) -> Lead | None:
+    """Compare two rows of a table in one of its columns; see :func:`lead`.
+
+    Arguments
+    ---------
+    table : Table
+    number : int
+        Of the column.
+    encoder, base : str
+        Rows: a pre-trained one, and one that is not.
+
+    Returns
+    -------
+    Lead or None
+    """
+    cells = table.rows[encoder][number], table.rows[base][number]
+    pair = table.pairs.get((encoder, base, number))
+    return lead(*cells, table.columns[number].lower_is_better, table.few_labels, pair)
+
+
+def judge(table: Table, against: str = "random", each_seed_pretrained: bool = True) -> list[str]:
     """Say of each score and each pre-trained row whether it beats the untrained encoder, or training from scratch.
 
     Arguments
@@ -67,6 +97,8 @@ def judge(table: Table, against: str = "random") -> list[str]:
     table : Table
     against : str
         The row to compare with.
+    each_seed_pretrained : bool
+        Whether each seed has a pre-training of its own: one for all says nothing of another.
 
     Returns
     -------
@@ -79,8 +111,7 @@ def judge(table: Table, against: str = "random") -> list[str]:
     sentences = []
     for number, column in enumerate(table.columns):
         for encoder in filter(is_trained, table.rows):
-            cells = table.rows[encoder][number], table.rows[against][number]
-            found = lead(*cells, column.lower_is_better, table.few_labels)
+            found = lead_in(table, number, encoder, against)
             if found is None:
                 continue
             if found.points <= 0:
@@ -89,15 +120,12 @@ def judge(table: Table, against: str = "random") -> list[str]:
                 verdict = f"is ahead of {other} by {found.points:.2f} points, which may be chance"
             elif found.seeds < 2:  # the interval knows nothing of other seeds
                 verdict = f"is ahead of {other} by {found.points:.2f} points with the one seed that was tried"
+            elif not each_seed_pretrained:
+                verdict = f"beats {other} by {found.points:.2f} points with the one pre-training that was tried"
             else:
                 verdict = f"beats {other} by {found.points:.2f} points"
             sentences.append(f"{column.title}: {row_name(encoder)} {verdict}.")
     return sentences
-
-
-def is_trained(row: str) -> bool:
-    """Whether a row is of a pre-trained encoder, and not of what it is compared with."""
-    return "-" in row
 
 
 def _of_common_seeds(*cells: Cell) -> list[Cell]:
@@ -113,19 +141,14 @@ def _of_common_seeds(*cells: Cell) -> list[Cell]:
     ]
 
 
-def _doubt(cell: Cell, base: Cell, shared_draws: bool) -> float:
-    """Half the width of a 95 % interval of the difference of two cells of the same seeds.
+def _of_utterances(cell: Cell, base: Cell) -> float:
+    """Half the width of the 95 % interval of two scores of other utterances, squared.
 
-    The utterances are the same for all seeds, so their part does not shrink with the number of these: it is a seed's,
-    in the mean; that of the seeds is Welch's, or where they share their draws of labels that of their differences.
+    They are the same for all seeds, so their part does not shrink with the number of these: it is a seed's, in the
+    mean.
     """
     halves = [[(high - low) / 2 for low, high in one.intervals.values()] for one in (cell, base)]
-    of_utterances = sum(statistics.fmean(half**2 for half in own) for own in halves if own)
-    if len(cell.values) < 2:
-        return of_utterances**0.5
-    difference = paired_difference_over_seeds if shared_draws else difference_over_seeds
-    of_seeds = difference(list(cell.values.values()), list(base.values.values()))
-    return (of_utterances + ((of_seeds.high - of_seeds.low) / 2) ** 2) ** 0.5
+    return sum(statistics.fmean(half**2 for half in own) for own in halves if own)
 
 
 def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
@@ -145,7 +168,8 @@ def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
     """
     blocks: list[Block] = []
     for name, table in tables.items():
-        sentences, leads = judge(table), _leads(table)
+        sentences = judge(table, each_seed_pretrained=found.preset.get("pretrain_each_seed", False))
+        leads = _leads(table)
         if leads.rows and name != "table1":
             blocks.append(Paragraph(f"{table.title}:"))
         blocks += [*([Items(tuple(sentences))] if sentences else []), *([leads] if leads.rows else [])]
@@ -156,7 +180,9 @@ def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
     words = "The untrained encoder is that of BEST-RQ with random weights, others for each seed"
     words += "; fine-tuned it is trained from scratch." if found.preset.get("fine_tune_untrained") else "."
     legend = "In these tables: points by which an encoder is ahead, positive where it is better, ± half of the 95 % "
-    legend += "interval, of the utterances and of the seeds; of a single seed, of the utterances alone."
+    legend += "interval, of the utterances, which both were tested on, and of the seeds; of a single seed, of the "
+    legend += "utterances alone. Where there is a *, the errors of each utterance are not at hand: the interval is as "
+    legend += "if each had been tested on utterances of its own, which is mostly too wide."
     if any(table.few_labels for table in tables.values()):
         legend += " With few labels the seeds' part is that of their differences: a seed has one draw of labels, the "
         legend += "same for all encoders."
@@ -169,8 +195,7 @@ def _leads(table: Table) -> Grid:
     for encoder in filter(is_trained, table.rows):
         for base in table.rows:
             if not is_trained(base):
-                pairs = zip(table.columns, table.rows[encoder], table.rows[base], strict=True)
-                leads = [lead(cell, other, column.lower_is_better, table.few_labels) for column, cell, other in pairs]
+                leads = [lead_in(table, number, encoder, base) for number in range(len(table.columns))]
                 found[f"{row_name(encoder)}, ahead of {table.row_title(base)}"] = leads
     rows = {name: leads for name, leads in found.items() if any(leads)}
     kept = [number for number in range(len(table.columns)) if any(leads[number] for leads in rows.values())]
@@ -183,4 +208,4 @@ def _lead_text(one: Lead | None) -> str:
     if one is None:
         return ""
     lacking = f", {one.seeds} of {one.planned} seeds" if one.seeds < one.planned else ""
-    return f"{one.points:+.2f} ± {one.doubt:.2f}{lacking}"
+    return f"{one.points:+.2f} ± {one.doubt:.2f}{'' if one.paired else '*'}{lacking}"

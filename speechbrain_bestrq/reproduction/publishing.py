@@ -13,7 +13,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction.plan import CODEBOOK_PICTURE, CORPORA, TASKS
 from speechbrain_bestrq.reproduction.report import task_of, write_reproduction
 from speechbrain_bestrq.reproduction.stages import STAGE_FILE
-from speechbrain_bestrq.reproduction.tables import PLAN_FILE, read_plan
+from speechbrain_bestrq.reproduction.tables import PLAN_FILE, Runs, all_tables, read_plan
 from speechbrain_bestrq.run_log import LOG_FILE, RUN_FILE
 from speechbrain_bestrq.writing import write_text
 
@@ -25,7 +25,8 @@ def publish(folder: str | os.PathLike, target: str | os.PathLike) -> list[Path]:
     """Copy what the report of a reproduction is made of, and write the report of the copy.
 
     Copied are the plan, and of each finished stage its record, its ``results.json`` or its
-    log of the pre-training, and the picture of the check of the codebook. In all texts the folders of the corpora
+    log of the pre-training, and the picture of the check of the codebook; with them, how far apart the
+    errors on the same utterances are. In all texts the folders of the corpora
     become "LIBRISPEECH", "VOXCELEB"..., that of the reproduction ".", and of any other absolute path the last
     name is left.
 
@@ -62,6 +63,9 @@ def publish(folder: str | os.PathLike, target: str | os.PathLike) -> list[Path]:
         else:
             write_text(copy, without_paths(path.read_text(encoding="utf-8"), names))
         copied.append(copy)
+    runs = Runs(folder, plan)
+    all_tables(runs)  # compares the errors of utterances, which are not copied
+    runs.pairs.write(target)
     write_reproduction(target)
     return copied
 

@@ -30,7 +30,6 @@ from speechbrain_bestrq.reproduction.plan import (
     CODEBOOK_CHECK,
     CODEBOOK_PICTURE,
     CORPORA,
-    FEW_LABELS,
     TASKS,
     pretraining_names,
 )
@@ -40,9 +39,7 @@ from speechbrain_bestrq.reproduction.tables import (
     Cell,
     Runs,
     Table,
-    fine_tuned_table,
-    frozen_table,
-    masking_table,
+    all_tables,
     read_plan,
     row_name,
 )
@@ -80,10 +77,11 @@ def write_reproduction(folder: str | os.PathLike) -> dict[str, Path]:
     """
     folder = Path(folder)
     found = Runs(folder, read_plan(folder))
-    tables = _tables(found)
+    tables = all_tables(found)
     runs = _pretrainings(found)
     files = {"markdown": folder / "report.md", "html": folder / "report.html"}
     blocks = _blocks(found, tables, runs)
+    found.pairs.write(folder)
     write_text(files["markdown"], to_markdown(TITLE, blocks, folder))
     write_text(files["html"], to_html(TITLE, blocks))
     for name, table in tables.items():
@@ -110,24 +108,12 @@ def reproduction_text(folder: str | os.PathLike, width: int) -> str:
     """
     found = Runs(Path(folder), read_plan(Path(folder)))
     kept, shown = [], True
-    for block in _blocks(found, _tables(found), _pretrainings(found)):
+    for block in _blocks(found, all_tables(found), _pretrainings(found)):
         if isinstance(block, Heading):
             shown = block.words not in _PAGE_ONLY
         if shown and not isinstance(block, Picture):
             kept.append(block)
     return to_text(TITLE, kept, width)
-
-
-def _tables(found: Runs) -> dict[str, Table]:
-    tables = {
-        "table1": frozen_table(found),
-        "table2": fine_tuned_table(found),
-        "table1_few": frozen_table(found, FEW_LABELS),
-        "table2_few": fine_tuned_table(found, FEW_LABELS),
-        "table3": masking_table(found),
-    }
-    # without columns: the preset has no such probes
-    return {name: table for name, table in tables.items() if table.columns}
 
 
 def _pretrainings(found: Runs) -> dict[str, RunLog]:
@@ -256,7 +242,7 @@ def _texts(cell: Cell, corpus: str) -> list[Text]:
     if cell.value is None:
         texts = [Text(cell.missing, faint=True)]
     else:
-        links = {run.rsplit("/", 1)[1]: _results_link(run) for run in cell.runs}
+        links = {run.rsplit("/", 1)[1]: _results_link(run) for run in cell.runs.values()}
         texts = [Text(f"{cell.value:.2f} {cell.spread}".strip(), next(iter(links.values())))]
         if len(links) > 1:
             texts += [Text(f"seed {seed}: {cell.values[int(seed)]:.2f}", link) for seed, link in links.items()]
@@ -459,7 +445,7 @@ def _csv(table: Table) -> str:
                     _number(cell.paper),
                     _number(cell.difference),
                     " ".join(map(str, cell.values)),
-                    " ".join(cell.runs),
+                    " ".join(cell.runs.values()),
                 ]
             )
     return file.getvalue()

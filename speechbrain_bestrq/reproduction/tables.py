@@ -4,11 +4,13 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import commit
+from speechbrain_bestrq.reproduction.pairs import Pairs
 from speechbrain_bestrq.reproduction.plan import (
     ALL_LABELS,
     FEW_LABELS,
@@ -112,8 +114,10 @@ class Cell:
     """Whether both encoders heard the paper's corpus, and both figures are of one."""
     seeds: int = 1
     """Planned."""
-    runs: tuple[str, ...] = ()
-    """Folders of the runs, within the reproduction's."""
+    runs: dict[int, str] = field(default_factory=dict)
+    """Folders of the runs, within the reproduction's, by seed."""
+    test_set: str | None = None
+    """The set of the figures, by its name in the results."""
     missing: str = NOT_RUN
     """Why there is no figure."""
 
@@ -152,6 +156,9 @@ class Table:
     kind: str = FROZEN
     few_labels: bool = False
     """Then each seed has a draw of them, the same for all encoders."""
+    pairs: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    """Of a pre-trained row, one that is not, and the number of a column: half the 95 % interval of their difference,
+    of the utterances that both were tested on, where these are known."""
 
     def row_title(self, row: str) -> str:
         """Name a row: an untrained encoder that is fine-tuned is trained from scratch."""
@@ -211,6 +218,7 @@ class Runs:
 
     def __init__(self, folder: Path, plan: Mapping[str, Any]):
         self.folder, self.plan, self.preset = Path(folder), plan, plan["preset"]
+        self.pairs = Pairs(self.folder)
 
     def record(self, run: str) -> dict[str, Any]:
         """What is known of a stage that was begun as planned; nothing of another."""
@@ -228,6 +236,10 @@ class Runs:
             made == self.record(need).get("made") and self.is_done(need) for need, made in needed.items()
         )
 
+    def errors(self, runs: Sequence[str], task: str) -> dict[str, Path]:
+        """Where the errors of finished runs are, by what each run is recognised by."""
+        return {f"{run}@{self.record(run)['made']}": (self.folder / run / TASKS[task].results).parent for run in runs}
+
     def why_missing(self, run: str) -> str:
         """Why there is nothing of a stage."""
         if run not in self.plan["marks"]:
@@ -243,6 +255,18 @@ class Runs:
         """What a run came to, None if it is not done."""
         path = self.folder / run / TASKS[task].results
         return read_results(path.parent) if self.is_done(run) and path.is_file() else None
+
+
+def all_tables(runs: Runs) -> dict[str, Table]:
+    """The tables of a reproduction, by the names of their files; without those that its preset has nothing for."""
+    tables = {
+        "table1": frozen_table(runs),
+        "table2": fine_tuned_table(runs),
+        "table1_few": frozen_table(runs, FEW_LABELS),
+        "table2_few": fine_tuned_table(runs, FEW_LABELS),
+        "table3": masking_table(runs),
+    }
+    return {name: table for name, table in tables.items() if table.columns}
 
 
 def frozen_table(runs: Runs, labels: str = ALL_LABELS) -> Table:
@@ -269,7 +293,7 @@ def masking_table(runs: Runs) -> Table:
             results = runs.results(run, "asr")
             if results is not None and MASKING_SPLIT in results["sets"]:
                 _fill(cell, seed, results["sets"][MASKING_SPLIT][MASKING_COLUMN.score])
-                _describe(cell, results, MASKING_COLUMN, run)
+                _describe(cell, results, MASKING_COLUMN, seed, run)
         rows[share] = [cell]
     title = "Table 3: share of frames that begin a masked span"
     return Table(title, [MASKING_COLUMN], [_corpora(row[0] for row in rows.values())], rows)
@@ -286,7 +310,24 @@ def _table(title: str, runs: Runs, kind: str, labels: str, paper: Mapping[str, M
         for name in (*names, *(name for name in paper if name not in names))
     }
     corpora = [_corpora(cells[number] for cells in rows.values()) for number in range(len(columns))]
-    return Table(title, columns, corpora, rows, kind, labels == FEW_LABELS)
+    return Table(title, columns, corpora, rows, kind, labels == FEW_LABELS, _pairs(runs, columns, rows))
+
+
+def _pairs(
+    runs: Runs, columns: Sequence[Column], rows: Mapping[str, Sequence[Cell]]
+) -> dict[tuple[str, str, int], float]:
+    """Compare each pre-trained encoder with each other one, utterance by utterance."""
+    found = {}
+    for trained, base, number in product(filter(is_trained, rows), rows, range(len(columns))):
+        cell, other, column = rows[trained][number], rows[base][number], columns[number]
+        seeds = [seed for seed in cell.runs if seed in other.runs]
+        if is_trained(base) or not seeds:
+            continue
+        sides = [runs.errors([one.runs[seed] for seed in seeds], column.task) for one in (cell, other)]
+        half = runs.pairs.half_width(*sides, cell.test_set or "", column.score)
+        if half is not None:
+            found[trained, base, number] = half
+    return found
 
 
 def _columns(preset: Mapping[str, Any], kind: str, labels: str) -> list[Column]:
@@ -315,11 +356,12 @@ def _cell(
             cell.missing = max(cell.missing, runs.why_missing(run), key=MISSING.index)
             continue
         sets = results["sets"]
-        found = next(iter(sets.values())) if column.test_set is None else sets.get(column.test_set, {})
+        cell.test_set = next(iter(sets)) if column.test_set is None else column.test_set
+        found = sets.get(cell.test_set, {})
         if column.score not in found:
             continue
         _fill(cell, seed, found[column.score])
-        _describe(cell, results, column, run)
+        _describe(cell, results, column, seed, run)
     return cell
 
 
@@ -328,17 +370,28 @@ def _fill(cell: Cell, seed: int, score: Mapping[str, float]) -> None:
     cell.intervals[seed] = (100 * score["low"], 100 * score["high"])
 
 
-def _describe(cell: Cell, results: Mapping[str, Any], column: Column, run: str) -> None:
+def _describe(cell: Cell, results: Mapping[str, Any], column: Column, seed: int, run: str) -> None:
     heard = results.get("encoder", {}).get("corpus")
     # all of its runs have to compare: a folder's speech may be another by the next seed
     comparable = results["corpus"] == column.corpus and heard == PRETRAINING_CORPUS
     cell.comparable = comparable and (cell.comparable or not cell.runs)
     cell.corpora |= {results["corpus"]}
-    cell.runs = (*cell.runs, run)
+    cell.runs[seed] = run
 
 
 def _corpora(cells: Any) -> str:
     return "; ".join(sorted(set().union(*(cell.corpora for cell in cells))))
+
+
+def is_trained(row: str) -> bool:
+    """Whether a row is of a pre-trained encoder, and not of what it is compared with.
+
+    Example
+    -------
+    >>> is_trained("bestrq-1000"), is_trained("random")
+    (True, False)
+    """
+    return "-" in row
 
 
 def row_name(encoder: str) -> str:
