@@ -18,9 +18,6 @@ from speechbrain_bestrq.writing import write_text
 
 logger = logging.getLogger(__name__)
 
-#: Raised when what a measure means changes: older figures are measured anew.
-VERSION = 5
-
 
 def gather(
     sources: Sequence[Source], folders: Mapping[str, Path], output_folder: Path, hours: float, device: torch.device
@@ -55,7 +52,7 @@ def gather(
         encoder = None
         for name, corpus in corpora.items():
             path = output_folder / "measured" / f"{source.mark[:24]}-{name}.json"
-            mark = [VERSION, source.mark, corpus.mark]
+            mark = [corpus.version, source.mark, corpus.mark]
             known = _read(path, mark)
             if known is None:
                 encoder = _load(source, device) if encoder is None else encoder
@@ -69,7 +66,7 @@ def gather(
         "corpora": {name: corpus.name for name, corpus in corpora.items()},
         "chances": {key: value for corpus in corpora.values() for key, value in corpus.chances().items()},
         "hours": hours,
-        "version": VERSION,
+        "version": max(corpus.version for corpus in CORPORA.values()),
         "sources": records,
         "provenance": {"device": device_name(device), "commit": commit(), "versions": package_versions()},
     }

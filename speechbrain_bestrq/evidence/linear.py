@@ -58,9 +58,7 @@ def linear_probe(
     >>> linear_probe(examples, examples, examples, 2)
     Score(valid=1.0, test=1.0)
     """
-    mean, deviation = train.vectors.mean(0), train.vectors.std(0, correction=0)
-    # a channel that is the same everywhere tells nothing
-    scale = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0.0)
+    mean, scale = standardisation(train.vectors)
     sets = [((one.vectors - mean) * scale, one.classes) for one in (train, valid, test)]
     weight = train.vectors.new_zeros(train.vectors.shape[1], num_classes)
     bias = train.vectors.new_zeros(num_classes)
@@ -88,6 +86,30 @@ def _fit(vectors: Tensor, classes: Tensor, penalty: float, weight: Tensor, bias:
     with torch.enable_grad():
         optimizer.step(closure)
     return weight.detach(), bias.detach()
+
+
+def standardisation(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Find what makes the mean of each dimension 0 and its deviation 1; one that is the same everywhere becomes 0.
+
+    Arguments
+    ---------
+    vectors : Tensor
+        Shape (N, D).
+
+    Returns
+    -------
+    mean : Tensor
+        Shape (D,), to be subtracted.
+    scale : Tensor
+        Shape (D,), to multiply by then.
+
+    Example
+    -------
+    >>> standardisation(torch.tensor([[1.0, 5.0], [5.0, 5.0]]))
+    (tensor([3., 5.]), tensor([0.5000, 0.0000]))
+    """
+    mean, deviation = vectors.mean(0), vectors.std(0, correction=0)
+    return mean, torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation, 0.0)
 
 
 def within_class_whitening(examples: Examples, shrinkage: float = SHRINKAGE) -> Tensor:

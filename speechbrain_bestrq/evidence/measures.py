@@ -27,7 +27,14 @@ from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, summar
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.evidence.alignment import ALIGNER_SETTINGS, cached_alignment
 from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts
-from speechbrain_bestrq.evidence.linear import Examples, Score, effective_rank, linear_probe, within_class_whitening
+from speechbrain_bestrq.evidence.linear import (
+    Examples,
+    Score,
+    effective_rank,
+    linear_probe,
+    standardisation,
+    within_class_whitening,
+)
 from speechbrain_bestrq.metrics import equal_error_rate
 from speechbrain_bestrq.task_data import Rows, take_classes, take_examples, take_hours
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -97,6 +104,7 @@ def few_hours(hours: float) -> float:
 
 MEASURES = {
     "speakers": Measure("speaker EER, nothing trained", lower_is_better=True),
+    "speakers_standardised": Measure("speaker EER, standardised without labels", lower_is_better=True),
     "speakers_whitened_few": Measure(f"speaker EER, whitened within {FEW_SPEAKERS} speakers", lower_is_better=True),
     "speakers_whitened": Measure("speaker EER, whitened within speakers", lower_is_better=True),
     "intents_5": Measure("intents, 5 examples a class"),
@@ -132,6 +140,8 @@ class Corpus(ABC):
     """
 
     official = ""
+    version = 5
+    """Raised when what a measure means changes, or one is added: older figures are measured anew."""
 
     def __init__(self, data_folder: Path, folder: Path, hours: float, device: torch.device):
         self.name = corpus_name(data_folder, self.official)
@@ -162,6 +172,7 @@ class Speakers(Corpus):
     """Trials between means of utterances."""
 
     official = "VoxCeleb"
+    version = 6
 
     def prepare(self, data_folder: Path, folder: Path) -> dict[str, Path]:
         """Write the manifests."""
@@ -169,34 +180,47 @@ class Speakers(Corpus):
         return prepare_voxceleb(data_folder, folder, valid_share=0.15, sample_rate=SAMPLE_RATE)
 
     def measure(self, encoder: TaskEncoder, device: torch.device) -> Found:
-        """EER of plain cosines, and of cosines after a whitening within the training speakers, few and all."""
+        """EER of cosines: plain, standardised, and whitened within the training speakers, few and all.
+
+        Standardised is each dimension, by its mean and deviation over the utterances of training: what all utterances
+        share, which says nothing of speakers, hides what they differ in from a plain cosine.
+        """
         rows = {name: read_manifest(self.manifests[name]) for name in ("valid", "test")} | {"train": self._trained_on()}
         parts = {name: encode_parts(encoder, one, SAMPLE_RATE, device) for name, one in rows.items()}
         trials = {"valid": read_trials(self.manifests["valid_trials"]), "test": read_trials(self.manifests["trials"])}
         trials = {name: next(iter(lists.values())) for name, lists in trials.items()}
         speakers = sorted({row["spk_id"] for row in rows["train"].values()})
         numbers = {speaker: number for number, speaker in enumerate(speakers)}
-        draws: dict[str, list[Rows | None]] = {"speakers": [None]}
-        if len(rows["train"]) >= 2 * len(speakers):  # else there is little within speakers to be evened out
-            if len(speakers) > FEW_SPEAKERS:
-                draws["speakers_whitened_few"] = [
-                    take_classes(rows["train"], "spk_id", FEW_SPEAKERS, seed) for seed in range(DRAWS)
-                ]
-            draws["speakers_whitened"] = [rows["train"]]
-        found: Found = {name: [] for name in draws}
+        draws = self._draws(rows["train"], len(speakers))
+        found: Found = {name: [] for name in ("speakers", "speakers_standardised", *draws)}
         for state in range(encoder.num_states):
-            means = {name: _stack(parts[name], rows[name], state).mean(1) for name in ("valid", "test")}
+            means = {name: _stack(parts[name], one, state).mean(1) for name, one in rows.items()}
+            vectors = {"speakers": [means]}
+            mean, scale = standardisation(means["train"])
+            vectors["speakers_standardised"] = [{side: (one - mean) * scale for side, one in means.items()}]
             for name, several in draws.items():
-                scores = []
+                vectors[name] = []
                 for drawn in several:
-                    vectors = means
-                    if drawn is not None:
-                        trained = _examples(parts["train"], drawn, state, "spk_id", numbers, whole=True)
-                        mapping, mean = within_class_whitening(trained), trained.vectors.mean(0)
-                        vectors = {side: (one - mean) @ mapping for side, one in means.items()}
-                    scores.append(Score(*(_error_rate(rows[side], vectors[side], trials[side]) for side in vectors)))
+                    trained = _examples(parts["train"], drawn, state, "spk_id", numbers, whole=True)
+                    mapping, mean = within_class_whitening(trained), trained.vectors.mean(0)
+                    vectors[name].append({side: (one - mean) @ mapping for side, one in means.items()})
+            for name, several in vectors.items():
+                scores = [
+                    Score(*(_error_rate(rows[side], one[side], trials[side]) for side in trials)) for one in several
+                ]
                 found[name].append(_mean(scores))
         return found
+
+    @staticmethod
+    def _draws(rows: Rows, speakers: int) -> dict[str, list[Rows]]:
+        """Utterances to even out how speakers vary with, by the measure."""
+        if len(rows) < 2 * speakers:  # there is little within speakers to be evened out
+            return {}
+        every = {"speakers_whitened": [rows]}
+        if speakers <= FEW_SPEAKERS:
+            return every
+        few = [take_classes(rows, "spk_id", FEW_SPEAKERS, seed) for seed in range(DRAWS)]
+        return {"speakers_whitened_few": few, **every}
 
     def _trained_on(self) -> Rows:
         """Speakers with several utterances each, as many as the hours hold."""

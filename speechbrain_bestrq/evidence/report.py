@@ -122,6 +122,7 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
             f"Linear probes on frozen hidden states, per cent on the test sets of {corpora}; at most "
             f"{found['hours']:g} hours of a set are used, to train on too, and all of one with trials or folds"
             f"{'; few examples of intents are drawn of all' if found.get('version', 0) > 4 else ''}. "
+            "Hidden state and penalty of a probe are chosen on the validation set, whose labels are not among the few. "
             "Hours in rows are of audio heard in pre-training, repeats counted. "
             "In brackets: least and most over untrained encoders of different weights."
         ),

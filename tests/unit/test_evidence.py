@@ -6,6 +6,7 @@ import math
 import shutil
 import statistics
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -460,6 +461,25 @@ def test_few_labels_of_speakers_and_emotions_are_draws_whose_mean_counts(corpora
     assert found["emotions_of_states"] == [found["emotions"][0]]  # of filter banks, which are one state
 
 
+def test_what_all_utterances_share_hides_speakers_from_plain_cosines_alone(corpora, tmp_path, monkeypatch):
+    corpus = CORPORA["voxceleb"](corpora["voxceleb"], tmp_path, 0.5, CPU)
+    generator = torch.Generator().manual_seed(0)
+
+    def parts(encoder, rows, *_):
+        """A dimension of noise that all but drowns the others, and one in which all are the same."""
+        found = {}
+        for name, row in rows.items():
+            speaker = torch.randn(6, generator=torch.Generator().manual_seed(int(row["spk_id"][2:])))
+            noise = torch.randn(PARTS, 2, generator=generator)
+            found[name] = torch.cat([speaker.expand(PARTS, -1), 50 * noise[:, :1], 0 * noise[:, 1:] + 500], 1)[None]
+        return found
+
+    monkeypatch.setattr(measures, "encode_parts", parts)
+    found = corpus.measure(SimpleNamespace(num_states=1), CPU)
+    plain, standardised = (found[name][0].test for name in ("speakers", "speakers_standardised"))
+    assert standardised < 0.2 < plain
+
+
 def of_rows(corpus, rows, monkeypatch, hours=0.5):
     """A corpus whose training set these are."""
     monkeypatch.setattr(measures, "read_manifest", lambda _: rows)
@@ -482,9 +502,10 @@ def test_of_one_utterance_each_no_whitening_is_measured(corpora, tmp_path, monke
     encoder = TaskEncoder("fbank").eval()
     trained_on = corpus._trained_on()
     alone = {row["spk_id"]: name for name, row in trained_on.items()}.values()
+    always = {"speakers", "speakers_standardised"}
     for rows, measured in (
-        (trained_on, {"speakers", "speakers_whitened"}),
-        ({name: trained_on[name] for name in alone}, {"speakers"}),
+        (trained_on, {*always, "speakers_whitened"}),
+        ({name: trained_on[name] for name in alone}, always),
     ):
         monkeypatch.setattr(corpus, "_trained_on", lambda rows=rows: rows)
         assert corpus.measure(encoder, CPU).keys() == measured  # not within 20 speakers, of whom there are fewer

@@ -469,9 +469,9 @@ def test_few_labels_have_a_table_of_their_own(reproduction):
     text = files["markdown"].read_text()
     for verdict in (
         "intent accuracy, 20 examples a class: BEST-RQ, 2,000 updates beats the untrained encoder by 20.00 points "
-            "with the one pre-training that was tried.",
+        "with the one pre-training that was tried.",
         "speaker EER, 7 training speakers: BEST-RQ, 2,000 updates beats training from scratch by 20.00 points "
-            "with the one pre-training that was tried.",
+        "with the one pre-training that was tried.",
         "| BEST-RQ, 2,000 updates, ahead of from scratch | +20.00 ± ",
         "- in the place of LibriSpeech: speechocean762.",
         "- VoxCeleb",  # which few labels alone were taken of
