@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.writing import write_text
 
 #: Dense bf16/fp16 rates of the vendors' datasheets, FLOP/s, by a part of the device's name.
@@ -250,11 +251,22 @@ class JsonLines:
                 raise
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all whole lines; a last line cut short by a kill is left out."""
+        """Return all whole lines; a last line cut short by a kill is left out.
+
+        Raises
+        ------
+        InputError
+            If a line is no JSON.
+        """
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        entries = []
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+            try:
+                entries.append(json.loads(line))
+            except ValueError as error:
+                raise InputError(f"'{self.path}' line {number} is not JSON ({error}): delete that line.") from error
+        return entries
 
     def truncate(self, after_step: int) -> None:
         """Drop what a resumed run is going to log again: entries after a step."""

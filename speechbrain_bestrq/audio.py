@@ -448,6 +448,10 @@ def _read(file: soundfile.SoundFile, start: int, frames: int, dtype: str = "floa
         first = max(start - MPEG_PRIMING_FRAMES, 0)
     file.seek(first)
     audio = file.read(start - first + frames, dtype=dtype, always_2d=True)[start - first :]
+    if (
+        file.subtype in ("FLOAT", "DOUBLE") and not np.isfinite(audio).all()
+    ):  # would make losses and statistics no numbers
+        raise InputError(f"{file.name} has samples that are no numbers, or infinite: {_REMEDY}.")
     return audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1, dtype=np.float32)
 
 

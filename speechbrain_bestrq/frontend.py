@@ -265,7 +265,7 @@ class LogMel(nn.Module):
         Raises
         ------
         ValueError
-            If ``normalize`` is not "global" or there is no frame.
+            If ``normalize`` is not "global", there is no frame, or a sample is not finite.
 
         Example
         -------
@@ -293,6 +293,8 @@ class LogMel(nn.Module):
         if not count:
             raise ValueError("no audio to measure the global mean and variance on.")
         mean = total / count
+        if not mean.isfinite().all():
+            raise ValueError("samples of the audio are no numbers, or infinite: leave them out.")
         deviation = (squares / count - mean.square()).clamp(min=0.0).sqrt().clamp(min=MINIMUM_DEVIATION)
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)

@@ -11,6 +11,9 @@ from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+#: What is locked, in the folder. Files: of a folder itself NFS locks nothing on other machines.
+OWNER_FILE, NEXT_FILE = ".owner.lock", ".lock"
+
 
 @contextmanager
 def sole_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
@@ -33,7 +36,7 @@ def sole_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
     >>> with sole_writer(getfixture("tmp_path") / "out"):
     ...     pass
     """
-    with _locked(folder, name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+    with _locked(folder, name, fcntl.LOCK_EX | fcntl.LOCK_NB, OWNER_FILE):
         yield
 
 
@@ -57,7 +60,7 @@ def fellow_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
     >>> with fellow_writer(folder), fellow_writer(folder):
     ...     pass
     """
-    with _locked(folder, name, fcntl.LOCK_SH | fcntl.LOCK_NB):
+    with _locked(folder, name, fcntl.LOCK_SH | fcntl.LOCK_NB, OWNER_FILE):
         yield
 
 
@@ -65,7 +68,7 @@ def fellow_writer(folder: Path, name: str = "output_folder") -> Iterator[None]:
 def next_writer(folder: Path, name: str = "cache_folder") -> Iterator[None]:
     """Wait until no other next writer has a folder, then keep it while the ``with`` block runs.
 
-    A file ``.lock`` in the folder is what is locked: the folder itself may be this process's own already.
+    It is another lock than that of the others: the folder may be this process's own already.
 
     Arguments
     ---------
@@ -82,15 +85,15 @@ def next_writer(folder: Path, name: str = "cache_folder") -> Iterator[None]:
     >>> with next_writer(getfixture("tmp_path") / "cache"):
     ...     pass
     """
-    with _locked(folder, name, fcntl.LOCK_EX, ".lock"):
+    with _locked(folder, name, fcntl.LOCK_EX, NEXT_FILE):
         yield
 
 
 @contextmanager
-def _locked(folder: Path, name: str, operation: int, file: str | None = None) -> Iterator[None]:
+def _locked(folder: Path, name: str, operation: int, file: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY) if file is None else _open_for_all(folder / file)
+        descriptor = _open_for_all(folder / file)
     except OSError as error:
         raise InputError(f"{name} '{folder}' cannot be written ({error.strerror}): give another.") from error
     try:
@@ -111,8 +114,8 @@ def _locked(folder: Path, name: str, operation: int, file: str | None = None) ->
 
 
 def _open_for_all(path: Path) -> int:
-    """A file that other users of the folder may lock too: reading is enough for that."""
+    """A file that other users of the folder may lock too; to write, for NFS gives no other lock for one alone."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
         return os.open(path, os.O_RDONLY)

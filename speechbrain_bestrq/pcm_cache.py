@@ -19,7 +19,7 @@ from speechbrain_bestrq.audio import FULL_SCALE, AudioTable, check_damaged, stat
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.machine import usable_cores
-from speechbrain_bestrq.writing import replacing, write_text
+from speechbrain_bestrq.writing import replacing, unfinished, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +177,7 @@ def _is_made(path: Path, size: int) -> bool:
 
 def _decode(table: AudioTable, path: Path, size: int, threads: int, max_unreadable: int) -> None:
     folder = path.parent
+    unfinished(path).unlink(missing_ok=True)  # a killed process left it, and its room is ours
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(

@@ -34,6 +34,7 @@ from speechbrain_bestrq.resuming import (
     warn_of_changes,
 )
 from speechbrain_bestrq.run_log import RUN_FILE
+from speechbrain_bestrq.run_options import whole_number
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.tally import Tally
 from speechbrain_bestrq.update_guard import UpdateGuard
@@ -69,7 +70,7 @@ class PretrainingBrain(sb.Brain):
         As for :class:`speechbrain.Brain`. ``opt_class`` makes a fused optimizer.
         Of ``hparams``: ``lr_schedule``, ``output_folder``, ``log_interval`` (updates),
         ``optimizer_step_limit``, ``encoder_at_steps``, ``seed``. Where they are there:
-        ``valid_interval`` (updates; validation is at the end of each epoch in any case);
+        ``valid_interval`` (updates; a run is validated at its end, too, and without it after each epoch);
         ``spike_ratio``: updates whose gradient norm is this many times the usual are skipped too;
         ``max_skipped_updates`` (50) in a row, after which ``on_nonfinite`` "stop"s the run or
         "rewind"s it to the last checkpoint with half the rate; ``max_unsaved_hours`` (2) that it
@@ -90,7 +91,7 @@ class PretrainingBrain(sb.Brain):
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
         if self.optimizer_step_limit is not None:
             # a run option without a default arrives as text
-            self.optimizer_step_limit = int(self.optimizer_step_limit)
+            self.optimizer_step_limit = whole_number("optimizer_step_limit", self.optimizer_step_limit)
         self.model: PretrainingModel = self.modules["model"]
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -100,6 +101,8 @@ class PretrainingBrain(sb.Brain):
         self.reader = LateReader()
         self.generator = torch.Generator(device=self.device)
         self.best_valid_loss, self.withheld, self.validation_due = float("inf"), False, False
+        self.valid_interval: int | None = getattr(self.hparams, "valid_interval", None)
+        self.has_validated = False  # in this process
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
         self.saved_update = self.valid_set = None
         self.encoders = EncoderFolders(self.folder)
@@ -345,9 +348,8 @@ class PretrainingBrain(sb.Brain):
         self.log.advance()
         if self.optimizer_step in self.hparams.encoder_at_steps:
             self._save_encoder(f"encoder@{self.optimizer_step}")
-        interval = getattr(self.hparams, "valid_interval", None)
-        if interval and self.optimizer_step % interval == 0 and not self._validation_is_next:
-            self._validate_amid_epoch()
+        if self.valid_interval and self.optimizer_step % self.valid_interval == 0 and not self._validation_is_next:
+            self._validate_between_updates()
         self._heed_requests()
 
     def _heed_requests(self, validating: bool = False) -> None:
@@ -384,16 +386,31 @@ class PretrainingBrain(sb.Brain):
 
     @property
     def _validation_is_next(self) -> bool:
-        """Whether the epoch or the run is over."""
-        return self.step == len(self.sampler) or self._optimizer_step_limit_exceeded
+        """Whether the run is over, or an epoch of one that is validated after each."""
+        epoch_is_over = self.sampler.position == len(self.sampler)
+        return self._optimizer_step_limit_exceeded or (epoch_is_over and not self.valid_interval)
 
-    def _validate_amid_epoch(self) -> None:
+    def _fit_valid(self, valid_set: DataLoader, epoch: int, enable: bool) -> None:
+        """Validate at the end of an epoch, where that is wanted: an epoch of little audio is over soon."""
+        if self._validation_is_next:
+            self._validate(epoch)
+
+    def _validate_between_updates(self) -> None:
         step = self.step
-        self._fit_valid(self.valid_set, self.sampler.epoch, enable=False)
+        self._validate(self.sampler.epoch)
         self.step = step
         self.modules.train()
         self._start_clock()
         self._heed_requests()  # what came in the validation
+
+    def _validate(self, epoch: int) -> None:
+        """Validate; for the first time with a checkpoint before, for what is wrong with the set shows then."""
+        if not self.has_validated and self.saved_update != self.optimizer_step:
+            self.validation_due = True
+            self._save_checkpoint(end_of_epoch=False)
+            self.validation_due = False
+        super()._fit_valid(self.valid_set, epoch, enable=False)
+        self.has_validated = True
 
     # ---------------------------------------------------------------- logging
 
@@ -479,7 +496,7 @@ class PretrainingBrain(sb.Brain):
             if self.validation_due:  # it was broken off; at the end of an epoch it comes by itself
                 self.validation_due = False
                 if not self._validation_is_next:
-                    self._validate_amid_epoch()
+                    self._validate_between_updates()
         else:
             self.model.start_update(max(self.optimizer_step, 1))  # may come before the first update of this process
             self.stage_started = time.perf_counter()
@@ -534,7 +551,7 @@ class PretrainingBrain(sb.Brain):
         """
         if self.checkpointer is None:
             return False
-        between_updates = self.step % self.grad_accumulation_factor == 0
+        between_updates = self.step % self.grad_accumulation_factor == 0 or self.step == len(self.sampler)
         if not between_updates or self._validation_is_next:  # which saves anyway, when it is done
             return False
         if self.saved_update == self.optimizer_step:  # one amid the epoch has just been done

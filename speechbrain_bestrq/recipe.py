@@ -39,6 +39,9 @@ GOVERNING = "__governing__"
 #: Numbers of YAML 1.2, which HyperPyYAML reads, and not of 1.1.
 _NUMBER = re.compile(r"[-+]?\d+[eE][-+]?\d+|0o[0-7]+")
 
+#: The home folder at the beginning of a path, which a shell leaves as it is behind an equals sign and elsewhere.
+_HOME = re.compile(r"^(random:)?~(?=/)")
+
 #: Keys of the YAMLs whose values are paths.
 PATHS = ("cache_folder", "data_folder", "encoder", "language_model", "output_folder", "save_folder")
 
@@ -78,6 +81,8 @@ def quote_paths(arguments: list[str]) -> list[str]:
                 )
             if value.startswith("("):
                 raise InputError(f"{key} {value}: what begins with a bracket is taken for a tuple: write ./{value}.")
+            full = _HOME.sub(lambda found: f"{found[1] or ''}{Path.home()}", value)
+            word, value = word.removesuffix(value) + full, full
             if _is_no_text(value):
                 text = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True).strip()
                 word = f"{key}={text}" if word.startswith("--") else text
@@ -124,6 +129,11 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     # what preparation says is shown, before the run's own log is opened
     logging.basicConfig(level=logging.INFO, format="%(name)s - %(message)s")
     hparams_file, run_opts, overrides = sb.parse_arguments(quote_paths(arguments))
+    if run_opts["debug"]:  # SpeechBrain keeps its checkpoints out of the folder, and nothing else of what is written
+        raise InputError(
+            "--debug would write into the output folder as if a run began: leave it out, and give another "
+            "--output_folder and --optimizer_step_limit 2 for a short try."
+        )
     if "device" not in run_opts.overridden_args:
         check_gpus_usable()
     on_cpu = not torch.cuda.is_available() or str(run_opts["device"]).startswith("cpu")
@@ -143,11 +153,15 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     check_ranks_agree(yaml=text_digest(text), options=overrides, run_options=options)
     try:
         with loading_for(run_opts["device"]):
-            return hparams_file, run_opts, overrides, build_hparams(text, overrides, run_opts)
+            hparams = build_hparams(text, overrides, run_opts)
     except InputError:
         raise
     except (ValueError, TypeError) as error:  # a module's own refusal of a value, after HyperPyYAML's account of it
         raise InputError(f"{hparams_file}: {str(error).strip().splitlines()[-1]}") from error
+    for key in PATHS:
+        if _HOME.search(str(hparams.get(key) or "")):
+            raise InputError(f"{hparams_file}: {key} {hparams[key]}: write the path in full, without ~.")
+    return hparams_file, run_opts, overrides, hparams
 
 
 def build_hparams(text: str, overrides: str, run_opts: RunOptions) -> dict[str, Any]:

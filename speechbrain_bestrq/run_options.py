@@ -1,4 +1,7 @@
-"""Run options of SpeechBrain's that a pre-training does not heed."""
+"""Run options of SpeechBrain's that a pre-training does not heed, and numbers that it cannot."""
+
+from collections.abc import MutableMapping
+from typing import Any
 
 from speechbrain.utils.run_opts import RunOptions
 
@@ -12,6 +15,7 @@ WITHOUT_EFFECT = {
     "data_parallel_backend": "start it by torchrun",
     "data_parallel_count": "start it by torchrun",
     "find_unused_parameters": "leave it out",
+    "test_only": "sb-bestrq report --evidence measures what it has learned",
     "nonfinite_patience": "set max_skipped_updates in the YAML",
     "skip_nonfinite_grads": "updates that are not finite are skipped in any case",
 }
@@ -38,3 +42,64 @@ def check_run_options(run_opts: RunOptions) -> None:
     """
     for name in sorted(WITHOUT_EFFECT.keys() & run_opts.overridden_args):
         raise InputError(f"--{name} has no effect on a pre-training: {WITHOUT_EFFECT[name]}.")
+
+
+def check_counts(hparams: MutableMapping[str, Any]) -> None:
+    """Refuse counts of updates that are none, before any work; those such as 2e5 become whole numbers.
+
+    Arguments
+    ---------
+    hparams : mutable mapping
+        Of the YAML of a pre-training.
+
+    Raises
+    ------
+    InputError
+        Naming one.
+
+    Example
+    -------
+    >>> hparams = {"optimizer_step_limit": 2e5, "log_interval": 20, "valid_interval": None, "encoder_at_steps": [1e3]}
+    >>> check_counts(hparams)
+    >>> hparams
+    {'optimizer_step_limit': 200000, 'log_interval': 20, 'valid_interval': None, 'encoder_at_steps': [1000]}
+    """
+    for name in ("optimizer_step_limit", "log_interval", "valid_interval"):
+        if hparams.get(name) is not None:
+            hparams[name] = whole_number(name, hparams[name])
+    steps = hparams["encoder_at_steps"]
+    if not isinstance(steps, list):
+        raise InputError(f"--encoder_at_steps {steps}: give a list of updates, such as '[1000, 2000]'.")
+    hparams["encoder_at_steps"] = [whole_number("encoder_at_steps", step) for step in steps]
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Read a count, of a YAML or as a run option's text.
+
+    Arguments
+    ---------
+    name : str
+        Of the option.
+    value : object
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    InputError
+        If it is none, or less than 1.
+
+    Example
+    -------
+    >>> whole_number("optimizer_step_limit", "2e5")
+    200000
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not number.is_integer() or number < 1:
+        raise InputError(f"--{name} {value}: give a whole number, 1 at least.")
+    return int(number)

@@ -81,5 +81,5 @@ def _not_validated(run: Path) -> str:
     other = f", or give {kept[-1]}" if kept else ""
     return (
         f"{run} has no {RUN_SUBFOLDER} folder, for this run has not validated yet: wait until it has (each "
-        f"valid_interval updates and at the end of each epoch){other}."
+        f"valid_interval updates and at its end, or after each epoch){other}."
     )

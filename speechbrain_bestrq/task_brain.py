@@ -24,6 +24,7 @@ from speechbrain_bestrq.precision import full_precision
 from speechbrain_bestrq.recipe import GOVERNING, command_line
 from speechbrain_bestrq.results import machine
 from speechbrain_bestrq.resuming import check_ranks_agree
+from speechbrain_bestrq.run_options import whole_number
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -113,7 +114,8 @@ class TaskBrain(sb.Brain):
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
         self.settings, self.composed_settings = self.settings_of(hparams), self.composed_settings_of(hparams)
         if self.optimizer_step_limit is not None:
-            self.optimizer_step_limit = int(self.optimizer_step_limit)  # arrives as text
+            # arrives as text
+            self.optimizer_step_limit = whole_number("optimizer_step_limit", self.optimizer_step_limit)
         self._begun_with = self.encoder.identity()
         self._trains_on: str | None = None
         self._sums_before = [0.0] * 3

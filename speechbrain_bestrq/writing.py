@@ -38,7 +38,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.writing")
+    beside = unfinished(path)
     try:
         yield beside
         os.replace(beside, path)
@@ -47,6 +47,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise
     finally:
         beside.unlink(missing_ok=True)
+
+
+def unfinished(path: str | os.PathLike) -> Path:
+    """Where :func:`replacing` writes a file before it is whole.
+
+    Example
+    -------
+    >>> str(unfinished("cache/a.int16"))
+    'cache/a.int16.writing'
+    """
+    path = Path(path)
+    return path.with_name(f"{path.name}.writing")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

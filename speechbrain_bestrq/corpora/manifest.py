@@ -227,7 +227,7 @@ def corpus_name(data_folder: str | os.PathLike, default: str) -> str:
     >>> corpus_name(folder, "LibriSpeech")
     'speechocean762'
     """
-    path = Path(data_folder) / "CORPUS.json"
+    path = Path(data_folder).expanduser() / "CORPUS.json"
     if not path.is_file():
         return default
     try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from speechbrain_bestrq.accounting import JsonLines, LateReader, code_statistics, datasheet_flops, format_line
+from speechbrain_bestrq.errors import InputError
 
 
 class SlowDevice:
@@ -106,6 +107,14 @@ def test_a_last_line_torn_by_a_kill_is_left_out_and_gone_after_resuming(tmp_path
     log.truncate(after_step=5)
     log.append({"step": 2})
     assert log.read() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_line_that_is_damaged_is_named(tmp_path):
+    log = JsonLines(tmp_path / "log.jsonl")
+    log.append({"step": 1})
+    log.path.write_text(log.path.read_text() + '{"step": \n')
+    with pytest.raises(InputError, match="log.jsonl' line 2 is not JSON .*: delete that line"):
+        log.truncate(after_step=1)
 
 
 def test_code_statistics_are_means_over_the_codebooks():

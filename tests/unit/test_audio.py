@@ -250,6 +250,17 @@ def test_unreadable_files_are_named(tmp_path):
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("rate", [16000, 8000])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_no_numbers_are_refused(tmp_path, rate, value):
+    audio = np.zeros(2 * rate, np.float32)
+    audio[rate + 100] = value
+    soundfile.write(tmp_path / "a.wav", audio, rate, subtype="FLOAT")
+    assert np.isfinite(read_segment(str(tmp_path / "a.wav"), 0, 8000, 16000)).all()
+    with pytest.raises(InputError, match="a.wav has samples that are no numbers, or infinite: restore it"):
+        read_segment(str(tmp_path / "a.wav"), 16000, 8000, 16000)
+
+
 def test_a_file_cut_short_on_disk_is_refused(tmp_path):
     path = tmp_path / "a.flac"
     soundfile.write(path, noise(32000), RATE)

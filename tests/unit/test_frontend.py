@@ -150,6 +150,15 @@ def test_measured_statistics_are_those_of_all_valid_frames(padded_with_junk):
     assert np.abs(frontend.deviation.numpy() - every.std(0)).max() <= 1e-4
 
 
+def test_statistics_of_what_is_no_number_are_refused():
+    wavs = torch.randn(1, 8000)
+    wavs[0, 4000] = float("nan")
+    frontend = LogMel()
+    with pytest.raises(ValueError, match="no numbers, or infinite"):
+        frontend.measure([(wavs, None)])
+    assert not frontend.measured
+
+
 def test_statistics_travel_with_the_state_dict():
     wavs = 0.1 * torch.randn(1, 8000)
     measured = made("global")

@@ -1,5 +1,8 @@
 """One writer at a time, or one after another."""
 
+import fcntl
+import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -46,6 +49,22 @@ def test_a_sole_writer_has_no_fellows(tmp_path):
         pass
     with sole_writer(tmp_path):
         pass
+
+
+def test_locks_are_such_as_nfs_has_for_other_machines(tmp_path, monkeypatch):
+    """Of a folder it has none; of a file none for one alone but where it is open to be written."""
+    locked, flock = [], fcntl.flock
+
+    def noted(descriptor, operation):
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        locked.append((stat.S_ISREG(os.fstat(descriptor).st_mode), mode))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", noted)
+    for kind in (sole_writer, fellow_writer, next_writer):
+        with kind(tmp_path):
+            pass
+    assert locked == 3 * [(True, os.O_RDWR)]
 
 
 def test_the_next_writer_waits_and_may_own_the_folder_already(tmp_path, caplog):

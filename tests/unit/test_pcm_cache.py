@@ -178,6 +178,15 @@ def test_a_disk_without_room_is_refused_before_any_decoding(table, tmp_path, mon
         cache_audio(table, tmp_path / "cache")
 
 
+def test_what_a_killed_process_left_is_not_counted_as_taken(table, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    left = folder / f"{pcm_cache._digest(table)}.int16.writing"
+    left.write_bytes(b"half")
+    monkeypatch.setattr(pcm_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 if left.exists() else 1e9))
+    assert len(cache_audio(table, folder).lengths) == len(table)
+
+
 def test_a_disk_that_fills_up_meanwhile_is_told_in_a_line(table, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")

@@ -17,7 +17,7 @@ from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.resuming import load_state, save_state
-from speechbrain_bestrq.run_options import check_run_options
+from speechbrain_bestrq.run_options import check_counts, check_run_options
 
 RATE = 16000
 
@@ -499,7 +499,10 @@ def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path,
     assert first == 0.0 and usual == second and later == pytest.approx(0.99 * second + 0.01 * third)
 
 
-@pytest.mark.parametrize(("option", "instead"), [("skip_nonfinite_grads", "skipped in any case"), ("jit", "--compile")])
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [("skip_nonfinite_grads", "skipped in any case"), ("jit", "--compile"), ("test_only", "--evidence")],
+)
 def test_run_options_without_effect_are_refused(option, instead):
     check_run_options(RunOptions.from_dictionary({"device": "cpu", "compile": True}))
     with pytest.raises(InputError, match=f"--{option} has no effect on a pre-training: .*{instead}"):
@@ -531,6 +534,59 @@ def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkey
     assert second["audio_hours"] == pytest.approx(6.0 / 3600)
 
 
+def test_epochs_that_are_over_soon_are_not_each_validated_and_saved(toy, tmp_path, corpus, monkeypatch):
+    """Of five updates each: validated is after the sixth, the twelfth, and the last."""
+    saved, save = [], AtomicCheckpointer.save_checkpoint
+
+    def noted(self, *arguments, **options):
+        saved.append(options["meta"]["step"])
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", noted)
+    settings = {**corpus, "valid_interval": 6, "updates": 17}
+    result = toy.train(tmp_path / "one", **settings)
+    assert len(result.sampler) == 5
+    assert [line["step"] for line in toy.log_lines(tmp_path / "one", "valid")] == [6, 12, 17]
+    assert saved == [6, 6, 12, 17]  # for the first time before it, too
+    # and goes on at the end of an epoch that was not validated
+    stopped = toy.train(tmp_path / "two", **settings, checkpoint_every=5, stop_after=10)
+    assert stopped.stopped
+    again = toy.train(tmp_path / "two", **settings, checkpoint_every=5)
+    assert [line["step"] for line in toy.log_lines(tmp_path / "two", "valid")] == [6, 12, 17]
+    assert toy.losses(tmp_path / "two") == toy.losses(tmp_path / "one")
+    assert difference(again.model.state_dict(), result.model.state_dict()) == 0.0
+
+
+def test_a_first_validation_that_fails_costs_no_update(toy, tmp_path, corpus, monkeypatch):
+    def fail(*_, **__):
+        raise InputError("a file of the validation is damaged")
+
+    settings = {**corpus, "valid_interval": 4, "updates": 6}
+    whole = toy.train(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="is damaged"):
+        patch.setattr(toy.ToyBrain, "evaluate_batch", fail)
+        toy.train(tmp_path / "run", **settings)
+    again = toy.train(tmp_path / "run", **settings)
+    assert [entry[1] for entry in again.seen] == [entry[1] for entry in whole.seen[4:]]
+    assert [line["step"] for line in toy.log_lines(tmp_path / "run", "valid")] == [4, 6]
+    assert difference(again.model.state_dict(), whole.model.state_dict()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("log_interval", 0), ("valid_interval", 2.5), ("optimizer_step_limit", "many")]
+)
+def test_counts_that_are_none_are_refused_before_any_work(name, value):
+    hparams = {"optimizer_step_limit": 2e5, "log_interval": 20, "valid_interval": None, "encoder_at_steps": []}
+    with pytest.raises(InputError, match=f"--{name} {value}: give a whole number"):
+        check_counts({**hparams, name: value})
+    with pytest.raises(InputError, match="--encoder_at_steps 1000: give a list"):
+        check_counts({**hparams, "encoder_at_steps": 1000})
+
+
+def test_a_limit_may_be_given_as_people_write_it(toy, tmp_path):
+    assert toy.make_brain(tmp_path, toy.make_model(), updates="2e5").optimizer_step_limit == 200_000
+
+
 def test_checkpoints_are_saved_by_minutes(toy, tmp_path, corpus, monkeypatch):
     """An update takes 40 s, and more than a minute has to be over."""
     now, steps = [0.0], []
@@ -550,7 +606,7 @@ def test_checkpoints_are_saved_by_minutes(toy, tmp_path, corpus, monkeypatch):
     model = toy.make_model()
     batches = [toy.make_batch(model, waves(0.5, seed=number), number=number) for number in range(8)]
     toy.fit_batches(tmp_path, model, batches, updates=8, checkpoints=True, ckpt_interval_minutes=1)
-    assert steps == [2, 4, 6, 8]
+    assert steps == [2, 4, 6, 8, 8]  # before the validation, and with what it says
 
 
 def test_audio_hours_are_those_of_the_batches(toy, tmp_path, corpus):

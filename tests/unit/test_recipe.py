@@ -52,6 +52,22 @@ def test_paths_that_cannot_be_given_are_refused(path, message):
         quote_paths([f"--data_folder={path}"])
 
 
+def test_the_home_folder_is_meant_however_it_is_typed(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = options("--data_folder=~/Tape #1", "--output_folder", "~/runs")
+    assert found["data_folder"] == f"{tmp_path}/Tape #1" and found["save_folder"] == f"{tmp_path}/runs/save"
+    assert quote_paths(["--encoder", "random:~/run", "--seed", "~/1"])[1::2] == [f"random:{tmp_path}/run", "~/1"]
+    yaml = tmp_path / "recipe.yaml"
+    yaml.write_text(YAML.replace("results", "~/results"))
+    with pytest.raises(InputError, match="output_folder ~/results: write the path in full"):
+        load_recipe([str(yaml), "--data_folder=a"])
+
+
+def test_a_debugging_run_is_refused_which_would_write_over_a_real_one(options):
+    with pytest.raises(InputError, match="--debug would write into the output folder"):
+        options("--data_folder=a", "--debug")
+
+
 def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(options, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

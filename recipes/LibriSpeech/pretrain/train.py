@@ -17,7 +17,7 @@ A run that was stopped goes on when the same command is given again. What govern
     precision, compilation      --precision fp32|bf16|fp16, --compile
     what is kept                best and last two checkpoints in save/, the encoder of the best validation in encoder/,
                                 those of --encoder_at_steps in encoder@<update>/
-    validation                  at the end of each epoch, and every --valid_interval updates
+    validation                  every --valid_interval updates and at the end; where it is null, after each epoch
     checkpoints in between      --ckpt_interval_steps (updates), or 0 and --ckpt_interval_minutes
     the log                     --log_interval (updates): log.txt, train_log.jsonl, tensorboard/
 """
@@ -39,7 +39,7 @@ from speechbrain_bestrq.pcm_cache import cache_audio
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
 from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.run_options import check_run_options
+from speechbrain_bestrq.run_options import check_counts, check_run_options
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
     valid_loader = make_loader(valid_waveforms, valid_sampler, **loader)
 
     def statistics_audio() -> list[tuple[torch.Tensor, None]]:
+        if not hparams["statistics_hours"]:
+            return []
         sampler = LadderBatchSampler(train_table.lengths, batch_samples, seed=hparams["seed"], sample_rate=rate)
         batches, hours = [], 0.0
         for batch in make_loader(training_waveforms(0), sampler):
@@ -144,6 +146,7 @@ def main(arguments: list[str]) -> None:
 def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
     """Prepare and train, with the output folder to ourselves."""
     check_run_options(run_opts)
+    check_counts(hparams)
     manifests = run_on_main(prepare_corpus, args=[hparams])
     ranks = (0, 1)
     if torch.distributed.is_initialized():
