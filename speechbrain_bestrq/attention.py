@@ -95,8 +95,9 @@ class RotaryAttention(TableModule):
         self.dropout, self.base = dropout, base
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model)
-        self.cos = self.sin = torch.empty(0)
-        self._tabulate(table_frames)
+        with torch.device("cpu"):  # constants have values even where a model is built on the meta device
+            self.cos = self.sin = torch.empty(0)
+            self.tabulate(table_frames)
 
     def _tabulate(self, frames: int) -> None:
         frequencies = self.base ** -(torch.arange(0, self.d_head, 2, device=self.cos.device).double() / self.d_head)
@@ -127,7 +128,7 @@ class RotaryAttention(TableModule):
             Shape (B, T, d_model).
         """
         if x.shape[1] > len(self.cos):
-            self._tabulate(2 * x.shape[1])
+            self.tabulate(2 * x.shape[1])
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.d_head)).unbind(2)
         attended = attend(
             self._rotate(query).transpose(1, 2),
@@ -177,8 +178,9 @@ class RelativeAttention(TableModule):
         self.content_bias = nn.Parameter(torch.zeros(num_heads, self.d_head))
         self.position_bias = nn.Parameter(torch.zeros(num_heads, self.d_head))
         self.out = nn.Linear(d_model, d_model)
-        self.table = torch.empty(0, d_model)
-        self._tabulate(table_frames)
+        with torch.device("cpu"):  # constants have values even where a model is built on the meta device
+            self.table = torch.empty(0, d_model)
+            self.tabulate(table_frames)
 
     def _tabulate(self, frames: int) -> None:
         """Sinusoids of the distances frames - 1 ... 0 ... frames - 1, shape (2 frames - 1, d_model)."""
@@ -192,7 +194,7 @@ class RelativeAttention(TableModule):
         frames, longest = x.shape[1], (len(self.table) + 1) // 2
         if frames > longest:
             longest = 2 * frames
-            self._tabulate(longest)
+            self.tabulate(longest)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.d_head)).unbind(2)
         position = self.position(self.table[longest - frames : longest - 1 + frames].to(x.device))
         position = position.unflatten(-1, (self.num_heads, self.d_head))

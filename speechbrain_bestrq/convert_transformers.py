@@ -1,6 +1,7 @@
 """wav2vec 2.0 models from and to folders of Hugging Face's transformers, which need not be installed."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -31,13 +32,19 @@ from speechbrain_bestrq.transformers_names import (
 )
 from speechbrain_bestrq.wav2vec2 import Wav2Vec2
 
+logger = logging.getLogger(__name__)
+
+#: Share of the frames: less is no mask of a pre-training.
+LEAST_MASKED = 0.2
+
 
 def from_transformers(folder: str | os.PathLike) -> Wav2Vec2 | SpeechEncoder:
     """Load a wav2vec 2.0 model of transformers; nothing in the folder is run.
 
     The feature penalty, the scale of the features' gradient and the temperatures, of
     which transformers knows nothing, are those of :class:`Wav2Vec2` and
-    :class:`GumbelQuantizer` by default.
+    :class:`GumbelQuantizer` by default. Masks are those of the folder's ``mask_time_prob``, which most models
+    have for fine-tuning, where far less is masked: a warning says so.
 
     Arguments
     ---------
@@ -79,6 +86,13 @@ def from_transformers(folder: str | os.PathLike) -> Wav2Vec2 | SpeechEncoder:
                     raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(described[name].shape)}")
             model = _build(description, settings_of(config))
         model.load_state_dict(converted)
+        if model.masking.expected_share < LEAST_MASKED:
+            logger.warning(
+                "%s masks %.0f %% of the frames, as one does in fine-tuning: to pre-train on, set model.masking to "
+                "SpanMasking(0.065, 10, min_spans=2), wav2vec 2.0's own.",
+                folder,
+                100 * model.masking.expected_share,
+            )
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise InputError(f"{folder}: {error}") from error
@@ -90,6 +104,8 @@ def from_transformers(folder: str | os.PathLike) -> Wav2Vec2 | SpeechEncoder:
 def _build(description: dict[str, Any], settings: Mapping[str, Any]) -> Wav2Vec2:
     """Build a pre-training model, untrained, from what transformers says of it."""
     span = settings["mask_time_length"]
+    # theirs is the share of frames that would be masked if no spans overlapped
+    masking = SpanMasking(settings["mask_time_prob"] / span, span, settings["mask_time_min_masks"])
     return Wav2Vec2(
         build_encoder(description),
         GumbelQuantizer(
@@ -98,8 +114,7 @@ def _build(description: dict[str, Any], settings: Mapping[str, Any]) -> Wav2Vec2
             codebook_size=settings["num_codevectors_per_group"],
             num_groups=settings["num_codevector_groups"],
         ),
-        # theirs is the share of frames that would be masked if no spans overlapped
-        SpanMasking(settings["mask_time_prob"] / span, span, settings["mask_time_min_masks"]),
+        masking,
         target_dim=settings["proj_codevector_dim"],
         num_negatives=settings["num_negatives"],
         logit_temperature=settings["contrastive_logits_temperature"],

@@ -159,7 +159,7 @@ class LogMel(nn.Module):
         self.floor, self.stack = floor, stack
         self.window = round(sample_rate * window_ms / 1000)
         self.hop = round(sample_rate * hop_ms / 1000)
-        # the next power of two: with fewer points the lowest filters would hold no bin at all
+        # the next power of two: with fewer points the lowest filters would hold a single bin, at their flank
         self.fft_points = 1 << (self.window - 1).bit_length()
         with torch.device("cpu"):  # constants have values even where a model is built on the meta device
             filters = torchaudio.functional.melscale_fbanks(

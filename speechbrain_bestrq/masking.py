@@ -187,6 +187,8 @@ class SpanMasking:
         """
         mask = span_mask(lengths, max_length, self.prob, self.span, self.min_spans, self.grid, generator)
         share, frames = self.expected_share, len(lengths) * max_length
+        # spans that each utterance has at least
+        share = max(share, min(self.min_spans * self.span / max_length, 1.0))
         if self.grid:  # every utterance may be rounded up by one span
             spare = self.span * len(lengths)
         else:  # the frames of one span are masked together: a sum of frames / span independent parts

@@ -51,11 +51,11 @@ def write_card(facts: dict[str, Any], validations: Sequence[dict[str, Any]]) -> 
     >>> print(write_card(facts, []).splitlines()[0])
     # Speech encoder pre-trained by BestRQ on LibriSpeech
     """
-    rate = facts.get("frames_per_second", 25)
+    rate, kilohertz = facts.get("frames_per_second", 25), facts.get("sample_rate", 16000) / 1000
     lines = [
         f"# Speech encoder pre-trained by {facts['model']} on {facts['corpus']}",
         "",
-        f"16 kHz waveforms in, hidden states of every layer out, {rate:g} a second. `config.json` has the",
+        f"{kilohertz:g} kHz waveforms in, hidden states of every layer out, {rate:g} a second. `config.json` has the",
         "architecture, `model.safetensors` the weights and the front end's statistics; loading them runs no code.",
         "",
         "```python",

@@ -86,7 +86,8 @@ class PretrainedEncoder(nn.Module):
     freeze : bool
         Freeze all of it.
     freeze_feature_extractor : bool
-        Freeze front end and subsampling.
+        Freeze what makes features of waveforms: the convolutions of wav2vec 2.0, as the lobe does; of mel
+        features, which are not trained, the subsampling.
     apply_spec_augment : bool
         Hide spans of the front end's features in training, unless all is frozen: 5 % of
         the frames, in spans of 200 ms, and 10 % of the features (mel bins), in spans of a
@@ -104,8 +105,8 @@ class PretrainedEncoder(nn.Module):
     Attributes
     ----------
     model : SpeechEncoder
-        What was loaded; ``.model.feature_extractor`` is its front end with
-        subsampling, ``.model.encoder.layers`` are its layers.
+        What was loaded; ``.model.feature_extractor`` is what ``freeze_feature_extractor`` freezes,
+        ``.model.encoder.layers`` are its layers.
     freeze : bool
         Whether all is frozen.
     output_dim : int
@@ -154,7 +155,9 @@ class PretrainedEncoder(nn.Module):
         folder = find_encoder(name.removeprefix(RANDOM_PREFIX), save_path)
         self.model = load_encoder(folder, trained=not name.startswith(RANDOM_PREFIX))
         # a plain attribute and no submodule: each parameter has one name
-        extractor = FeatureExtractor([self.model.frontend, self.model.subsampling])
+        front = [self.model.frontend, self.model.subsampling]
+        # where the front end itself is trained, as wav2vec 2.0's, the lobe's is that alone
+        extractor = FeatureExtractor(front[:1] if any(True for _ in front[0].parameters()) else front)
         object.__setattr__(self.model, "feature_extractor", extractor)
         layers = self.model.encoder.layers
         self.output_dim, self.num_layers = self.model.encoder.d_model, len(layers)
@@ -177,7 +180,7 @@ class PretrainedEncoder(nn.Module):
         if freeze:
             _freeze(self.model)
         elif freeze_layers:
-            for part in (extractor, *self._below_layers(), *layers[:freeze_layers]):
+            for part in (*front, *self._below_layers(), *layers[:freeze_layers]):
                 _freeze(part)
         elif freeze_feature_extractor:
             _freeze(extractor)

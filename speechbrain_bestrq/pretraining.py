@@ -125,6 +125,7 @@ class PretrainingBrain(sb.Brain):
         return {
             "model": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "sample_rate": self.model.speech_encoder.frontend.sample_rate,
             "frames_per_second": self._frames_per_second(),
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),

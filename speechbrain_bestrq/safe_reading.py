@@ -27,6 +27,7 @@ MAX_ITEMS = 64
 """Of a list in a config."""
 
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_TRANSFORMERS_PICKLE = "pytorch_model.bin"
 _YAMLS = {".yaml", ".yml"}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -73,6 +74,11 @@ def file_inside(folder: Path, name: str) -> Path:
 def _what_is_not_read(folder: Path) -> str:
     """Say which files of a folder someone may have expected to be read."""
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if _TRANSFORMERS_PICKLE in found:
+        return (
+            f", and {_TRANSFORMERS_PICKLE} is not read (a pickle can run code): load it with transformers, and save it "
+            "with save_pretrained"
+        )
     for suffixes, reason in ((_PICKLES, "a pickle can run code"), (_YAMLS, "a YAML can build anything")):
         names = [name for name in found if Path(name).suffix in suffixes]
         if names:

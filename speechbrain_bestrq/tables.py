@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,6 +13,8 @@ class TableModule(nn.Module):
     main process's buffers to the others, in one piece, and their tables may be of other lengths. What arrived would be
     other positions, without an error.
 
+    A class makes its tables in ``_tabulate``, and calls :meth:`tabulate`.
+
     Example
     -------
     >>> class Ramp(TableModule):
@@ -19,15 +22,33 @@ class TableModule(nn.Module):
     ...
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.ramp = torch.arange(3.0)
-    >>> import torch
-    >>> module = Ramp().to("meta")
-    >>> module.ramp.device.type, list(module.buffers()), list(module.state_dict())
-    ('meta', [], [])
+    ...         self.ramp = torch.empty(0)
+    ...         self.tabulate(3)
+    ...
+    ...     def _tabulate(self, length):
+    ...         self.ramp = torch.arange(float(length), device=self.ramp.device)
+    >>> module = Ramp()
+    >>> module.ramp, list(module.buffers()), list(module.state_dict())
+    (tensor([0., 1., 2.]), [], [])
     """
 
     #: Attributes that hold them.
     tables: tuple[str, ...] = ()
+
+    def _tabulate(self, length: int) -> None:
+        """Make the tables for inputs of such a length, where they are."""
+        raise NotImplementedError
+
+    def tabulate(self, length: int) -> None:
+        """Make the tables for inputs of such a length, to be of use in training even if that is not going on now.
+
+        Arguments
+        ---------
+        length : int
+            Of the inputs, at most.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            self._tabulate(length)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TableModule":
         super()._apply(fn, recurse)

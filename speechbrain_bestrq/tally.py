@@ -69,7 +69,8 @@ class Tally:
         )
         if self.histogram is None:
             self.histogram = torch.zeros_like(metrics["label_counts"])
-        self.histogram += metrics["label_counts"]
+        # probabilities that are no numbers, of a batch whose update is skipped, would stay in it for ever
+        self.histogram += metrics["label_counts"].nan_to_num(0.0, 0.0, 0.0)
 
     def shared_histogram(self, ranks: int) -> Tensor:
         """Add up the histograms of so many ranks, in a copy; a collective of them."""

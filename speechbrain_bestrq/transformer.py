@@ -172,7 +172,7 @@ class SinusoidalPositions(TableModule):
             raise ValueError(f"d_model must be even for sinusoidal positions, not {d_model}.")
         with torch.device("cpu"):  # constants have values even where a model is built on the meta device
             self.table = torch.empty(0, d_model)
-            self._tabulate(table_frames)
+            self.tabulate(table_frames)
 
     def _tabulate(self, frames: int) -> None:
         device, d_model = self.table.device, self.table.shape[1]
@@ -183,7 +183,7 @@ class SinusoidalPositions(TableModule):
     def forward(self, x: Tensor) -> Tensor:
         """Give the positions of (B, T, d_model)."""
         if x.shape[1] > len(self.table):
-            self._tabulate(2 * x.shape[1])
+            self.tabulate(2 * x.shape[1])
         return self.table[None, : x.shape[1]].to(x.device)
 
     def flops(self, frames: int) -> float:

@@ -1,5 +1,6 @@
-"""wav2vec 2.0's distractors are other masked frames of the utterance, and its masks do not hang on the batch."""
+"""wav2vec 2.0's distractors, masks, positions and the terms of its loss are those of its authors."""
 
+import pytest
 import torch
 
 from speechbrain_bestrq.contrastive import sample_negatives
@@ -49,3 +50,30 @@ def test_masks_do_not_shrink_with_the_shortest_utterance_and_short_ones_raise_no
         mask = masking(torch.tensor([length, 25]), 25, torch.Generator().manual_seed(length)).mask
         assert mask[0].sum() >= min(length, 2), "fewer than two masked frames leave no distractor"
         assert not mask[0, length:].any()
+
+
+def test_frames_know_their_places_and_the_features_are_kept_small_and_learn_slowly(toy):
+    """Trap: no positional convolution, no feature penalty, the convolutions learn at the full rate.
+
+    Mutations: in transformer.py, TransformerEncoder.forward, ``x = x + self.positions(x)`` -> ``x = x``; in
+    wav2vec2.py, Wav2Vec2.forward, ``+ self.penalty_weight * penalty`` -> ``+ 0.0 * penalty``; in wav2vec2.py,
+    Wav2Vec2.forward, ``if features.requires_grad and`` -> ``if False and``.
+    """
+    model = toy.make_model("wav2vec2")
+    frames = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(1, 40, 16)
+    hidden = model.speech_encoder.encoder(frames)[-1][0]
+    assert not torch.allclose(hidden[1:20], hidden[:19], atol=1e-4), "frames that are alike in all places"
+
+    wavs = 0.1 * torch.randn(2, 16000, generator=torch.Generator().manual_seed(1))
+    gradients = {}
+    for scale in (1.0, 0.1):
+        model.feature_gradient_scale = scale
+        model.zero_grad()
+        output = model(wavs, generator=torch.Generator().manual_seed(2))
+        output.loss.backward()
+        gradients[scale] = next(model.speech_encoder.frontend.parameters()).grad.clone()
+    torch.testing.assert_close(gradients[0.1], 0.1 * gradients[1.0], rtol=1e-3, atol=1e-7)
+    terms = {name: float(output.metrics[name]) for name in model.loss_terms}
+    without = terms["contrastive_loss"] + 0.1 * terms["diversity_loss"]
+    assert float(output.loss.detach()) == pytest.approx(without + 10.0 * terms["feature_penalty"], rel=1e-5)
+    assert terms["feature_penalty"] > 1e-3

@@ -91,7 +91,17 @@ def test_a_batch_is_copied_without_waiting(toy, monkeypatch):
     assert len(waited) >= 3 and not any(waited)
 
 
-@pytest.mark.parametrize("read", [lambda x: x.tolist(), torch.Tensor.item, lambda x: x[x > 1], lambda x: bool(x.sum())])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.tolist(),
+        torch.Tensor.item,
+        lambda x: x[x > 1],
+        lambda x: bool(x.sum()),
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device="cpu", dtype=torch.float64),
+    ],
+)
 def test_what_reads_back_is_noted(read, readings, toy):
     with toy.Waits() as waits:
         read(torch.ones(1))
@@ -112,4 +122,13 @@ def readings(monkeypatch):
 
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
+    to = torch.Tensor.to
+
+    def noted_to(tensor, *arguments, **named):
+        # a device that is no text may be the tensor's own, which here is the CPU
+        if "cpu" in (*arguments[:1], named.get("device")) and not named.get("non_blocking"):
+            found.append("to")
+        return to(tensor, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted_to)
     return found

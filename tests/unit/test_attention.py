@@ -56,6 +56,25 @@ def naive_relative(layer, x, valid):
     return attend(scores / math.sqrt(D_MODEL), value, valid, layer)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_that_grew_in_inference_is_of_use_in_training(kind):
+    layer = kind(16, 2, table_frames=8)
+    with torch.inference_mode():
+        layer(torch.randn(1, 20, 16))
+    layer(torch.randn(1, 20, 16, requires_grad=True)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_have_values_where_a_model_is_built_without_weights(kind):
+    there = kind(16, 2)
+    with torch.device("meta"):
+        built = kind(16, 2)
+    built.load_state_dict(there.state_dict(), assign=True)
+    x = torch.randn(1, 10, 16)
+    assert torch.equal(built(x), there(x))
+
+
 @pytest.mark.parametrize("kind, naive", [(RotaryAttention, naive_rotary), (RelativeAttention, naive_relative)])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([30, 11])])
 def test_equals_a_naive_float64_implementation(kind, naive, lengths, relative_difference):

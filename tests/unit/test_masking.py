@@ -40,6 +40,12 @@ def test_grid_masks_everything_once_probability_times_span_reaches_one():
     assert many(40, 3, prob=0.8, span=4, grid=True).all()
 
 
+def test_a_shape_has_one_number_of_indices_also_where_the_least_spans_mask_most():
+    masking, lengths = SpanMasking(0.001, 10, min_spans=2), torch.full((8,), 49)
+    counts = {len(masking(lengths, 49, torch.Generator().manual_seed(seed)).indices) for seed in range(100)}
+    assert len(counts) == 1
+
+
 @pytest.mark.parametrize("seconds", [5, 7, 10, 20])
 @pytest.mark.parametrize("prob, span, rate", [(0.04, 10, 25), (0.205, 4, 25), (0.065, 10, 50)])
 def test_overlapping_spans_mask_the_expected_share_at_every_length(seconds, prob, span, rate):

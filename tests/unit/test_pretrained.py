@@ -289,6 +289,12 @@ def test_a_wav2vec2_encoder_has_50_frames_a_second(wav2vec2_folder):
     frozen = PretrainedEncoder(folder, freeze_feature_extractor=True).train()
     assert not any(parameter.requires_grad for parameter in frozen.model.frontend.parameters())
     assert not frozen.model.frontend.training and frozen.model.encoder.training
+    # the projection is trained, as in the lobe, but where the layers above it rest too
+    assert all(parameter.requires_grad for parameter in frozen.model.subsampling.parameters())
+    assert frozen.model.subsampling.training
+    layers = PretrainedEncoder(folder, freeze_layers=1).train()
+    for part in (layers.model.frontend, layers.model.subsampling):
+        assert not part.training and not any(parameter.requires_grad for parameter in part.parameters())
 
 
 @pytest.mark.parametrize("count", [-1, 4])

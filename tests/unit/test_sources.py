@@ -148,7 +148,7 @@ def hostile(tmp_path):
 
 def test_a_hostile_folder_is_refused_by_the_name_of_its_file_and_leaves_nothing_behind(hostile, folder):
     marker, stranger, text = hostile
-    refuse(stranger, "it has no config.json", "encoder.pkl is not read", "pickle")
+    refuse(stranger, "it has no config.json", "pytorch_model.bin is not read", "pickle", "save_pretrained")
     for pickled in stranger.glob("*.p*"):
         if pickled.suffix == ".pkl":
             pickled.unlink()
