@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -434,6 +434,7 @@ def tune(
     references: Sequence[str],
     alphas: Sequence[float],
     betas: Sequence[float],
+    decode: Callable[[BeamDecoder, Sequence[Tensor | NDArray]], list[str]] = BeamDecoder.decode,
 ) -> Tuning:
     """Find the weights of the language model with the lowest word error rate, on a validation set.
 
@@ -449,6 +450,8 @@ def tune(
         What was said.
     alphas, betas : sequence of float
         The weights to try, each with each.
+    decode : callable
+        Decodes with each: :func:`decode_on_all_ranks`, where several hold the same.
 
     Returns
     -------
@@ -469,7 +472,7 @@ def tune(
     for alpha in alphas:
         for beta in betas:
             rates = ErrorRates()
-            rates.append(names, decoder.with_weights(alpha, beta).decode(log_probs), references)
+            rates.append(names, decode(decoder.with_weights(alpha, beta), log_probs), references)
             rows = rates.per_utterance()
             errors.append(tuple(sum(row[f"{metric}_errors"] for row in rows) for metric in ("wer", "cer")))
             table.append({"alpha": alpha, "beta": beta, "wer": rates.wer.value, "cer": rates.cer.value})

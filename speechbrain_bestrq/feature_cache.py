@@ -32,8 +32,8 @@ _BYTES = 4  # of a float32
 class FeatureCache:
     """The hidden states of utterances, in one memory-mapped file; :func:`cache_features` makes it.
 
-    The file stays as it was when it was opened, also when another run makes the cache of other weights or
-    audio in the same folder.
+    The file stays as it was when it was opened, also when another run on this machine makes the cache of other weights
+    or audio in the same folder. On another machine a network file system may take it away: give each encoder a folder.
 
     Arguments
     ---------
@@ -196,8 +196,9 @@ def open_cache(
     """
     if not hparams.get("cache_features"):
         return None
-    if "speed_perturb" in hparams:
-        raise InputError("cache_features: True hears each utterance once: leave it out, or speed_perturb.")
+    for name in ("speed_perturb", "drop_freq", "drop_chunk"):
+        if name in hparams:
+            raise InputError(f"cache_features: True hears each utterance once: leave it out, or {name}.")
     together = _together(sets)
     settings = [hparams["cache_folder"], hparams["speech_encoder"], together, hparams["sample_rate"]]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -95,6 +95,40 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
     return results
 
 
+def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to what a later test came to the sets that the same weights were tested on before.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The run's output folder.
+    results : mapping
+        Of the later test.
+
+    Returns
+    -------
+    dict
+        Its own sets come first.
+
+    Example
+    -------
+    >>> folder, run = getfixture("tmp_path"), {"seed": 1, "updates": 9, "best_epoch": 2}
+    >>> _ = write_results(folder, {**run, "sets": {"test-clean": {"wer": 0.2}}})
+    >>> with_earlier_sets(folder, {**run, "sets": {"dev-other": {"wer": 0.3}}})["sets"]
+    {'dev-other': {'wer': 0.3}, 'test-clean': {'wer': 0.2}}
+    >>> with_earlier_sets(folder, {**run, "updates": 12, "sets": {"dev-other": {"wer": 0.3}}})["sets"]
+    {'dev-other': {'wer': 0.3}}
+    """
+    try:
+        earlier = read_results(folder)
+    except InputError:  # none, or none that can be read
+        return dict(results)
+    same = all(earlier.get(name) == results.get(name) for name in ("seed", "updates", "best_epoch"))
+    digests = [(one.get("encoder") or {}).get("digest") for one in (earlier, results)]
+    before = earlier["sets"] if same and digests[0] == digests[1] else {}
+    return {**results, "sets": {**results["sets"], **before, **results["sets"]}}
+
+
 def write_errors(
     folder: str | os.PathLike, name: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
 ) -> Path:

@@ -62,7 +62,7 @@ class TaskBrain(sb.Brain):
     - ``annealing_metric``: what NewBob goes by, if not :attr:`metric`;
     - ``encoder_start_update``: the first update that trains the encoder (0 if left out). Before,
       it runs without gradients;
-    - ``speed_perturb``: applied to the waveforms in training, if it is there;
+    - ``speed_perturb``, ``drop_freq``, ``drop_chunk``: applied to the waveforms in training, those that are there;
     - ``output_folder``, ``train_logger`` (a ``FileTrainLogger``), ``epoch_counter``, ``seed``.
 
     Arguments
@@ -194,6 +194,8 @@ class TaskBrain(sb.Brain):
             for part in ("encoder", "mix", "head"):  # of a run that began so nothing can be changed any more
                 check_first_rate(part, hparams.get(f"{part}_optimizer"), hparams.get(f"{part}_annealing"))
             return
+        if "progress" not in newest.paramfiles:
+            raise InputError(f"{newest.path} is of a run of another kind: give another --output_folder.")
         encoder: TaskEncoder = hparams["speech_encoder"]
         progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
         settings = cls.settings_of(hparams), cls.composed_settings_of(hparams)
@@ -224,18 +226,23 @@ class TaskBrain(sb.Brain):
             hidden, lengths = states.permute(2, 0, 1, 3), absolute_lengths(relative, states.shape[1])
         else:
             wavs, wav_lens = batch.sig
-            if stage == sb.Stage.TRAIN and hasattr(self.hparams, "speed_perturb"):
-                wavs = self._perturb(wavs)
+            if stage == sb.Stage.TRAIN:
+                wavs = self._augment(wavs, wav_lens)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained()):
                 hidden, lengths = self.modules.encoder(wavs, wav_lens)
         return (hidden[0] if self.mix is None else self.modules.mix(hidden, lengths)), lengths
 
-    def _perturb(self, wavs: Tensor) -> Tensor:
-        """Change the speed of waveforms where they are, and without autocast whatever precision the training has."""
-        perturb = self.hparams.speed_perturb
-        perturb.device = wavs.device  # SpeechBrain's goes to the CPU for it, and back
+    def _augment(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
+        """Change waveforms where they are, and without autocast whatever precision the training has."""
         with full_precision(wavs.device.type):
-            return perturb(wavs)
+            if (perturb := getattr(self.hparams, "speed_perturb", None)) is not None:
+                perturb.device = wavs.device  # SpeechBrain's goes to the CPU for it, and back
+                wavs = perturb(wavs)
+            if (drop_freq := getattr(self.hparams, "drop_freq", None)) is not None:
+                wavs = drop_freq(wavs)
+            if (drop_chunk := getattr(self.hparams, "drop_chunk", None)) is not None:
+                wavs = drop_chunk(wavs, wav_lens)
+        return wavs
 
     def _encoder_is_trained(self) -> bool:
         return not self.encoder.freeze and self.optimizer_step >= getattr(self.hparams, "encoder_start_update", 0)
@@ -455,6 +462,7 @@ class TaskBrain(sb.Brain):
                 "seconds": {**self.seconds, "train": self.seconds["train"] + begun},
                 "device_seconds": self.device_seconds + begun * self.world_size,
                 "machine": machine(self.device),
+                "command": command_line(),
                 "step": self.step,
                 "train_sums": self._train_sums.tolist() if self._stage == sb.Stage.TRAIN else [0.0] * 3,
                 "world_size": self.world_size,
@@ -479,7 +487,8 @@ class TaskBrain(sb.Brain):
                 f"the checkpoint in {Path(path).parent} was trained on other utterances or labels: give another "
                 "--output_folder."
             )
-        if progress["step"] and progress["world_size"] != self.world_size:
+        goes_on = self._trains_on is not None  # a test takes the weights alone
+        if goes_on and progress["step"] and progress["world_size"] != self.world_size:
             raise InputError(
                 f"the checkpoint in {Path(path).parent} was saved amid an epoch on {progress['world_size']} devices: "
                 f"go on with as many, or give another --output_folder."
@@ -535,7 +544,8 @@ class TaskBrain(sb.Brain):
         -------
         dict
             Plain JSON values. "device_hours" are those of training and validation; the machine that is named is
-            the last that trained; "tested_on" says on which other one the tests were made, if that is so.
+            the last that trained, and so is the command; "tested_on" says on which other one the tests were made,
+            if that is so, and "test_command" by which, if they were made later.
         """
         best = self.checkpointer.find_checkpoint(min_key=self.metric)
         newest = self.checkpointer.find_checkpoint()
@@ -560,8 +570,9 @@ class TaskBrain(sb.Brain):
             "feature_seconds": feature_seconds,
             "device_hours": self.device_seconds / 3600,
             "world_size": trained["world_size"],
-            "command": command_line(),
+            "command": trained.get("command", command_line()),
             **there,
+            **({"test_command": command_line()} if self._trains_on is None else {}),
             **({} if here == there else {"tested_on": here}),
         }
 

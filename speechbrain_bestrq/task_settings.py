@@ -28,17 +28,19 @@ def plain_values(values: dict[str, Any]) -> dict[str, Any]:
 
     Example
     -------
-    >>> plain_values({"seed": 1, "sizes": (8, 4), "head": object(), "__set_seed": None})
-    {'seed': 1, 'sizes': [8, 4]}
+    >>> plain_values({"seed": 1, "sizes": (8, 4), "most": float("inf"), "head": object(), "__set_seed": None})
+    {'seed': 1, 'sizes': [8, 4], 'most': 'inf'}
     """
     settings = {}
     for name, value in values.items():
         if name.startswith("__"):
             continue
         try:
-            settings[name] = json.loads(json.dumps(value))
+            settings[name] = json.loads(json.dumps(value, allow_nan=False))
         except TypeError:  # a module, an optimiser...
             continue
+        except ValueError:  # infinite, which JSON does not know
+            settings[name] = str(value)
     return settings
 
 

@@ -45,7 +45,7 @@ class RecurrentCTC(nn.Module):
 
 
 class FeedForwardCTC(nn.Module):
-    """Blocks of linear layer, LayerNorm, LeakyReLU and dropout, then a linear layer: the paper's Table 2.
+    """Linear layers, each with LayerNorm and LeakyReLU, dropout between them, and one more: the paper's Table 2.
 
     Each frame is mapped by itself: the context comes from the encoder, which is fine-tuned. 4.0M parameters for
     D = 512 and 29 units.
@@ -61,7 +61,7 @@ class FeedForwardCTC(nn.Module):
     num_layers : int
         Blocks.
     dropout : float
-        At the end of each.
+        After each but the last.
 
     Example
     -------
@@ -76,12 +76,11 @@ class FeedForwardCTC(nn.Module):
     ):
         super().__init__()
         sizes = [input_size] + [hidden_size] * num_layers
+        drops = [dropout] * (num_layers - 1) + [0.0]
         self.blocks = nn.Sequential(
             *(
-                nn.Sequential(
-                    nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size), nn.LeakyReLU(), nn.Dropout(dropout)
-                )
-                for size in sizes[:-1]
+                nn.Sequential(nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size), nn.LeakyReLU(), nn.Dropout(drop))
+                for size, drop in zip(sizes, drops, strict=False)
             )
         )
         self.out = nn.Linear(sizes[-1], num_labels)

@@ -68,7 +68,7 @@ def small_yamls(tmp_path_factory):
         text = path.read_text()
         for size in ("1024", "1280", "256"):
             text = text.replace(f"    hidden_size: {size}\n", "    hidden_size: 8\n")
-        text = text.replace("encoder_start_update: 1000", "encoder_start_update: 1")
+        text = text.replace("encoder_start_update: 0", "encoder_start_update: 1")
         (folder / path.name).write_text(text.replace("vocabulary_size: 1000", "vocabulary_size: 14"))
     return folder
 

@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
+
 from speechbrain_bestrq.classification_scores import Answers
 from speechbrain_bestrq.error_rates import ErrorRates
-from speechbrain_bestrq.results import compare_runs, read_results, write_errors, write_results
+from speechbrain_bestrq.results import compare_runs, compare_runs_over_seeds, read_results, write_errors, write_results
 
 #: As Python gives the name of a file whose bytes are no UTF-8.
 ODD = "id1/caf\udce9/1"
@@ -30,3 +32,19 @@ def test_utterances_and_folders_may_have_names_that_are_no_utf_8(tmp_path):
     write_results(tmp_path, {"command": f"train.py {ODD} ü", "sets": {}})
     assert read_results(tmp_path)["command"] == f"train.py {ODD} ü"
     assert "ü" in (tmp_path / "results.json").read_text() and json.loads((tmp_path / "results.json").read_text())
+
+
+def test_the_mean_of_several_seeds_is_compared_on_the_same_utterances(tmp_path):
+    """Of two seeds each: 1 and 3 errors against 4 and 4 of ten utterances of five speakers."""
+    rows = [{"ID": str(number), "group": str(number % 5), "wer_total": 2} for number in range(10)]
+    folders = []
+    for name, wrong in (("a1", 1), ("a2", 3), ("b1", 4), ("b2", 4)):
+        folder = tmp_path / name
+        folder.mkdir()
+        folders.append(folder)
+        told = [{**row, "wer_errors": int(number < wrong)} for number, row in enumerate(rows)]
+        write_errors(folder, "test", told, ["ID", "group", "wer_errors", "wer_total"])
+    difference, not_better = compare_runs_over_seeds(folders[:2], folders[2:], "test", "wer")
+    assert difference.value == pytest.approx((2 - 4) / 20) and difference.low < difference.value < difference.high
+    single, _ = compare_runs(folders[0], folders[2], "test", "wer")
+    assert single.value == pytest.approx(-3 / 20) and 0 <= not_better < 0.1

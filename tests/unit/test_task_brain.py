@@ -339,6 +339,21 @@ def test_amid_an_epoch_it_goes_on_on_as_many_devices_only(rows, folder, tmp_path
         fit(again, rows)
 
 
+def test_amid_an_epoch_it_can_be_tested_on_any_number_of_devices(rows, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "mine"])
+    broken = make_brain(tmp_path, folder)
+    broken.__class__ = Stopping
+    broken.signals = {"batch": 2 + len(loaders(rows)[0]), "number": signal.SIGUSR1}  # in the second epoch
+    with pytest.raises(StoppedError):
+        fit(broken, rows)
+    monkeypatch.setattr("sys.argv", ["train.py", "mine", "--test_only"])
+    again = make_brain(tmp_path, folder)
+    again.world_size = 2
+    again.test(loaders(rows)[1])
+    assert again.records()["command"] == "python train.py mine"
+    assert again.records()["test_command"] == "python train.py mine --test_only"
+
+
 @pytest.mark.parametrize("again", ["fit", "test"])
 def test_a_head_is_not_set_on_another_frozen_encoder_than_it_was_trained_on(rows, folder, tmp_path, again):
     fit(make_brain(tmp_path / "run", folder), rows)
@@ -653,6 +668,31 @@ def test_losses_that_are_not_finite_end_the_training(rows, folder, tmp_path, mon
     with pytest.raises(InputError, match=r"the loss of \d batches of epoch 1 was not finite: lower the learning rates"):
         fit(brain, rows)
     assert not list((tmp_path / "run" / "save").glob("CKPT*"))
+
+
+def test_what_is_dropped_is_dropped_in_training_only(rows, folder, tmp_path):
+    heard = {"drop_freq": [], "drop_chunk": []}
+
+    class Noted(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, wavs, *lengths):
+            heard[self.name].append((wavs.dtype, len(lengths)))
+            return wavs
+
+    options = {name: Noted(name) for name in heard}
+    fit(make_brain(tmp_path, folder, epochs=1, run_opts={"precision": "bf16"}, **options), rows)
+    batches = len(loaders(rows)[0])
+    assert heard == {"drop_freq": batches * [(torch.float32, 0)], "drop_chunk": batches * [(torch.float32, 1)]}
+
+
+def test_a_folder_of_another_kind_of_run_is_refused(folder, tmp_path):
+    checkpointer = AtomicCheckpointer(checkpoints_dir=tmp_path / "save", recoverables={"head": torch.nn.Linear(1, 1)})
+    checkpointer.save_checkpoint()
+    with pytest.raises(InputError, match="is of a run of another kind: give another --output_folder"):
+        TaskBrain.check_run(checkpointer, {"test_only": False})
 
 
 def test_speed_perturbation_is_heard_in_training_only(rows, folder, tmp_path):

@@ -21,6 +21,7 @@ from speechbrain_bestrq.verification import (
 from speechbrain_bestrq.verification_errors import (
     _Errors,
     compare_scores,
+    compare_scores_over_seeds,
     cosine_embedding_loss,
     draw_scores,
     trial_errors,
@@ -269,6 +270,16 @@ def test_two_runs_are_compared_on_resamples_of_the_same_speakers(runs):
     assert difference.high - difference.low < 0.7 * (alone.high - alone.low)
     same, not_better = compare_scores(folder / "good", folder / "copy", "veri_test", resamples=300)
     assert (same.value, same.low, same.high, not_better) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_seeds_are_compared_by_their_mean_on_the_same_resamples(runs):
+    folder, _, _ = runs
+    good, worse, copy = (folder / name for name in ("good", "worse", "copy"))
+    single, _ = compare_scores(good, worse, "veri_test", resamples=200)
+    same, _ = compare_scores_over_seeds([good, copy], [worse, worse], "veri_test", resamples=200)
+    assert (same.value, same.low, same.high) == pytest.approx((single.value, single.low, single.high))
+    mixed, _ = compare_scores_over_seeds([good, worse], [worse, worse], "veri_test", resamples=200)
+    assert mixed.value == pytest.approx(single.value / 2) and mixed.low == pytest.approx(single.low / 2)
 
 
 def test_the_errors_of_trials_add_up_to_the_equal_error_rate_and_can_be_compared(runs):

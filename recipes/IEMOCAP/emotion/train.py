@@ -45,8 +45,9 @@ from speechbrain_bestrq.corpora.iemocap import FOLDS
 from speechbrain_bestrq.corpora.manifest import corpus_name, count_unreadable, file_digest, read_manifest, summary_path
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
+from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.recipe import build_hparams, command_line, load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.results import read_results, write_results
+from speechbrain_bestrq.results import RESULTS_FILE, read_results, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,9 @@ def choose_folds(hparams: dict) -> list[str]:
 def check_folds(output_folder: Path, folds: str) -> None:
     """Refuse a folder whose results are of other folds: those of all together would take their place."""
     for other in FOLDS.keys() - {folds}:
-        there = [name for name in FOLDS[other] if (output_folder / name).exists()]
+        # not what a start left that failed
+        made = (RESULTS_FILE, "save/CKPT+*")
+        there = [name for name in FOLDS[other] for what in made if any((output_folder / name).glob(what))]
         if there:
             raise InputError(
                 f"{output_folder / there[0]} is a fold of --folds {other}: give those, or another --output_folder."
@@ -88,6 +91,22 @@ def check_save_folder(hparams: dict) -> None:
             raise InputError(
                 f"{key} '{hparams[key]}' would be that of all folds: leave it out, and give --output_folder."
             )
+
+
+def checkpointers_of(hparams: dict, folds: list[str]) -> list[AtomicCheckpointer]:
+    """The checkpointers of folds that were begun, or are to be tested; of none, that of the YAML."""
+    if hparams["fold"] != ALL:
+        return [hparams["checkpointer"]]
+    places = [Path(hparams["output_folder"]) / fold / "save" for fold in folds]
+    begun = [AtomicCheckpointer(checkpoints_dir=place) for place in places if place.is_dir() or hparams["test_only"]]
+    return begun or [hparams["checkpointer"]]
+
+
+def prepare(hparams: dict) -> dict[str, Path]:
+    """Write the manifests, one job after another: those of single folds begin side by side."""
+    folder = Path(hparams["output_folder"]) / "manifests"
+    with next_writer(folder, "output_folder"):
+        return prepare_iemocap(save_folder=folder, **{name: hparams[name] for name in PREPARATION})
 
 
 def load_fold(hparams_file: str, overrides: str, run_opts: Any, fold: str) -> tuple[str, dict[str, Any]]:
@@ -204,8 +223,8 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     output_folder = Path(hparams["output_folder"])
     check_folds(output_folder, str(hparams["folds"]))
     check_save_folder(hparams)
-    for fold in folds:
-        ClassificationBrain.check_run(AtomicCheckpointer(checkpoints_dir=output_folder / fold / "save"), hparams)
+    for checkpointer in checkpointers_of(hparams, folds):
+        ClassificationBrain.check_run(checkpointer, hparams)
     # an option is merged into the mapping of the YAML: null is how it takes a label out
     if not isinstance(hparams["classes"], dict):
         raise InputError(
@@ -214,10 +233,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     hparams["classes"] = {label: str(name) for label, name in hparams["classes"].items() if name is not None}
     labels = sorted(set(hparams["classes"].values()))
     check_rows({}, "emo", labels)
-    manifests = run_on_main(
-        prepare_iemocap,
-        kwargs={"save_folder": output_folder / "manifests", **{name: hparams[name] for name in PREPARATION}},
-    )
+    manifests = run_on_main(prepare, args=[hparams])
     unreadable = count_unreadable(manifests[ALL], ALL)
     turns = read_manifest(manifests[ALL])
     check_lengths(turns, hparams["speech_encoder"], hparams["sample_rate"])

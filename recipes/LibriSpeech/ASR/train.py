@@ -41,7 +41,7 @@ from speechbrain_bestrq.error_rates import ErrorRates
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.results import interval, write_errors, write_results
+from speechbrain_bestrq.results import interval, with_earlier_sets, write_errors, write_results
 from speechbrain_bestrq.task_brain import TaskBrain, check_metrics
 from speechbrain_bestrq.task_data import make_task_loaders, take_hours
 from speechbrain_bestrq.text import check_lengths, check_texts, frames_needed
@@ -219,7 +219,8 @@ def evaluate(brain: ASRBrain, hparams: dict, loaders: dict[str, Any], output_fol
     tuned, suffix = {}, "beam"
     if hparams["language_model"]:
         brain.test(loaders["valid"])
-        tuning = tune(decoder, *tuning_set(brain, hparams["tuning_utterances"]), hparams["alphas"], hparams["betas"])
+        heard = tuning_set(brain, hparams["tuning_utterances"])
+        tuning = tune(decoder, *heard, hparams["alphas"], hparams["betas"], decode_on_all_ranks)
         for point in tuning.table:
             logger.info("valid: alpha %(alpha)g, beta %(beta)g: WER %(wer).4f, CER %(cer).4f", point)
         # one answer for all ranks, which share the decoding
@@ -300,17 +301,17 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     for name, count in unreadable.items():
         sets[name]["unreadable"] = count
     if if_main_process():
-        write_results(
-            output_folder,
-            {
-                "task": "speech recognition",
-                "corpus": corpus_name(hparams["data_folder"], "LibriSpeech"),
-                "label_hours": sum(row["duration"] for row in rows["train"].values()) / 3600,
-                "units": hparams["tokenizer"].size,
-                **brain.records(cache and cache.seconds),
-                "sets": sets,
-            },
-        )
+        results = {
+            "task": "speech recognition",
+            "corpus": corpus_name(hparams["data_folder"], "LibriSpeech"),
+            "label_hours": sum(row["duration"] for row in rows["train"].values()) / 3600,
+            "units": hparams["tokenizer"].size,
+            **brain.records(cache and cache.seconds),
+            "sets": sets,
+        }
+        if hparams["test_only"]:
+            results = with_earlier_sets(output_folder, results)
+        write_results(output_folder, results)
 
 
 if __name__ == "__main__":

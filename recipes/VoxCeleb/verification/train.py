@@ -35,7 +35,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.metrics import equal_error_rate, minimum_detection_cost
 from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.results import interval, write_errors, write_results
+from speechbrain_bestrq.results import interval, with_earlier_sets, write_errors, write_results
 from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import make_task_loaders, repeat_for_chunks, take_classes, take_examples
 from speechbrain_bestrq.verification import SpeakerEmbeddings, normalize_scores, speaker_means, write_scores
@@ -268,17 +268,17 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
 
     sets = evaluate(brain, hparams, loaders["test"], lists, output_folder)
     if if_main_process():
-        write_results(
-            output_folder,
-            {
-                "task": "speaker verification",
-                "corpus": corpus_name(hparams["data_folder"], "VoxCeleb"),
-                "label_hours": sum(row["duration"] for row in rows["train"].values()) / 3600,
-                "speakers": len(speakers),
-                **brain.records(cache and cache.seconds),
-                "sets": sets,
-            },
-        )
+        results = {
+            "task": "speaker verification",
+            "corpus": corpus_name(hparams["data_folder"], "VoxCeleb"),
+            "label_hours": sum(row["duration"] for row in rows["train"].values()) / 3600,
+            "speakers": len(speakers),
+            **brain.records(cache and cache.seconds),
+            "sets": sets,
+        }
+        if hparams["test_only"]:
+            results = with_earlier_sets(output_folder, results)
+        write_results(output_folder, results)
 
 
 if __name__ == "__main__":
