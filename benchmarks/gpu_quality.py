@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -45,14 +46,16 @@ def quality(settings: Settings, findings: Findings, seconds: float) -> None:
         return
     names = [name for size in settings.sizes for name in YAMLS["base" if settings.toy else size]]
     cache = "memory" if settings.toy or corpus_hours(Path(str(data["train"]))) <= CACHED_HOURS else "null"
-    if cache == "memory":  # decoded before the clocks start, and not in the first run's time
-        options = pretraining_options(names[0], 1, data, work / "quality" / "decoding", settings, cache)
-        log = Path(settings.output) / "logs" / "quality_decoding.log"
-        words = command("LibriSpeech/pretrain", names[0], settings, *options)
-        outcome = run_command(words, RECIPES / "LibriSpeech/pretrain", log, seconds)
-        if outcome.status != 0:
-            findings.row("quality, decoding", outcome.failure(), False)
-            return
+    # prepared and, if there is little, decoded before the clocks start, and not in the first run's time
+    prepared = work / "quality" / "prepared"
+    log = Path(settings.output) / "logs" / "quality_preparing.log"
+    words = command(
+        "LibriSpeech/pretrain", names[0], settings, *pretraining_options(names[0], 1, data, prepared, settings, cache)
+    )
+    outcome = run_command(words, RECIPES / "LibriSpeech/pretrain", log, seconds)
+    if outcome.status != 0:
+        findings.row("quality, preparing", outcome.failure(), False)
+        return
     each = (1 - PROBING) * (seconds - (time.monotonic() - started)) / len(names)
     if each < 2 * STARTING and not settings.toy:
         findings.row("quality", f"left out: {seconds:.0f} s are too few for {len(names)} pre-trainings")
@@ -60,6 +63,7 @@ def quality(settings: Settings, findings: Findings, seconds: float) -> None:
     runs = []
     for name in names:
         folder = work / "quality" / name
+        shutil.copytree(prepared / "manifests", folder / "manifests")
         updates = 4 if settings.toy else planned_updates(name, each - STARTING, settings)
         words = command(
             "LibriSpeech/pretrain", name, settings, *pretraining_options(name, updates, data, folder, settings, cache)

@@ -136,7 +136,8 @@ def estimate(stages: Sequence[Stage], done: Collection[str] = ()) -> dict[str, C
             if stage.name in needed:
                 speeds[stage.name] = measure(warm_up, path, options)
             if stage.name not in done:
-                costs[stage.name] = _pretraining(path, options, speeds[stage.name], stage.devices)
+                decoded = _decoded_gigabytes(path, options, hours)
+                costs[stage.name] = _pretraining(path, options, speeds[stage.name], stage.devices, decoded)
             continue
         cache = options.get("--cache_folder")
         if stage.name in done:
@@ -168,17 +169,29 @@ def _folders(path: Path, options: dict[str, str]) -> tuple[Path, ...]:
     folder = Path(options["--data_folder"])
     if turns := sorted(folder.glob("Session*/sentences/wav")):  # IEMOCAP has the dialogues as a whole, too
         return tuple(turns)
+    if not _value(path, options, "synthetic"):
+        if real := [one for one in (folder / "audio" / "slurp_real", folder / "slurp_real") if one.is_dir()]:
+            return (real[0],)
     splits = [_value(path, options, f"{name}_splits") or [] for name in ("train", "valid", "test")]
     return tuple(folder / split for split in sorted(set(sum(splits, [])))) or (folder,)
 
 
-def _pretraining(path: Path, options: dict[str, str], speed: Speed, devices: int) -> Cost:
+def _decoded_gigabytes(path: Path, options: dict[str, str], hours: dict[Path, float]) -> float:
+    """Of a pre-training's audio that is decoded once, as 16-bit samples."""
+    if _value(path, options, "cache") != "memory" or not Path(options["--data_folder"]).is_dir():
+        return 0.0
+    folders = [*_folders(path, options), *map(Path, _value(path, options, "extra_folders") or [])]
+    hours |= {folder: corpus_hours(folder) for folder in folders if folder not in hours}
+    return 2 * 3600 * _value(path, options, "sample_rate") * sum(hours[folder] for folder in folders) / 1e9
+
+
+def _pretraining(path: Path, options: dict[str, str], speed: Speed, devices: int, decoded: float) -> Cost:
     micro_batches = devices * _value(path, options, "grad_accumulation_factor")
     update_seconds = micro_batches * _value(path, options, "max_batch_seconds")
     updates = _value(path, options, "optimizer_step_limit")
     encoders = len(_value(path, options, "encoder_at_steps")) + 1
     size = speed.parameters * (CHECKPOINTS * CHECKPOINT_BYTES + encoders * ENCODER_BYTES)
-    return Cost(updates * update_seconds / speed.training / 3600, size / 1e9)
+    return Cost(updates * update_seconds / speed.training / 3600, size / 1e9 + decoded)
 
 
 def _probe(path: Path, options: dict[str, str], speed: Speed, head: float, hours: float, is_cached: bool) -> Cost:

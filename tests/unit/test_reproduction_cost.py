@@ -77,6 +77,24 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     assert costs["emotion-frozen/bestrq-600/1"].device_hours == pytest.approx(10 * 5 * hours * (1 / 240 + 1 / 1200))
 
 
+def test_audio_that_a_recipe_leaves_out_costs_nothing_and_what_is_decoded_takes_its_room(tmp_path, toy, monkeypatch):
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: SPEED)
+    monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
+    toy.write_noise(tmp_path / "SLURP" / "audio" / "slurp_real", [3.0])
+    toy.write_noise(tmp_path / "SLURP" / "audio" / "slurp_synth", [60.0])
+    toy.write_noise(tmp_path / "LibriSpeech" / "train-clean-100", [20.0])
+    extra = toy.write_noise(tmp_path / "extra", [10.0])
+    preset = {**read_preset("small"), "tasks": {"intent": {"frozen": {"yaml": "bestrq", "options": {}}}}}
+    corpora = {"librispeech": tmp_path / "LibriSpeech", "slurp": tmp_path / "SLURP"}
+    sizes = {}
+    for cache in ("null", "memory"):
+        preset["pretraining"]["bestrq"]["options"] |= {"cache": cache, "train_splits": "[train-clean-100]"}
+        costs = cost.estimate(make_plan(preset, corpora, tmp_path / "out", extra_folders=[extra]))
+        sizes[cache] = costs["pretraining/bestrq"].gigabytes
+    assert sizes["memory"] - sizes["null"] == pytest.approx(30 * 32000 / 1e9)
+    assert costs["intent-frozen/bestrq-720/1"].device_hours == pytest.approx(20 * 3 / 3600 * (1 / 240 + 1 / 1200))
+
+
 def test_what_is_done_costs_nothing_and_its_encoder_is_known_still(tmp_path, toy, monkeypatch):
     warmed = []
 
