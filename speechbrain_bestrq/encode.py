@@ -36,7 +36,7 @@ from speechbrain_bestrq.corpora.manifest import file_digest
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.hidden_states import FORMATS, HiddenStatesFile, file_header, is_whole
-from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.locking import is_empty, sole_writer
 from speechbrain_bestrq.machine import usable_cores
 from speechbrain_bestrq.sources import find_encoder
 from speechbrain_bestrq.windows import WINDOW_SECONDS, Window, plan_batches, plan_windows, samples_per_frame
@@ -74,7 +74,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
                 f"'{folder}' holds hidden states of other settings ({differences}): give another output_folder, or "
                 "delete this one."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and not is_empty(folder):
         raise InputError(f"output_folder '{folder}' holds other things: give a new folder, or an empty one.")
 
 

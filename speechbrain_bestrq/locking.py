@@ -1,5 +1,6 @@
 """Who may write in a folder, where several processes would: one at a time, or one after another."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -13,6 +14,28 @@ logger = logging.getLogger(__name__)
 
 #: What is locked, in the folder. Files: of a folder itself NFS locks nothing on other machines.
 OWNER_FILE, NEXT_FILE = ".owner.lock", ".lock"
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what is locked of it.
+
+    Arguments
+    ---------
+    folder : Path
+        One that exists.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> with sole_writer(folder):
+    ...     is_empty(folder)
+    True
+    """
+    return all(path.name in (OWNER_FILE, NEXT_FILE) for path in folder.iterdir())
 
 
 @contextmanager
@@ -91,14 +114,19 @@ def next_writer(folder: Path, name: str = "cache_folder") -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path, name: str, operation: int, file: str) -> Iterator[None]:
+    path = folder / file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_for_all(folder / file)
+        descriptor = _open_for_all(path)
     except OSError as error:
         raise InputError(f"{name} '{folder}' cannot be written ({error.strerror}): give another.") from error
     try:
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+            while not _is_there(descriptor, path):  # its owner has taken it away since it was opened
+                os.close(descriptor)
+                descriptor = _open_for_all(path)
+                fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if operation & fcntl.LOCK_NB:
                 raise InputError(f"{name} '{folder}' is being written by another process: wait for it.") from error
@@ -110,7 +138,18 @@ def _locked(folder: Path, name: str, operation: int, file: str) -> Iterator[None
             )
         yield
     finally:
+        if file == OWNER_FILE and operation & fcntl.LOCK_EX:  # the folder is to hold what was made in it
+            with contextlib.suppress(OSError):  # another user's
+                path.unlink()
         os.close(descriptor)
+
+
+def _is_there(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _open_for_all(path: Path) -> int:

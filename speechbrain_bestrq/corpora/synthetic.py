@@ -20,7 +20,7 @@ from speechbrain_bestrq.corpora._options import absolute_path
 from speechbrain_bestrq.corpora._rooms import SAMPLE_RATE, record
 from speechbrain_bestrq.corpora._voices import make_request
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.locking import sole_writer
+from speechbrain_bestrq.locking import is_empty, sole_writer
 from speechbrain_bestrq.machine import usable_cores
 from speechbrain_bestrq.writing import replacing, write_text
 
@@ -182,7 +182,7 @@ def _find_made(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         record = None
     if not isinstance(record, dict) or "asked" not in record:
-        if any(folder.iterdir()):
+        if not is_empty(folder):
             raise InputError(
                 f"output_folder '{folder}' holds files that are not of a synthetic corpus: give a new or empty folder."
             )

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechbrain_bestrq import recipe
+from speechbrain_bestrq import locking, recipe
 from speechbrain_bestrq.audio import AudioTable
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import cache_features
-from speechbrain_bestrq.locking import fellow_writer, next_writer, sole_writer
+from speechbrain_bestrq.locking import fellow_writer, is_empty, next_writer, sole_writer
 from speechbrain_bestrq.pcm_cache import cache_audio
 from speechbrain_bestrq.task_encoders import TaskEncoder
 
@@ -64,7 +64,26 @@ def test_locks_are_such_as_nfs_has_for_other_machines(tmp_path, monkeypatch):
     for kind in (sole_writer, fellow_writer, next_writer):
         with kind(tmp_path):
             pass
-    assert locked == 3 * [(True, os.O_RDWR)]
+    assert set(locked) == {(True, os.O_RDWR)} and len(locked) >= 3
+
+
+def test_an_owner_leaves_nothing_and_nobody_locks_a_file_that_is_taken_away(tmp_path, monkeypatch):
+    with sole_writer(tmp_path):
+        assert is_empty(tmp_path) and len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+    # between one's opening of the file and its locking the owner ends
+    opened, owner = locking._open_for_all, sole_writer(tmp_path)
+    owner.__enter__()
+
+    def late(path):
+        descriptor = opened(path)
+        monkeypatch.setattr(locking, "_open_for_all", opened)
+        owner.__exit__(None, None, None)
+        return descriptor
+
+    monkeypatch.setattr(locking, "_open_for_all", late)
+    with sole_writer(tmp_path), pytest.raises(InputError, match="another process"), sole_writer(tmp_path):
+        pass
 
 
 def test_the_next_writer_waits_and_may_own_the_folder_already(tmp_path, caplog):
