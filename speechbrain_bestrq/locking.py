@@ -136,11 +136,13 @@ def _locked(folder: Path, name: str, operation: int, file: str) -> Iterator[None
             logger.warning(
                 "%s '%s' cannot be locked (%s): start no second process on it.", name, folder, error.strerror
             )
-        yield
+        try:
+            yield
+        finally:
+            if file == OWNER_FILE and operation & fcntl.LOCK_EX:  # the folder is to hold what was made in it
+                with contextlib.suppress(OSError):  # another user's
+                    path.unlink()
     finally:
-        if file == OWNER_FILE and operation & fcntl.LOCK_EX:  # the folder is to hold what was made in it
-            with contextlib.suppress(OSError):  # another user's
-                path.unlink()
         os.close(descriptor)
 
 

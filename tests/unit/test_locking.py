@@ -69,6 +69,9 @@ def test_locks_are_such_as_nfs_has_for_other_machines(tmp_path, monkeypatch):
 
 def test_an_owner_leaves_nothing_and_nobody_locks_a_file_that_is_taken_away(tmp_path, monkeypatch):
     with sole_writer(tmp_path):
+        for _ in range(2):  # who is refused leaves the owner's alone
+            with pytest.raises(InputError, match="another process"), sole_writer(tmp_path):
+                pass
         assert is_empty(tmp_path) and len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
     # between one's opening of the file and its locking the owner ends
