@@ -56,11 +56,11 @@ EVIDENCE = sorted(path.parent for path in RESULTS.glob("*/evidence.json"))
 def test_all_evidence_is_there():
     assert [folder.name for folder in EVIDENCE] == [
         "long_run_evidence",
+        "long_seeds_evidence",
         "one_kind_evidence",
         "three_long_seeds_evidence",
         "three_seeds_evidence",
         "two_kinds_evidence",
-        "two_long_seeds_evidence",
     ]
 
 
