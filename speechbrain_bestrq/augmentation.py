@@ -7,6 +7,7 @@ from torch import Tensor, nn
 class DropChunks(nn.Module):
     """Silences some chunks of each utterance, as SpeechBrain's ``DropChunk`` does without noise.
 
+    A chunk may begin wherever it ends within the utterance; there, wherever the longest of the utterance does.
     Draws come from PyTorch's global generator, where the waveforms are; nothing is read back.
 
     Arguments

@@ -120,27 +120,31 @@ def _locked(folder: Path, name: str, operation: int, file: str) -> Iterator[None
         descriptor = _open_for_all(path)
     except OSError as error:
         raise InputError(f"{name} '{folder}' cannot be written ({error.strerror}): give another.") from error
+    locked = False
     try:
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-            while not _is_there(descriptor, path):  # its owner has taken it away since it was opened
-                os.close(descriptor)
-                descriptor = _open_for_all(path)
-                fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+            locked = True
         except BlockingIOError as error:
             if operation & fcntl.LOCK_NB:
                 raise InputError(f"{name} '{folder}' is being written by another process: wait for it.") from error
             logger.info("Another process is writing in %s '%s': waiting for it.", name, folder)
             fcntl.flock(descriptor, operation)
+            locked = True
         except OSError as error:  # some network file systems have no locks
             logger.warning(
                 "%s '%s' cannot be locked (%s): start no second process on it.", name, folder, error.strerror
             )
+        if locked and not _is_there(descriptor, path):  # its owner has taken it away since it was opened
+            with _locked(folder, name, operation, file):
+                yield
+            return
         try:
             yield
         finally:
-            if file == OWNER_FILE and operation & fcntl.LOCK_EX:  # the folder is to hold what was made in it
-                with contextlib.suppress(OSError):  # another user's
+            # the folder is to hold what was made in it, unless it is another by now, or another user's
+            if file == OWNER_FILE and operation & fcntl.LOCK_EX and locked and _is_there(descriptor, path):
+                with contextlib.suppress(OSError):
                     path.unlink()
     finally:
         os.close(descriptor)
@@ -159,4 +163,6 @@ def _open_for_all(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
+        if not path.exists():
+            raise
         return os.open(path, os.O_RDONLY)

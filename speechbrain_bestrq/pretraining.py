@@ -103,6 +103,8 @@ class PretrainingBrain(sb.Brain):
         self.best_valid_loss, self.withheld, self.validation_due = float("inf"), False, False
         self.valid_interval: int | None = getattr(self.hparams, "valid_interval", None)
         self.has_validated = False  # in this process
+        self.last_epoch = float("inf")
+        self.last_saved_at: float | None = None  # by SpeechBrain's clock
         self.rate_scale, self.rewinds, self.unsaved_since = 1.0, 0, None
         self.saved_update = self.valid_set = None
         self.encoders = EncoderFolders(self.folder)
@@ -188,6 +190,7 @@ class PretrainingBrain(sb.Brain):
             Over a :class:`~speechbrain_bestrq.batching.PaddedBatchSampler`.
         """
         self.sampler, self.valid_set = train_set.batch_sampler, valid_set
+        self.last_epoch = getattr(epoch_counter, "limit", self.last_epoch)
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("sampler", self.sampler, load_state, save_state)
             # the main process decides: others may see an older state of a shared folder
@@ -389,7 +392,8 @@ class PretrainingBrain(sb.Brain):
     def _validation_is_next(self) -> bool:
         """Whether the run is over, or an epoch of one that is validated after each."""
         epoch_is_over = self.sampler.position == len(self.sampler)
-        return self._optimizer_step_limit_exceeded or (epoch_is_over and not self.valid_interval)
+        validated = not self.valid_interval or self.sampler.epoch >= self.last_epoch
+        return self._optimizer_step_limit_exceeded or (epoch_is_over and validated)
 
     def _fit_valid(self, valid_set: DataLoader, epoch: int, enable: bool) -> None:
         """Validate at the end of an epoch, where that is wanted: an epoch of little audio is over soon."""
@@ -563,7 +567,9 @@ class PretrainingBrain(sb.Brain):
             return False
         if self.ckpt_interval_steps > 0:
             return self.optimizer_step % self.ckpt_interval_steps == 0
-        return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+        if self.last_saved_at is None:  # SpeechBrain forgets it at the end of an epoch
+            self.last_saved_at = last_ckpt_time
+        return super()._should_save_intra_epoch_ckpt(self.last_saved_at, steps_since_ckpt)
 
     def _save_intra_epoch_ckpt(self) -> None:
         self._save_checkpoint(end_of_epoch=False)
@@ -587,7 +593,7 @@ class PretrainingBrain(sb.Brain):
             except SaveError as error:
                 self._train_on_unsaved(error)
                 return
-            self.unsaved_since, self.saved_update = None, self.optimizer_step
+            self.unsaved_since, self.saved_update, self.last_saved_at = None, self.optimizer_step, None
             # two of the newest, for one may be damaged, and the best of those validated on the same audio
             here = self._valid_content()
             self.checkpointer.keep_newest_and_best(

@@ -108,7 +108,7 @@ def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> 
     Returns
     -------
     dict
-        Its own sets come first.
+        Its own sets come first, and tell by which command they were tested.
 
     Example
     -------
@@ -123,10 +123,12 @@ def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> 
         earlier = read_results(folder)
     except InputError:  # none, or none that can be read
         return dict(results)
-    same = all(earlier.get(name) == results.get(name) for name in ("seed", "updates", "best_epoch"))
+    same = all(earlier.get(name) == results.get(name) for name in ("corpus", "seed", "updates", "best_epoch"))
     digests = [(one.get("encoder") or {}).get("digest") for one in (earlier, results)]
     before = earlier["sets"] if same and digests[0] == digests[1] else {}
-    return {**results, "sets": {**results["sets"], **before, **results["sets"]}}
+    told = {"test_command": results["test_command"]} if "test_command" in results else {}
+    own = {name: {**scores, **told} for name, scores in results["sets"].items()}
+    return {**results, "sets": {**own, **before, **own}}
 
 
 def write_errors(

@@ -34,9 +34,10 @@ class Pairs:
 
     def __init__(self, folder: Path):
         try:
-            self.known: dict[str, float] = json.loads((Path(folder) / PAIRS_FILE).read_text(encoding="utf-8"))
+            known = json.loads((Path(folder) / PAIRS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self.known = {}
+            known = {}
+        self.known: dict[str, float] = known if isinstance(known, dict) else {}
         self.used: dict[str, float] = {}
 
     def half_width(

@@ -236,9 +236,15 @@ class Runs:
             made == self.record(need).get("made") and self.is_done(need) for need, made in needed.items()
         )
 
-    def errors(self, runs: Sequence[str], task: str) -> dict[str, Path]:
-        """Where the errors of finished runs are, by what each run is recognised by."""
-        return {f"{run}@{self.record(run)['made']}": (self.folder / run / TASKS[task].results).parent for run in runs}
+    def errors(self, cell: "Cell", seeds: Sequence[int], task: str) -> dict[str, Path]:
+        """Where the errors of a cell's runs are, by what each is recognised by, its figure among that."""
+        return {
+            f"{run}@{self.record(run)['made']}: {cell.values[seed]:.6f}": (
+                self.folder / run / TASKS[task].results
+            ).parent
+            for seed, run in cell.runs.items()
+            if seed in seeds
+        }
 
     def why_missing(self, run: str) -> str:
         """Why there is nothing of a stage."""
@@ -323,7 +329,7 @@ def _pairs(
         seeds = [seed for seed in cell.runs if seed in other.runs]
         if is_trained(base) or not seeds:
             continue
-        sides = [runs.errors([one.runs[seed] for seed in seeds], column.task) for one in (cell, other)]
+        sides = [runs.errors(one, seeds, column.task) for one in (cell, other)]
         half = runs.pairs.half_width(*sides, cell.test_set or "", column.score)
         if half is not None:
             found[trained, base, number] = half

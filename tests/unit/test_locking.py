@@ -89,6 +89,18 @@ def test_an_owner_leaves_nothing_and_nobody_locks_a_file_that_is_taken_away(tmp_
         pass
 
 
+def test_who_ends_leaves_the_lock_of_another_who_began_the_folder_anew(tmp_path):
+    folder = tmp_path / "out"
+    with sole_writer(folder):
+        folder.rename(tmp_path / "moved")
+        other = sole_writer(folder)
+        other.__enter__()
+    with pytest.raises(InputError, match="another process"), sole_writer(folder):
+        pass
+    other.__exit__(None, None, None)
+    assert list(folder.iterdir()) == []
+
+
 def test_the_next_writer_waits_and_may_own_the_folder_already(tmp_path, caplog):
     def write():
         with next_writer(tmp_path):

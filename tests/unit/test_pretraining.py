@@ -557,6 +557,35 @@ def test_epochs_that_are_over_soon_are_not_each_validated_and_saved(toy, tmp_pat
     assert difference(again.model.state_dict(), result.model.state_dict()) == 0.0
 
 
+def test_a_run_that_ends_by_its_epochs_is_validated_and_saved_at_its_end(toy, tmp_path, corpus):
+    settings = {**corpus, "valid_interval": 100, "updates": None, "epochs": 2}
+    result = toy.train(tmp_path, **settings)
+    assert [line["step"] for line in toy.log_lines(tmp_path, "valid")] == [10]
+    assert result.brain.checkpointer.find_checkpoint(min_key="valid_loss").meta["step"] == 10
+    assert (tmp_path / "encoder").is_dir()
+    assert toy.train(tmp_path, **settings).seen == []
+
+
+def test_minutes_between_checkpoints_go_on_over_the_ends_of_epochs(toy, tmp_path, corpus, monkeypatch):
+    """An epoch has five updates of 40 s, and more than four minutes have to be over."""
+    now, saved = [0.0], []
+    monkeypatch.setattr("speechbrain.core.time", SimpleNamespace(time=lambda: now[0]))
+    save, on_fit_batch_end = AtomicCheckpointer.save_checkpoint, toy.ToyBrain.on_fit_batch_end
+
+    def later(*arguments):
+        now[0] += 40.0
+        on_fit_batch_end(*arguments)
+
+    def noted(self, *arguments, **options):
+        saved.append(options["meta"]["step"])
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(toy.ToyBrain, "on_fit_batch_end", later)
+    monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", noted)
+    toy.train(tmp_path, **corpus, updates=22, valid_interval=22, ckpt_interval_minutes=4)
+    assert saved == [7, 14, 21, 22, 22]
+
+
 def test_a_first_validation_that_fails_costs_no_update(toy, tmp_path, corpus, monkeypatch):
     def fail(*_, **__):
         raise InputError("a file of the validation is damaged")

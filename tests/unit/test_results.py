@@ -6,7 +6,14 @@ import pytest
 
 from speechbrain_bestrq.classification_scores import Answers
 from speechbrain_bestrq.error_rates import ErrorRates
-from speechbrain_bestrq.results import compare_runs, compare_runs_over_seeds, read_results, write_errors, write_results
+from speechbrain_bestrq.results import (
+    compare_runs,
+    compare_runs_over_seeds,
+    read_results,
+    with_earlier_sets,
+    write_errors,
+    write_results,
+)
 
 #: As Python gives the name of a file whose bytes are no UTF-8.
 ODD = "id1/caf\udce9/1"
@@ -32,6 +39,16 @@ def test_utterances_and_folders_may_have_names_that_are_no_utf_8(tmp_path):
     write_results(tmp_path, {"command": f"train.py {ODD} ü", "sets": {}})
     assert read_results(tmp_path)["command"] == f"train.py {ODD} ü"
     assert "ü" in (tmp_path / "results.json").read_text() and json.loads((tmp_path / "results.json").read_text())
+
+
+def test_sets_of_another_corpus_are_not_kept_and_a_later_test_is_told_by_its_sets(tmp_path):
+    run = {"corpus": "LibriSpeech", "seed": 1, "updates": 9, "best_epoch": 2, "encoder": {"digest": "a"}}
+    write_results(tmp_path, {**run, "sets": {"test-clean": {"wer": 0.2}}})
+    later = {**run, "test_command": "python train.py --test_only", "sets": {"dev-other": {"wer": 0.3}}}
+    sets = with_earlier_sets(tmp_path, later)["sets"]
+    assert sets["test-clean"] == {"wer": 0.2} and sets["dev-other"]["test_command"] == later["test_command"]
+    for change in ({"corpus": "speechocean762"}, {"encoder": {"digest": "b"}}, {"updates": 8}):
+        assert list(with_earlier_sets(tmp_path, {**later, **change})["sets"]) == ["dev-other"]
 
 
 def test_the_mean_of_several_seeds_is_compared_on_the_same_utterances(tmp_path):

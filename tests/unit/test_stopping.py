@@ -397,7 +397,7 @@ def test_when_none_is_whole_nothing_is_begun_anew(toy, tmp_path, corpus):
         file.write_bytes(b"")
     before = toy.losses(tmp_path)
     with pytest.raises(
-        InputError, match=r"none of the 1 checkpoints in .*save is whole: delete them to start"
+        InputError, match=r"none of the 2 checkpoints in .*save is whole: delete them to start"
     ) as error:
         toy.train(tmp_path, **corpus, updates=5)
     assert "\n" not in str(error.value) and toy.losses(tmp_path) == before

@@ -1,6 +1,5 @@
 """Synthetic corpora: the voices, the recordings, the four layouts, going on after an interruption."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from speechbrain_bestrq.corpora._texts import TEMPLATES, compose, transcript
 from speechbrain_bestrq.corpora._voices import Delivery, Speaker, estimate_seconds
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.locking import sole_writer
 
 SIZES = {
     "librispeech": {"hours": 0.01, "speakers": 2},
@@ -335,13 +335,8 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path, name):
 
 
 def test_a_folder_that_another_process_writes_is_refused(tmp_path):
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(InputError, match="is being written by another process: wait for it"):
-            make_synthetic(tmp_path, "librispeech", hours=0.001, speakers=2)
-    finally:
-        os.close(descriptor)
+    with sole_writer(tmp_path), pytest.raises(InputError, match="is being written by another process: wait for it"):
+        make_synthetic(tmp_path, "librispeech", hours=0.001, speakers=2)
     assert not list(tmp_path.iterdir())
 
 
