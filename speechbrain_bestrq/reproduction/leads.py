@@ -61,7 +61,7 @@ def lead(
     if cell.value is None or base.value is None:
         return None
     points = (base.value - cell.value) * (1 if lower_is_better else -1)
-    doubt = (_of_utterances(cell, base) if of_utterances is None else of_utterances**2) ** 0.5
+    doubt = _of_utterances(cell, base) if of_utterances is None else of_utterances
     if len(cell.values) > 1:
         difference = paired_difference_over_seeds if shared_draws else difference_over_seeds
         of_seeds = difference(list(cell.values.values()), list(base.values.values()))
@@ -142,13 +142,13 @@ def _of_common_seeds(*cells: Cell) -> list[Cell]:
 
 
 def _of_utterances(cell: Cell, base: Cell) -> float:
-    """Half the width of the 95 % interval of two scores of other utterances, squared.
+    """Half the width of the 95 % interval of the difference of two scores of other utterances.
 
     They are the same for all seeds, so their part does not shrink with the number of these: it is a seed's, in the
     mean.
     """
     halves = [[(high - low) / 2 for low, high in one.intervals.values()] for one in (cell, base)]
-    return sum(statistics.fmean(half**2 for half in own) for own in halves if own)
+    return sum(statistics.fmean(half**2 for half in own) for own in halves if own) ** 0.5
 
 
 def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:

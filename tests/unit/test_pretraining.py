@@ -534,15 +534,34 @@ def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkey
     assert second["audio_hours"] == pytest.approx(6.0 / 3600)
 
 
-def test_epochs_that_are_over_soon_are_not_each_validated_and_saved(toy, tmp_path, corpus, monkeypatch):
-    """Of five updates each: validated is after the sixth, the twelfth, and the last."""
-    saved, save = [], AtomicCheckpointer.save_checkpoint
+@pytest.fixture
+def saved(monkeypatch):
+    """The updates of the checkpoints, as they are saved."""
+    steps, save = [], AtomicCheckpointer.save_checkpoint
 
     def noted(self, *arguments, **options):
-        saved.append(options["meta"]["step"])
+        steps.append(options["meta"]["step"])
         return save(self, *arguments, **options)
 
     monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", noted)
+    return steps
+
+
+@pytest.fixture
+def forty_seconds(toy, monkeypatch):
+    """An update takes so long by SpeechBrain's clock."""
+    now, on_fit_batch_end = [0.0], toy.ToyBrain.on_fit_batch_end
+
+    def later(*arguments):
+        now[0] += 40.0
+        on_fit_batch_end(*arguments)
+
+    monkeypatch.setattr("speechbrain.core.time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(toy.ToyBrain, "on_fit_batch_end", later)
+
+
+def test_epochs_that_are_over_soon_are_not_each_validated_and_saved(toy, tmp_path, corpus, saved):
+    """Of five updates each: validated is after the sixth, the twelfth, and the last."""
     settings = {**corpus, "valid_interval": 6, "updates": 17}
     result = toy.train(tmp_path / "one", **settings)
     assert len(result.sampler) == 5
@@ -566,22 +585,8 @@ def test_a_run_that_ends_by_its_epochs_is_validated_and_saved_at_its_end(toy, tm
     assert toy.train(tmp_path, **settings).seen == []
 
 
-def test_minutes_between_checkpoints_go_on_over_the_ends_of_epochs(toy, tmp_path, corpus, monkeypatch):
+def test_minutes_between_checkpoints_go_on_over_the_ends_of_epochs(toy, tmp_path, corpus, saved, forty_seconds):
     """An epoch has five updates of 40 s, and more than four minutes have to be over."""
-    now, saved = [0.0], []
-    monkeypatch.setattr("speechbrain.core.time", SimpleNamespace(time=lambda: now[0]))
-    save, on_fit_batch_end = AtomicCheckpointer.save_checkpoint, toy.ToyBrain.on_fit_batch_end
-
-    def later(*arguments):
-        now[0] += 40.0
-        on_fit_batch_end(*arguments)
-
-    def noted(self, *arguments, **options):
-        saved.append(options["meta"]["step"])
-        return save(self, *arguments, **options)
-
-    monkeypatch.setattr(toy.ToyBrain, "on_fit_batch_end", later)
-    monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", noted)
     toy.train(tmp_path, **corpus, updates=22, valid_interval=22, ckpt_interval_minutes=4)
     assert saved == [7, 14, 21, 22, 22]
 
@@ -616,26 +621,12 @@ def test_a_limit_may_be_given_as_people_write_it(toy, tmp_path):
     assert toy.make_brain(tmp_path, toy.make_model(), updates="2e5").optimizer_step_limit == 200_000
 
 
-def test_checkpoints_are_saved_by_minutes(toy, tmp_path, corpus, monkeypatch):
+def test_checkpoints_are_saved_by_minutes(toy, tmp_path, saved, forty_seconds):
     """An update takes 40 s, and more than a minute has to be over."""
-    now, steps = [0.0], []
-    monkeypatch.setattr("speechbrain.core.time", SimpleNamespace(time=lambda: now[0]))
-    save, on_fit_batch_end = AtomicCheckpointer.save_checkpoint, toy.ToyBrain.on_fit_batch_end
-
-    def later(*arguments):
-        now[0] += 40.0
-        on_fit_batch_end(*arguments)
-
-    def noted(self, *arguments, **options):
-        steps.append(options["meta"]["step"])
-        return save(self, *arguments, **options)
-
-    monkeypatch.setattr(toy.ToyBrain, "on_fit_batch_end", later)
-    monkeypatch.setattr(AtomicCheckpointer, "save_checkpoint", noted)
     model = toy.make_model()
     batches = [toy.make_batch(model, waves(0.5, seed=number), number=number) for number in range(8)]
     toy.fit_batches(tmp_path, model, batches, updates=8, checkpoints=True, ckpt_interval_minutes=1)
-    assert steps == [2, 4, 6, 8, 8]  # before the validation, and with what it says
+    assert saved == [2, 4, 6, 8, 8]  # before the validation, and with what it says
 
 
 def test_audio_hours_are_those_of_the_batches(toy, tmp_path, corpus):
