@@ -1,13 +1,21 @@
 """Whether pre-training pays: how far each encoder of a reproduction is ahead of those that were not pre-trained."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from speechbrain_bestrq.metrics import difference_over_seeds, paired_difference_over_seeds
 from speechbrain_bestrq.reproduction.document import Block, Grid, Items, Paragraph, Text
 from speechbrain_bestrq.reproduction.plan import FROZEN
-from speechbrain_bestrq.reproduction.tables import Cell, Runs, Table, is_trained, row_name
+from speechbrain_bestrq.reproduction.tables import (
+    Cell,
+    Runs,
+    Table,
+    against_untrained,
+    against_wav2vec2,
+    is_trained,
+    row_name,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def lead_in(table: Table, number: int, encoder: str, base: str) -> Lead | None:
     number : int
         Of the column.
     encoder, base : str
-        Rows: a pre-trained one, and one that is not.
+        Rows: a pre-trained one, and what it is compared with.
 
     Returns
     -------
@@ -152,7 +160,7 @@ def _of_utterances(cell: Cell, base: Cell) -> float:
 
 
 def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
-    """Say in a report whether pre-training pays.
+    """Say in a report whether pre-training pays, and how BEST-RQ stands beside wav2vec 2.0.
 
     Arguments
     ---------
@@ -166,19 +174,47 @@ def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
     list of Block
         Sentences and points for each table that has something to compare.
     """
-    blocks: list[Block] = []
-    for name, table in tables.items():
-        sentences = judge(table, each_seed_pretrained=found.preset.get("pretrain_each_seed", False))
-        leads = _leads(table)
-        if leads.rows and name != "table1":
-            blocks.append(Paragraph(f"{table.title}:"))
-        blocks += [*([Items(tuple(sentences))] if sentences else []), *([leads] if leads.rows else [])]
+    blocks, beside = _untrained(found, tables), _beside_wav2vec2(found, tables)
     if not blocks:
         has_untrained = "random" in found.preset["baselines"]
         words = "Not known yet: it takes the untrained encoder and a pre-trained one on the same task."
-        return [Paragraph(words if has_untrained else "Not asked: this preset has no untrained encoder.")]
-    words = "The untrained encoder is that of BEST-RQ with random weights, others for each seed"
-    words += "; fine-tuned it is trained from scratch." if found.preset.get("fine_tune_untrained") else "."
+        opening = Paragraph(words if has_untrained else "Not asked: this preset has no untrained encoder.")
+    else:
+        words = "The untrained encoder is that of BEST-RQ with random weights, others for each seed"
+        words += "; fine-tuned it is trained from scratch." if found.preset.get("fine_tune_untrained") else "."
+        opening = Paragraph(words)
+    return [opening, *blocks, *beside, *([Paragraph(_legend(tables))] if blocks or beside else [])]
+
+
+def _untrained(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
+    """The pre-trained encoders, ahead of what was not trained."""
+    blocks: list[Block] = []
+    for name, table in tables.items():
+        sentences = judge(table, each_seed_pretrained=found.preset.get("pretrain_each_seed", False))
+        leads = _leads(table, against_untrained(table.rows))
+        if leads.rows and name != "table1":
+            blocks.append(Paragraph(f"{table.title}:"))
+        blocks += [*([Items(tuple(sentences))] if sentences else []), *([leads] if leads.rows else [])]
+    return blocks
+
+
+def _beside_wav2vec2(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
+    """BEST-RQ, ahead of wav2vec 2.0."""
+    blocks: list[Block] = []
+    for name, table in tables.items():
+        leads = _leads(table, against_wav2vec2(table.rows))
+        if leads.rows:
+            blocks += [*([Paragraph(f"{table.title}:")] if name != "table1" else []), leads]
+    if not blocks:
+        return []
+    words = "BEST-RQ beside wav2vec 2.0; what each cost stands below."
+    if not found.preset.get("pretrain_each_seed"):
+        words += " There is one pre-training of each: of others this says nothing."
+    return [Paragraph(words), *blocks]
+
+
+def _legend(tables: Mapping[str, Table]) -> str:
+    """What the tables of points say."""
     legend = "In these tables: points by which an encoder is ahead, positive where it is better, ± half of the 95 % "
     legend += "interval, of the utterances, which both were tested on, and of the seeds; of a single seed, of the "
     legend += "utterances alone. Where there is a *, the errors of each utterance are not at hand: the interval is as "
@@ -186,17 +222,15 @@ def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
     if any(table.few_labels for table in tables.values()):
         legend += " With few labels the seeds' part is that of their differences: a seed has one draw of labels, the "
         legend += "same for all encoders."
-    return [Paragraph(words), *blocks, Paragraph(legend)]
+    return legend
 
 
-def _leads(table: Table) -> Grid:
-    """How far each pre-trained encoder is ahead of each row that was not trained."""
+def _leads(table: Table, pairs: Iterable[tuple[str, str]]) -> Grid:
+    """How far the first row of each pair is ahead of the second."""
     found: dict[str, list[Lead | None]] = {}
-    for encoder in filter(is_trained, table.rows):
-        for base in table.rows:
-            if not is_trained(base):
-                leads = [lead_in(table, number, encoder, base) for number in range(len(table.columns))]
-                found[f"{row_name(encoder)}, ahead of {table.row_title(base)}"] = leads
+    for encoder, base in pairs:
+        leads = [lead_in(table, number, encoder, base) for number in range(len(table.columns))]
+        found[f"{row_name(encoder)}, ahead of {table.row_title(base)}"] = leads
     rows = {name: leads for name, leads in found.items() if any(leads)}
     kept = [number for number in range(len(table.columns)) if any(leads[number] for leads in rows.values())]
     heads = tuple(table.columns[number].title for number in kept)

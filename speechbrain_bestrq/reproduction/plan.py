@@ -86,11 +86,7 @@ def read_preset(name: str) -> dict[str, Any]:
     needed, allowed = KEYS
     if not isinstance(preset, dict) or not needed <= preset.keys() <= needed | allowed:
         raise InputError(f"{path} has to have {', '.join(sorted(needed))} and may have {', '.join(sorted(allowed))}.")
-    for name in ("seeds", "updates"):
-        numbers = preset[name]
-        whole = isinstance(numbers, list) and numbers and all(isinstance(one, int) for one in numbers)
-        if not whole or len(set(numbers)) < len(numbers):
-            raise InputError(f"{path}: {name} is a list of different whole numbers, such as [1, 2], not {numbers!r}.")
+    _check_numbers(path, "seeds", preset["seeds"])
     for name, kind, form in (
         ("pretraining", dict, "a mapping of methods"),
         ("baselines", list, "a list, which may be []"),
@@ -114,14 +110,34 @@ def read_preset(name: str) -> dict[str, Any]:
         _check_settings(path, method, settings)
         if "-" in method or "/" in method:
             raise InputError(f"{path}: {method}: name it without - and /.")
-        limit = settings["options"].get("optimizer_step_limit")
-        if limit is not None and max(preset["updates"]) > limit:
-            raise InputError(f"{path}: updates go to {max(preset['updates'])}, and {method} is trained for {limit}.")
+    _check_updates(path, preset)
     if preset.get("fine_tune_untrained") and "random" not in preset["baselines"]:
         raise InputError(f"{path}: fine_tune_untrained needs random among the baselines.")
     for labels in (ALL_LABELS, FEW_LABELS):
         _check_tasks(path, labels, preset.get(labels) or {})
     return preset
+
+
+def _check_numbers(path: Path, name: str, numbers: Any) -> None:
+    whole = isinstance(numbers, list) and numbers and all(isinstance(one, int) for one in numbers)
+    if not whole or len(set(numbers)) < len(numbers):
+        raise InputError(f"{path}: {name} is a list of different whole numbers, such as [1, 2], not {numbers!r}.")
+
+
+def _check_updates(path: Path, preset: Mapping[str, Any]) -> None:
+    """Of all methods alike, or of each its own."""
+    updates, methods = preset["updates"], preset["pretraining"]
+    if not isinstance(updates, dict):
+        _check_numbers(path, "updates", updates)
+    elif updates.keys() != methods.keys():
+        known = ", ".join(methods)
+        raise InputError(f"{path}: updates has to be one list, or a mapping that has one for each of {known}.")
+    for method, settings in methods.items():
+        numbers = updates_of(preset, method)
+        _check_numbers(path, f"updates of {method}", numbers)
+        limit = settings["options"].get("optimizer_step_limit")
+        if limit is not None and max(numbers) > limit:
+            raise InputError(f"{path}: updates go to {max(numbers)}, and {method} is trained for {limit}.")
 
 
 def _check_tasks(path: Path, labels: str, tasks: Any) -> None:
@@ -231,6 +247,20 @@ def make_plan(
     return plan.stages
 
 
+def updates_of(preset: Mapping[str, Any], method: str) -> list[int]:
+    """After how many updates of its pre-training a method's encoders are compared.
+
+    Example
+    -------
+    >>> updates_of({"updates": [720]}, "bestrq")
+    [720]
+    >>> updates_of({"updates": {"bestrq": [4000], "wav2vec2": [1000]}}, "wav2vec2")
+    [1000]
+    """
+    updates = preset["updates"]
+    return updates[method] if isinstance(updates, Mapping) else updates
+
+
 def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     """Names of what the tasks listen with, in the order of the tables: "fbank", "random", "bestrq-1000"...
 
@@ -240,7 +270,7 @@ def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     ['fbank', 'random', 'wav2vec2-720', 'bestrq-720']
     """
     methods = sorted(preset["pretraining"], reverse=True)
-    trained = [f"{method}-{updates}" for method in methods for updates in preset["updates"]]
+    trained = [f"{method}-{updates}" for method in methods for updates in updates_of(preset, method)]
     return [*sorted(preset["baselines"]), *trained]
 
 
@@ -336,7 +366,7 @@ class _Plan:
             options = settings["options"] if seed is None else {**settings["options"], "seed": seed}
             if settings["yaml"].startswith("bestrq"):  # has labels before it is trained
                 self._add_codebook_check(name, {**settings, "options": options})
-            self._add_pretraining(name, {**settings, "options": options}, self.preset["updates"])
+            self._add_pretraining(name, {**settings, "options": options}, updates_of(self.preset, method))
 
     def _add_codebook_check(self, pretraining: str, settings: Mapping[str, Any]) -> None:
         """Nothing waits for it: what it finds is told, and the pre-training goes on."""
@@ -405,7 +435,7 @@ class _Plan:
         method = "bestrq" if encoder == "random" else encoder.rsplit("-", 1)[0]
         names = pretraining_names(self.preset).items()
         name = next(name for name, made in names if made[0] == method and made[1] in (None, seed))
-        updates = max(self.preset["updates"]) if encoder == "random" else encoder.rsplit("-", 1)[1]
+        updates = max(updates_of(self.preset, method)) if encoder == "random" else encoder.rsplit("-", 1)[1]
         path = f"{self.folder / name / f'encoder@{updates}'}"
         return (f"random:{path}" if encoder == "random" else path), (name,)
 

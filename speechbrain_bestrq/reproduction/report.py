@@ -32,6 +32,7 @@ from speechbrain_bestrq.reproduction.plan import (
     CORPORA,
     TASKS,
     pretraining_names,
+    updates_of,
 )
 from speechbrain_bestrq.reproduction.tables import (
     METHOD_NAMES,
@@ -152,7 +153,7 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
     folder, plan, preset = found.folder, found.plan, found.preset
     blocks: list[Block] = [
         Paragraph(
-            f"Preset {plan['name']}: pre-trained for {_counts(preset['updates'])} updates, seeds of the tasks: "
+            f"Preset {plan['name']}: pre-trained for {_counts(preset)}, seeds of the tasks: "
             f"{', '.join(map(str, preset['seeds']))}. Figures are per cent. Ours stand first, with the deviation over "
             "the seeds or the 95 % interval of one; then the paper's; then the difference, where both pre-trained on "
             "LibriSpeech and both are of one corpus. What was not run says so."
@@ -172,8 +173,15 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
     return [*blocks, Heading(PROVENANCE), *_provenance(found, every)]
 
 
-def _counts(updates: list[int]) -> str:
-    return " and ".join(f"{number:,}" for number in updates)
+def _counts(preset: Mapping[str, Any]) -> str:
+    """After how many updates encoders are compared."""
+    told = {
+        METHOD_NAMES.get(method, method): " and ".join(f"{number:,}" for number in updates_of(preset, method))
+        for method in preset["pretraining"]
+    }
+    if len(set(told.values())) == 1:
+        return f"{next(iter(told.values()))} updates"
+    return ", ".join(f"{updates} updates ({name})" for name, updates in told.items())
 
 
 def _failures(found: Runs) -> list[Block]:
@@ -307,21 +315,20 @@ def _device(run: Mapping[str, Any]) -> str:
 
 
 def _ratio(runs: Mapping[str, RunLog]) -> list[Block]:
-    """How much more audio BEST-RQ hears in a device-hour, over updates that both have behind them."""
+    """How much more audio BEST-RQ hears in a device-hour."""
     ours, other = (METHOD_NAMES[method] for method in ("bestrq", "wav2vec2"))
     pairs = [(name, name.replace(ours, other)) for name in runs if name.startswith(ours)]
     pair = next((pair for pair in pairs if pair[1] in runs), None)
     if pair is None:
         return []
-    lines = [{row["step"]: row for row in runs[name].valid} for name in pair]
-    common = [step for step in lines[0] if step in lines[1] and all(one[step].get("device_hours") for one in lines)]
-    if not common:
-        return [Paragraph("The two methods have no validated update in common yet: no ratio.")]
-    step = max(common)
-    speeds = [one[step]["audio_hours"] / one[step]["device_hours"] for one in lines]
+    last = [next((row for row in reversed(runs[name].valid) if row.get("device_hours")), None) for name in pair]
+    if None in last:
+        return [Paragraph("Not both methods have been validated yet: no ratio.")]
+    speeds = [row["audio_hours"] / row["device_hours"] for row in last]
+    steps = " and ".join(dict.fromkeys(f"{row['step']:,}" for row in last))
     return [
         Paragraph(
-            f"Over {step:,} updates BEST-RQ hears {speeds[0] / speeds[1]:.2f} times the audio of wav2vec 2.0 in a "
+            f"After {steps} updates BEST-RQ has heard {speeds[0] / speeds[1]:.2f} times the audio of wav2vec 2.0 in a "
             f"device-hour, validations and checkpoints included; in the paper an update took {PAPER_RATIO} times less."
         )
     ]
@@ -393,7 +400,9 @@ def _probes(found: Runs) -> list[tuple[str, dict[str, Any]]]:
 
 def _usage(folder: Path, preset: Mapping[str, Any]) -> list[Block]:
     """Lines of Python for the longest pre-trained encoder that is there, on speech of this folder if there is some."""
-    encoders = [f"{name}/encoder@{max(preset['updates'])}" for name in pretraining_names(preset)]
+    encoders = [
+        f"{name}/encoder@{max(updates_of(preset, method))}" for name, (method, _) in pretraining_names(preset).items()
+    ]
     encoder = next((one for one in encoders if (folder / one).is_dir()), None)
     if encoder is None:
         return [Paragraph("There is none in this folder.")]

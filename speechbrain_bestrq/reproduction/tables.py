@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -157,8 +157,8 @@ class Table:
     few_labels: bool = False
     """Then each seed has a draw of them, the same for all encoders."""
     pairs: dict[tuple[str, str, int], float] = field(default_factory=dict)
-    """Of a pre-trained row, one that is not, and the number of a column: half the 95 % interval of their difference,
-    of the utterances that both were tested on, where these are known."""
+    """Of two rows that are compared, and the number of a column: half the 95 % interval of their difference, of the
+    utterances that both were tested on, where these are known."""
 
     def row_title(self, row: str) -> str:
         """Name a row: an untrained encoder that is fine-tuned is trained from scratch."""
@@ -322,12 +322,12 @@ def _table(title: str, runs: Runs, kind: str, labels: str, paper: Mapping[str, M
 def _pairs(
     runs: Runs, columns: Sequence[Column], rows: Mapping[str, Sequence[Cell]]
 ) -> dict[tuple[str, str, int], float]:
-    """Compare each pre-trained encoder with each other one, utterance by utterance."""
+    """Compare encoders utterance by utterance."""
     found = {}
-    for trained, base, number in product(filter(is_trained, rows), rows, range(len(columns))):
+    for (trained, base), number in product([*against_untrained(rows), *against_wav2vec2(rows)], range(len(columns))):
         cell, other, column = rows[trained][number], rows[base][number], columns[number]
         seeds = [seed for seed in cell.runs if seed in other.runs]
-        if is_trained(base) or not seeds:
+        if not seeds:
             continue
         sides = [runs.errors(one, seeds, column.task) for one in (cell, other)]
         half = runs.pairs.half_width(*sides, cell.test_set or "", column.score)
@@ -398,6 +398,31 @@ def is_trained(row: str) -> bool:
     (True, False)
     """
     return "-" in row
+
+
+def against_untrained(rows: Iterable[str]) -> list[tuple[str, str]]:
+    """Each pre-trained row, with each one that is not.
+
+    Example
+    -------
+    >>> against_untrained(["fbank", "random", "bestrq-1000"])
+    [('bestrq-1000', 'fbank'), ('bestrq-1000', 'random')]
+    """
+    rows = list(rows)
+    return [(one, other) for one in rows if is_trained(one) for other in rows if not is_trained(other)]
+
+
+def against_wav2vec2(rows: Iterable[str]) -> list[tuple[str, str]]:
+    """Each row of BEST-RQ, with each of wav2vec 2.0: what the paper is about.
+
+    Example
+    -------
+    >>> against_wav2vec2(["fbank", "wav2vec2-500", "bestrq-1000"])
+    [('bestrq-1000', 'wav2vec2-500')]
+    """
+    rows = list(rows)
+    ours, others = ([row for row in rows if row.startswith(f"{method}-")] for method in (_BESTRQ, _W2V2))
+    return list(product(ours, others))
 
 
 def row_name(encoder: str) -> str:
