@@ -57,7 +57,7 @@ from speechbrain_bestrq.writing import write_text
 
 #: The parts and the seconds that each may take, of eight minutes; the last takes what is left.
 PARTS = {
-    "equality": (equality, 80),
+    "equality": (equality, 100),
     "pretraining": (pretraining, 120),
     "downstream": (downstream, 60),
     "steps": (steps, 120),
@@ -259,6 +259,8 @@ def main(words: list[str] | None = None) -> None:
             data_of(arguments),
             arguments.sizes,
         )
+        room = shutil.disk_usage(work).free / 1e9
+        print(f"runs and checkpoints in {work}, {room:.0f} GB free", file=sys.stderr, flush=True)
         parts = [name for name in PARTS if name in arguments.parts]
         # after each part, for a machine may be taken away
         written = partial(write_session, settings=settings, command=command)

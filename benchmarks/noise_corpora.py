@@ -21,7 +21,9 @@ def noise(generator: np.random.Generator, samples: int) -> np.ndarray:
     return (level * (np.append(white[0], coloured) + tone)).astype(np.float32)
 
 
-def write_corpus(folder: Path, layout: str, hours: float, speakers: int | None, seconds: float | None = None) -> Path:
+def write_corpus(
+    folder: Path, layout: str, hours: float, speakers: int | None, seconds: float | None = None, training: str = ""
+) -> Path:
     """Write a corpus whose files and labels are those of the synthetic one, and whose audio is noise.
 
     Arguments
@@ -36,6 +38,8 @@ def write_corpus(folder: Path, layout: str, hours: float, speakers: int | None, 
         Of the training part; None for the layout's own.
     seconds : float, optional
         Of each utterance; left out, as long as its text takes.
+    training : str
+        What the paths of these utterances have in them; all others are as long as their texts.
 
     Returns
     -------
@@ -46,7 +50,8 @@ def write_corpus(folder: Path, layout: str, hours: float, speakers: int | None, 
     utterances = list(kind.plan(hours, speakers or kind.speakers, 0))
     lengths = []
     for number, one in enumerate(utterances):
-        length = seconds or round(estimate_seconds(one.text, one.speaker, one.delivery), 2)
+        alike = seconds is not None and training in str(one.path)
+        length = seconds if alike else round(estimate_seconds(one.text, one.speaker, one.delivery), 2)
         path = folder / one.path
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, noise(np.random.default_rng(number), round(length * RATE)), RATE, "PCM_16")

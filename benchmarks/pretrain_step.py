@@ -162,7 +162,10 @@ def run_block(contender: Contender, device: str) -> float:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether memory has run out, as PyTorch says it, or cuBLAS, or cuDNN, which then finds no algorithm."""
-    told = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine")
+    told = ["out of memory", "CUBLAS_STATUS_ALLOC_FAILED"]
+    # which it also says of what it cannot do at all
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 0.1 * torch.cuda.mem_get_info()[1]:
+        told.append("unable to find an engine")
     return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in told)
 
 

@@ -102,6 +102,8 @@ def test_what_is_compared_with_a_cpu_is_equal_there(load, toys):
     settings, findings = toys
     load("gpu_checks").equality(settings, findings, 60)
     names = ["labels as on a CPU", "bestrq: fp32 loss as on a CPU", "wav2vec2: fp32 loss as on a CPU"]
+    padded = ": a padded batch under bf16 as on a CPU"
+    names += [f"{name}{padded}" for name in ("bestrq", "wav2vec2", "bestrq with relative positions")]
     assert rows(findings) == dict.fromkeys(names, True)
     assert findings.figures["labels"]["frames"] == 300
 
@@ -116,6 +118,7 @@ def test_a_compiled_layer_is_compared_with_the_eager_one(load, toys, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(checks, "compare_losses", lambda *arguments: None)
+        patch.setattr(checks, "compare_padded", lambda *arguments: None)
         patch.setattr(checks, "compare_labels", lambda *arguments: None)
         patch.setattr(checks, "compare_compiled", lambda name, model, *_: models.update({name: model}))
         models = {}
@@ -126,6 +129,29 @@ def test_a_compiled_layer_is_compared_with_the_eager_one(load, toys, monkeypatch
         torch._dynamo.reset()
         checks.compare_compiled(name, models[name], settings, findings, backend)
     assert [row["good"] for row in json.loads(findings.path.read_text())["rows"]] == [True, False]
+
+
+def test_hidden_states_that_heed_the_padding_are_found(load, toys, make_speech_encoder):
+    checks = load("gpu_checks")
+    settings, findings = toys
+
+    class Heedless(torch.nn.Module):
+        """Forgets the lengths in the second and third call, which are those on the device."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.calls = make_speech_encoder(normalize="global"), [0]
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def forward(self, wavs, lengths):
+            self.calls[0] += 1
+            return self.encoder(wavs, lengths if self.calls[0] == 1 else None)
+
+    for name, encoder in (("right", make_speech_encoder(normalize="global")), ("wrong", Heedless())):
+        checks.compare_padded(name, encoder, settings, findings)
+    assert list(rows(findings).values()) == [True, False]
 
 
 def test_labels_of_other_features_are_found(load, toys, monkeypatch):
@@ -184,7 +210,7 @@ def test_every_command_has_options_that_its_recipe_knows(load, toys, make_speech
     monkeypatch.chdir(checks.RECIPES / checks.FINE_TUNED)
     words = checks.downstream_command(checks.FINE_TUNED, settings, tmp_path, encoder, tmp_path / "run", True)
     hparams = load_recipe(words[2:])[3]
-    assert hparams["encoder_start_update"] == 1 and not hparams["speech_encoder"].freeze
+    assert hparams["encoder_rest"] == 0.5 and not hparams["speech_encoder"].freeze
 
 
 def test_encoders_are_kept_in_half_precision(load, make_speech_encoder, tmp_path):
