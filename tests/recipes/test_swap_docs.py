@@ -11,6 +11,7 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.nnet.adapters import LoRA
+from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.checkpoints import Checkpointer
 from torch import nn
 
@@ -143,6 +144,22 @@ def test_verification_loads_the_encoder_that_was_trained_with_the_embedding_mode
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     fresh = (WeightedEncoder if mixed else PretrainedEncoder)(folder).state_dict()
     assert any(not torch.equal(fresh[key], tensor) for key, tensor in verified["compute_features"].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("part", "lines"),
+    [
+        ("self.modules.compute_features", "self.modules.mean_var_norm(feats, lens)"),
+        ('params["compute_features"](wavs, wav_lens)', 'params["mean_var_norm"](feats, wav_lens)'),
+    ],
+)
+def test_what_tells_speakers_apart_in_the_mean_of_hidden_states_is_left_there(folder, part, lines):
+    diff = block("diff", part)
+    assert f"-        feats = {lines}" in diff and "mean_var_norm" not in changed(diff)
+    encoder = PretrainedEncoder(folder, freeze=True)
+    hidden, lengths = encoder(0.1 * torch.randn(2, 16000), torch.ones(2)), torch.ones(2)
+    normalised = InputNormalization(norm_type="sentence", std_norm=False)(hidden, lengths)
+    assert normalised.mean(1).abs().max() < 1e-5 < hidden.mean(1).abs().max()  # why it has to go
 
 
 # ---------------------------------------------------------------- the mix
