@@ -5,6 +5,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
             Heading("What pre-training adds"),
             Paragraph(
                 "Points by which the mean of several pre-trainings is ahead of that of untrained encoders of their "
-                "architecture, positive where it is better; in brackets 95 % intervals over seeds (Welch's t), which "
-                "hold for these test sets."
+                "architecture, or of another method, positive where it is better; in brackets 95 % intervals over "
+                "seeds (Welch's t), which hold for these test sets."
             ),
             Grid(heads, gains),
         ]
@@ -168,27 +169,40 @@ def _gains(found: Mapping[str, Any], names: Sequence[str]) -> tuple:
         if number.isdecimal():  # one of several seeds
             untrained = record["seed"] is not None
             groups.setdefault((method, None if untrained else record["updates"]), []).append(record)
+    trained = {key: records for key, records in groups.items() if key[1] is not None and len(records) > 1}
     rows = []
-    for (method, updates), records in groups.items():
+    for (method, _), records in trained.items():
         untrained = groups.get((method, None), [])
-        if updates is None or min(len(records), len(untrained)) < 2:
-            continue
-        cells = []
-        for name in names:
-            sides = [
-                [score for record in side if (score := best_score(record, name)) is not None]
-                for side in (records, untrained)
-            ]
-            if min(map(len, sides)) < 2:
-                cells.append((Text("not run", faint=True),))
-                continue
-            gain = difference_over_seeds(*(reversed(sides) if MEASURES[name].lower_is_better else sides))
-            value, low, high = (f"{100 * one:+.1f}" for one in (gain.value, gain.low, gain.high))
-            cells.append((Text(f"{value} ({low} to {high})"),))
-        hours = statistics.fmean(record["audio_hours"] for record in records)
-        title = f"{method}, {hours:.1f} h, {len(records)} pre-trainings, {len(untrained)} untrained"
-        rows.append(((Text(title),), *cells))
+        if len(untrained) > 1:
+            title = f"{_of_group(method, records)}, {len(untrained)} untrained"
+            rows.append(((Text(title),), *_leads(records, untrained, names)))
+    ours, theirs = (METHOD_NAMES[method] for method in ("bestrq", "wav2vec2"))
+    for ((method, _), records), ((other, _), others) in product(trained.items(), trained.items()):
+        if (method, other) == (ours, theirs):
+            title = f"{_of_group(method, records)}, ahead of {_of_group(other, others)}"
+            rows.append(((Text(title),), *_leads(records, others, names)))
     return tuple(rows)
+
+
+def _of_group(method: str, records: Sequence[Record]) -> str:
+    hours = statistics.fmean(record["audio_hours"] for record in records)
+    return f"{method}, {hours:.1f} h, {len(records)} pre-trainings"
+
+
+def _leads(records: Sequence[Record], others: Sequence[Record], names: Sequence[str]) -> list[tuple[Text]]:
+    """By how much the mean of some encoders is ahead of that of others, by measure."""
+    cells = []
+    for name in names:
+        sides = [
+            [score for record in side if (score := best_score(record, name)) is not None] for side in (records, others)
+        ]
+        if min(map(len, sides)) < 2:
+            cells.append((Text("not run", faint=True),))
+            continue
+        gain = difference_over_seeds(*(reversed(sides) if MEASURES[name].lower_is_better else sides))
+        value, low, high = (f"{100 * one:+.1f}" for one in (gain.value, gain.low, gain.high))
+        cells.append((Text(f"{value} ({low} to {high})"),))
+    return cells
 
 
 def _layers(rows: Mapping[str, Sequence[Record]], name: str) -> Grid:
