@@ -45,6 +45,8 @@ KEYS = (
     {"few_labels", "fine_tune_untrained", "synthetic", "masking", "pretrain_each_seed"},
 )
 FROZEN, FINE_TUNED = "frozen", "fine-tuned"
+#: Of the settings of a fine-tuning: options that training from scratch has beside or instead of the others.
+UNTRAINED = "untrained"
 #: Where a preset has the tasks with all of their labels, and with few.
 ALL_LABELS, FEW_LABELS = "tasks", "few_labels"
 #: What Table 3 is measured on.
@@ -152,6 +154,8 @@ def _check_tasks(path: Path, labels: str, tasks: Any) -> None:
             if settings is None:
                 continue
             _check_settings(path, f"{task}'s {kind}", settings)
+            if UNTRAINED in settings and (kind == FROZEN or not isinstance(settings[UNTRAINED], dict)):
+                raise InputError(f"{path}: {task}: {UNTRAINED} is a mapping of options, in {FINE_TUNED}.")
             few = TASKS[task].few_option
             if labels == FEW_LABELS and settings["options"].get(few) is None:
                 raise InputError(f"{path}: {labels}: {task}'s {kind} does not say how few: give {few} in its options.")
@@ -407,6 +411,9 @@ class _Plan:
         settings = settings_of(self.preset, labels, task, kind)
         if settings is None:
             return
+        if encoder == "random":
+            # what is good for a pre-trained encoder, such as a low rate, may be bad for one from scratch
+            settings = {**settings, "options": {**settings["options"], **(settings.get(UNTRAINED) or {})}}
         source, needs = self._source(encoder, seed)
         cache = None
         if kind == FROZEN:  # another seed is another untrained encoder, and may be another trained one

@@ -116,6 +116,23 @@ def test_both_methods_are_trained_for_the_same_updates_of_as_much_audio_or_as_th
     assert len(heard) == 1 or isinstance(preset["updates"], dict)
 
 
+def test_training_from_scratch_may_have_options_of_its_own(tmp_path):
+    options = {"encoder_learning_rate": 0.0001, "number_of_epochs": 3}
+    untrained = {"encoder_learning_rate": 0.001, "encoder_rest": 0}
+    settings = {"yaml": "bestrq_finetune", "options": options, "untrained": untrained}
+    preset = {**read_preset("small"), "tasks": {"intent": {"fine-tuned": settings}}, "fine_tune_untrained": True}
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps(preset))
+    corpora = {"librispeech": Path("/data/L"), "slurp": Path("/data/S")}
+    stages = {stage.name: stage.command for stage in make_plan(read_preset(str(path)), corpora, tmp_path)}
+    for encoder, given in (("random", {**options, **untrained}), ("bestrq-720", options), ("wav2vec2-720", options)):
+        command = stages[f"intent-fine-tuned/{encoder}/1"]
+        words = dict(zip(command[4::2], command[5::2], strict=True))
+        assert {key: words.get(f"--{key}") for key in (*options, *untrained)} == {
+            key: str(given[key]) if key in given else None for key in (*options, *untrained)
+        }
+
+
 def test_each_method_may_have_updates_of_its_own(tmp_path):
     preset = read_preset("small")
     preset["updates"] = {"bestrq": [4, 8], "wav2vec2": [2]}

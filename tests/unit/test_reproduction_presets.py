@@ -32,7 +32,18 @@ from speechbrain_bestrq.reproduction.plan import PRESETS, make_plan, read_preset
         ({"seeds": [1, 1]}, "seeds is a list of different whole numbers"),
         ({"updates": []}, "updates is a list of different whole numbers"),
         ({"updates": [{}]}, "updates is a list of different whole numbers"),
-        ({"updates": {"bestrq": [720]}}, "updates has to be one list, or a mapping that has one for each of bestrq, wav2"),
+        (
+            {"tasks": {"asr": {"frozen": {"yaml": "probe_small", "options": {}, "untrained": {}}}}},
+            "asr: untrained is a mapping of options, in fine-tuned",
+        ),
+        (
+            {"tasks": {"asr": {"fine-tuned": {"yaml": "bestrq_finetune", "options": {}, "untrained": 1}}}},
+            "asr: untrained is a mapping of options, in fine-tuned",
+        ),
+        (
+            {"updates": {"bestrq": [720]}},
+            "updates has to be one list, or a mapping that has one for each of bestrq, wav2",
+        ),
         ({"updates": {"bestrq": [720], "wav2vec2": 720}}, "updates of wav2vec2 is a list of different whole numbers"),
         ({"updates": {"bestrq": [720], "wav2vec2": [900]}}, "updates go to 900, and wav2vec2 is trained for 720"),
         (
