@@ -172,7 +172,9 @@ class PretrainedEncoder(nn.Module):
                 "multiple."
             )
         if apply_spec_augment and not hasattr(self.model.frontend, "num_mels"):
-            raise InputError(f"apply_spec_augment is for encoders of mel features: leave it out for {source}.")
+            raise InputError(
+                f"apply_spec_augment is for encoders of mel features: {source} takes waveforms; set it to False."
+            )
         self._time_span = max(round(TIME_SPAN * own_rate * self.model.subsampling.factor), 1)
         self.output_norm, self.output_all_hiddens = output_norm, output_all_hiddens
         self.apply_spec_augment = apply_spec_augment

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from speechbrain_bestrq.accounting import LateReader
 from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
+from speechbrain_bestrq.encoder_schedule import EncoderSchedule
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.precision import full_precision
@@ -60,8 +61,10 @@ class TaskBrain(sb.Brain):
     - ``encoder_annealing``...: SpeechBrain's ``NewBobScheduler``, which goes by the metric, or a schedule that
       goes by the epoch, such as ``LinearScheduler``; the rate stays where there is none;
     - ``annealing_metric``: what NewBob goes by, if not :attr:`metric`;
-    - ``encoder_start_update``: the first update that trains the encoder (0 if left out). Before,
-      it runs without gradients;
+    - ``encoder_rest``, ``encoder_warmup``: shares of all updates, 0 if left out
+      (:class:`~speechbrain_bestrq.encoder_schedule.EncoderSchedule`). An encoder that rests runs without gradients;
+    - ``valid_interval``: epochs from validation to validation, 1 if left out; the last one is validated anyway.
+      Between, nothing is chosen or annealed by a metric;
     - ``speed_perturb``, ``drop_freq``, ``drop_chunk``: applied to the waveforms in training, those that are there;
     - ``output_folder``, ``train_logger`` (a ``FileTrainLogger``), ``epoch_counter``, ``seed``.
 
@@ -111,6 +114,7 @@ class TaskBrain(sb.Brain):
         self.seconds = {"train": 0.0, "validation": 0.0}
         self.device_seconds = 0.0  # of both, of all devices; a run may go on on another number of them
         self.layer_weights: list[list[float]] = []
+        self.encoder_schedule = EncoderSchedule()
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
         self.settings, self.composed_settings = self.settings_of(hparams), self.composed_settings_of(hparams)
         if self.optimizer_step_limit is not None:
@@ -162,7 +166,9 @@ class TaskBrain(sb.Brain):
         """
         composed = dict(hparams.get(GOVERNING, {}))
         annealings = [value for name, value in hparams.items() if name.endswith("_annealing")]
-        if not all(isinstance(one, NewBobScheduler) for one in annealings) and "number_of_epochs" in hparams:
+        by_epoch = not all(isinstance(one, NewBobScheduler) for one in annealings)
+        by_share = hparams.get("encoder_rest") or hparams.get("encoder_warmup")
+        if (by_epoch or by_share) and "number_of_epochs" in hparams:
             composed["number_of_epochs"] = hparams["number_of_epochs"]
         return plain_values(composed)
 
@@ -180,13 +186,15 @@ class TaskBrain(sb.Brain):
         Raises
         ------
         InputError
-            Naming what differs, or an option that the task's optimisers do not heed; or if an optimiser of a run that
-            begins and its annealing begin with other rates.
+            Naming what differs, an option that the task's optimisers do not heed, or a schedule that is none; or if an
+            optimiser of a run that begins and its annealing begin with other rates.
         """
         if hparams.get(GOVERNING, {}).get("remove_vector_weight_decay"):
             raise InputError(
                 "--remove_vector_weight_decay does nothing to the optimisers of this recipe: leave it out."
             )
+        EncoderSchedule(*(float(hparams.get(name, 0.0)) for name in ("encoder_rest", "encoder_warmup")))
+        whole_number("valid_interval", hparams.get("valid_interval", 1))
         newest = checkpointer.find_checkpoint()
         if newest is None:
             if hparams["test_only"]:
@@ -245,7 +253,7 @@ class TaskBrain(sb.Brain):
         return wavs
 
     def _encoder_is_trained(self) -> bool:
-        return not self.encoder.freeze and self.optimizer_step >= getattr(self.hparams, "encoder_start_update", 0)
+        return not self.encoder.freeze and self.encoder_schedule.share(self.optimizer_step) > 0
 
     # ---------------------------------------------------------------- optimisers
 
@@ -262,11 +270,16 @@ class TaskBrain(sb.Brain):
         """Leave out the encoder's until it is trained."""
         return {part: one for part, one in optimizers.items() if part != "encoder" or self._encoder_is_trained()}
 
+    def optimizers_step(self) -> None:
+        """Update the weights, the encoder's at the part of its rate that its schedule says."""
+        with self.encoder_schedule.applied(self.optimizers_dict.get("encoder"), self.optimizer_step):
+            super().optimizers_step()
+
     def _annealing(self, part: str) -> Any:
         return getattr(self.hparams, f"{part}_annealing", None)
 
-    def _anneal(self, epoch: int, value: float) -> dict[str, float]:
-        """Set the rates of the next epoch; return those of this one."""
+    def _anneal(self, epoch: int, value: float | None) -> dict[str, float]:
+        """Set the rates of the next epoch; return those of this one. What goes by a metric needs one."""
         rates = {}
         for part, optimizer in self.optimizers_dict.items():
             rates[f"{part}_rate"] = optimizer.param_groups[0]["lr"]
@@ -274,7 +287,10 @@ class TaskBrain(sb.Brain):
             # an encoder that is not trained yet is not to blame for a metric that stands still
             if annealing is None or (part == "encoder" and not self._encoder_is_trained()):
                 continue
-            _, rate = annealing(value if isinstance(annealing, NewBobScheduler) else epoch)
+            by_metric = isinstance(annealing, NewBobScheduler)
+            if by_metric and value is None:
+                continue
+            _, rate = annealing(value if by_metric else epoch)
             update_learning_rate(optimizer, rate)
         return rates
 
@@ -379,17 +395,23 @@ class TaskBrain(sb.Brain):
                 f"{self.grad_accumulation_factor}, in {epoch_counter.limit} epochs: nothing would be trained. Give a "
                 "lower one, smaller batches, or more epochs."
             )
-        start = getattr(self.hparams, "encoder_start_update", 0)
-        if not self.encoder.freeze and start >= updates:
-            raise InputError(
-                f"encoder_start_update is {start}, but there are {updates} updates in all: the encoder would never be "
-                "trained. Give a lower one, or more epochs."
-            )
+        shares = (float(getattr(self.hparams, name, 0.0)) for name in ("encoder_rest", "encoder_warmup"))
+        self.encoder_schedule = EncoderSchedule(*shares, updates)
+        self.valid_interval = whole_number("valid_interval", getattr(self.hparams, "valid_interval", 1))
+        self._last_epoch = epoch_counter.limit
         with self.requests:
             super().fit(self._epochs_left(epoch_counter), train_set, valid_set)
             self._stop_if_asked(saved=True)  # another rank was, in the last validation
         if self.layer_weights and if_main_process():
             draw_layer_weights(self.layer_weights, Path(self.hparams.output_folder) / LAYER_WEIGHTS_PLOT)
+
+    def _fit_valid(self, valid_set: DataLoader, epoch: int, enable: bool) -> None:
+        """Validate, if the epoch's turn has come; else log what it was trained to."""
+        is_last = epoch == self._last_epoch or self._optimizer_step_limit_exceeded or self.debug
+        if is_last or epoch % self.valid_interval == 0:
+            super()._fit_valid(valid_set, epoch, enable)
+        else:
+            self._log_epoch(epoch, {})
 
     def _epochs_left(self, epoch_counter: Any) -> Iterator[int]:
         """The epochs; none where a checkpoint, which is loaded by then, is of the last update at the end of one."""
@@ -441,15 +463,19 @@ class TaskBrain(sb.Brain):
             self.test_metrics = metrics
             return
         self._book("validation", elapsed)
-        rates = self._anneal(epoch, metrics[getattr(self.hparams, "annealing_metric", self.metric)])
-        meta = {"epoch": epoch, "updates": self.optimizer_step, **rates, "train_seconds": self.seconds["train"]}
-        self.hparams.train_logger.log_stats(meta, {"loss": self._train_loss}, metrics)
-        if self.mix is not None:
-            self.layer_weights.append(self.mix.shares())
-            logger.info("epoch %d: %s", epoch, self.mix.describe())
+        self._log_epoch(epoch, metrics)
         if self.checkpointer is not None:
             self.checkpointer.save_and_keep_only(meta={"epoch": epoch, **metrics}, min_keys=[self.metric])
         self._stop_if_asked(saved=True)
+
+    def _log_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Log an epoch, validated or not, and set the rates of the next."""
+        rates = self._anneal(epoch, metrics.get(getattr(self.hparams, "annealing_metric", self.metric)))
+        meta = {"epoch": epoch, "updates": self.optimizer_step, **rates, "train_seconds": self.seconds["train"]}
+        self.hparams.train_logger.log_stats(meta, {"loss": self._train_loss}, metrics or None)
+        if self.mix is not None:
+            self.layer_weights.append(self.mix.shares())
+            logger.info("epoch %d: %s", epoch, self.mix.describe())
 
     def _book(self, stage: str, elapsed: float) -> None:
         self.seconds[stage] += elapsed
@@ -469,12 +495,17 @@ class TaskBrain(sb.Brain):
                 "layer_weights": self.layer_weights,
                 "epochs": self.hparams.epoch_counter.current - (self._stage == sb.Stage.TRAIN),
                 "updates": self.optimizer_step,
+                "encoder_updates": self._encoder_updates(),
                 "settings": self.settings,
                 "composed_settings": self.composed_settings,
                 **self._begun_with,
                 "trains_on": self._trains_on,
             }
             Path(path).write_text(json.dumps(progress), encoding="utf-8")
+
+    def _encoder_updates(self) -> int:
+        """Those that trained the encoder."""
+        return 0 if self.encoder.freeze else max(self.optimizer_step - self.encoder_schedule.start, 0)
 
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         progress = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -562,6 +593,7 @@ class TaskBrain(sb.Brain):
             "settings": self.settings,
             "epochs": trained["epochs"],
             "updates": trained["updates"],
+            "encoder_updates": trained.get("encoder_updates", 0 if self.encoder.freeze else None),
             "best_epoch": best.meta["epoch"],
             "validation": {name: best.meta[name] for name in best.meta.keys() & {"loss", *self.test_metrics}},
             "trained_parameters": self.trained_parameters,

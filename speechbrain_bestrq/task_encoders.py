@@ -71,7 +71,8 @@ class TaskEncoder(nn.Module):
         Of the waveforms that it is given, Hz. An encoder takes the rate that it was trained at, and no other.
     save_path, freeze, **options
         As for :class:`speechbrain_bestrq.pretrained.PretrainedEncoder`. Filter banks
-        are always frozen and take none of the options.
+        are always frozen and take none of the options. A pre-trained front end that has weights, wav2vec 2.0's
+        convolutions, rests also where the encoder is trained, as in its paper and that of BEST-RQ in SpeechBrain.
 
     Attributes
     ----------
@@ -123,6 +124,8 @@ class TaskEncoder(nn.Module):
                     f"{self.source} was trained on {own_rate} samples per second and is given {sample_rate}: give "
                     f"sample_rate {own_rate}, or another encoder."
                 )
+            if not self.source.startswith(RANDOM_PREFIX):  # its weights are good as they are, and dear to train
+                self.encoder.model.frontend.requires_grad_(False)
             self.num_states = self.encoder.num_layers + 1 if all_states else 1
             folder = find_encoder(self.source.removeprefix(RANDOM_PREFIX), save_path)
             config = read_json(folder / CONFIG_FILE)

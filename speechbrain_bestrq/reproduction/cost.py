@@ -198,7 +198,7 @@ def _probe(path: Path, options: dict[str, str], speed: Speed, head: float, hours
     folds = FOLDS.get(_value(path, options, "folds"), 1)
     epochs = folds * _value(path, options, "number_of_epochs")
     caches = bool(_value(path, options, "cache_features"))
-    trained = _value(path, options, "encoder_start_update") is not None
+    trained = _value(path, options, "encoder_rest") is not None
     labelled = epochs * _label_hours(path, options, hours)
     encoded = 0.0 if is_cached else hours if caches else labelled
     own = encoded / (speed.fine_tuning if trained else speed.encoding)

@@ -62,13 +62,13 @@ def encoder(make_speech_encoder, tmp_path):
 
 @pytest.fixture
 def small_yamls(tmp_path_factory):
-    """The recipe's YAMLs with small heads, which options cannot reach, and an encoder that rests for one update."""
+    """The recipe's YAMLs with small heads, which options cannot reach, and an encoder that rests for a while."""
     folder = tmp_path_factory.mktemp("hparams")
     for path in (RECIPE / "hparams").glob("*.yaml"):
         text = path.read_text()
         for size in ("1024", "1280", "256"):
             text = text.replace(f"    hidden_size: {size}\n", "    hidden_size: 8\n")
-        text = text.replace("encoder_start_update: 0", "encoder_start_update: 1")
+        text = text.replace("encoder_rest: 0.0", "encoder_rest: 0.3")
         (folder / path.name).write_text(text.replace("vocabulary_size: 1000", "vocabulary_size: 14"))
     return folder
 
@@ -92,7 +92,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, librispeech
     train.main(arguments(small_yamls, name, librispeech, encoder, tmp_path / "run"))
     results = read_results(tmp_path / "run")
     assert results["task"] == "speech recognition" and results["corpus"] == "LibriSpeech"
-    assert results["encoder"]["method"] == "BestRQ" and results["encoder"]["frozen"] == (name != "bestrq_finetune")
+    assert results["encoder"]["method"] == "BestRQ" and results["encoder"]["frozen"] == ("finetune" not in name)
     assert results["label_hours"] == pytest.approx(sum(1.5 + 0.5 * n for n in range(5)) / 3600)
     assert results["epochs"] == 2 and results["seconds"]["train"] > 0 and results["trained_parameters"] > 0
     for split in ("test-clean", "test-other"):
@@ -107,7 +107,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, librispeech
 def test_a_step_of_every_yaml_can_be_done_on_a_gpu(
     name, train, small_yamls, librispeech, encoder, tmp_path, absent_gpu
 ):
-    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    more = ["--encoder_rest=0"] if "finetune" in name else []
     with absent_gpu.first_step_there(TaskBrain):
         train.main(arguments(small_yamls, name, librispeech, encoder, tmp_path / "run", *more))
 
@@ -146,7 +146,7 @@ def test_a_frozen_encoder_keeps_its_digest_and_a_fine_tuned_one_does_not(
     train, small_yamls, librispeech, encoder, tmp_path
 ):
     digests = {}
-    for name, more in (("bestrq", []), ("probe_small", []), ("bestrq_finetune", ["--encoder_start_update=0"])):
+    for name, more in (("bestrq", []), ("probe_small", []), ("bestrq_finetune", ["--encoder_rest=0"])):
         train.main(arguments(small_yamls, name, librispeech, encoder, tmp_path / name, *more))
         digests[name] = read_results(tmp_path / name)["encoder"]["digest"]
     assert digests["bestrq"] == digests["probe_small"] != digests["bestrq_finetune"]

@@ -75,7 +75,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, iemocap, encoder, tmp_pa
     header = (RECIPE / "hparams" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert f"train.py hparams/{name}.yaml --data_folder" in header, "the header lacks its launch command"
     more = ["--fold=Ses02M", "--number_of_epochs=2"]
-    more += ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    more += ["--encoder_rest=0"] if name == "bestrq_finetune" else []
     train.main(arguments(name, iemocap, encoder, tmp_path / "run", *more))
     fold = tmp_path / "run" / "Ses02M"
     results = read_results(fold)
@@ -96,7 +96,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, iemocap, encoder, tmp_pa
 
 @pytest.mark.parametrize("name", names())
 def test_a_step_of_every_yaml_can_be_done_on_a_gpu(name, train, iemocap, encoder, tmp_path, absent_gpu):
-    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    more = ["--encoder_rest=0"] if name == "bestrq_finetune" else []
     with absent_gpu.first_step_there(TaskBrain):
         train.main(arguments(name, iemocap, encoder, tmp_path / "run", *more))
 
@@ -241,9 +241,7 @@ def test_the_classes_of_the_yaml_are_those_that_are_learned(train, iemocap, tmp_
 def test_torchrun_on_two_devices_runs_all_folds_and_tells_once(iemocap, encoder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
-    command += arguments(
-        "bestrq_finetune", iemocap, encoder, tmp_path / "run", "--folds=session", "--encoder_start_update=0"
-    )
+    command += arguments("bestrq_finetune", iemocap, encoder, tmp_path / "run", "--folds=session", "--encoder_rest=0")
     result = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
     )

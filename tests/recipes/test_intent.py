@@ -83,7 +83,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, slurp, encoder, tmp_path
     header = (RECIPE / "hparams" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert f"train.py hparams/{name}.yaml --data_folder" in header, "the header lacks its launch command"
     run = tmp_path / "run"
-    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    more = ["--encoder_rest=0"] if name == "bestrq_finetune" else []
     train.main(arguments(name, slurp, encoder, run, *more))
     results = read_results(run)
     assert results["task"] == "intent classification" and results["target"] == "scenario"
@@ -104,7 +104,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, slurp, encoder, tmp_path
 
 @pytest.mark.parametrize("name", names())
 def test_a_step_of_every_yaml_can_be_done_on_a_gpu(name, train, slurp, encoder, tmp_path, absent_gpu):
-    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    more = ["--encoder_rest=0"] if name == "bestrq_finetune" else []
     with absent_gpu.first_step_there(TaskBrain):
         train.main(arguments(name, slurp, encoder, tmp_path / "run", *more))
 
@@ -148,7 +148,7 @@ def test_another_target_in_the_same_folder_is_refused(train, slurp, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_on_two_devices_trains_and_tells_once(slurp, encoder, tmp_path):
-    on_two = ("--precision=bf16", "--encoder_start_update=0")
+    on_two = ("--precision=bf16", "--encoder_rest=0")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
     command += arguments("bestrq_finetune", slurp, encoder, tmp_path / "run", *on_two)

@@ -89,7 +89,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, voxceleb, e
     header = (RECIPE / "hparams" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert f"train.py hparams/{name}.yaml --data_folder" in header, "the header lacks its launch command"
     run = tmp_path / "run"
-    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    more = ["--encoder_rest=0"] if name == "bestrq_finetune" else []
     train.main(arguments(small_yamls, name, voxceleb, encoder, run, *more))
     results = read_results(run)
     assert results["task"] == "speaker verification"
@@ -120,7 +120,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, voxceleb, e
 
 @pytest.mark.parametrize("name", names())
 def test_a_step_of_every_yaml_can_be_done_on_a_gpu(name, train, small_yamls, voxceleb, encoder, tmp_path, absent_gpu):
-    more = ["--encoder_start_update=0"] if name == "bestrq_finetune" else []
+    more = ["--encoder_rest=0"] if name == "bestrq_finetune" else []
     with absent_gpu.first_step_there(TaskBrain):
         train.main(arguments(small_yamls, name, voxceleb, encoder, tmp_path / "run", *more))
 
@@ -243,7 +243,7 @@ def test_a_run_is_not_tested_on_those_it_was_trained_on(train, small_yamls, voxc
 
 @pytest.mark.slow
 def test_torchrun_on_two_devices_trains_and_tells_once(small_yamls, voxceleb, encoder, tmp_path):
-    on_two = ("--precision=bf16", "--encoder_start_update=0")
+    on_two = ("--precision=bf16", "--encoder_rest=0")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
     command += arguments(small_yamls, "bestrq_finetune", voxceleb, encoder, tmp_path / "run", *on_two)

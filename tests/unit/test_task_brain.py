@@ -201,15 +201,48 @@ def test_the_encoder_rests_until_its_first_update(rows, folder, tmp_path):
     before = copied(brain.encoder)
     fit(brain, rows)
     assert changed(before, brain.encoder) == {name for name, _ in brain.encoder.named_parameters()}
-    resting = make_brain(tmp_path / "again", folder, epochs=2, freeze=False, encoder_start_update=brain.optimizer_step)
+    resting = make_brain(tmp_path / "again", folder, epochs=2, freeze=False, encoder_rest=0.5)
     resting.__class__, resting.signals = Stopping, {"validation": 1, "number": signal.SIGTERM}
     with pytest.raises(StoppedError):
         fit(resting, rows)
+    assert resting.encoder_schedule.start == resting.optimizer_step == brain.optimizer_step
     assert not changed(before, resting.encoder)
     assert all(parameter.grad is None for parameter in resting.encoder.parameters())
-    again = make_brain(tmp_path / "again", folder, epochs=2, freeze=False, encoder_start_update=brain.optimizer_step)
-    fit(again, rows)
+    again = fit(make_brain(tmp_path / "again", folder, epochs=2, freeze=False, encoder_rest=0.5), rows)
     assert changed(before, again.encoder) == {name for name, _ in again.encoder.named_parameters()}
+    again.test(loaders(rows)[1])
+    records = again.records()
+    assert (records["updates"], records["encoder_updates"]) == (2 * brain.optimizer_step, brain.optimizer_step)
+    frozen = fit(make_brain(tmp_path / "frozen", folder, epochs=1), rows)
+    frozen.test(loaders(rows)[1])
+    assert frozen.records()["encoder_updates"] == 0
+
+
+def test_the_encoder_s_rate_rises_and_what_anneals_it_knows_the_full_one(rows, folder, tmp_path):
+    used = {"encoder": [], "mix": [], "head": []}
+
+    class Noting(LoudnessBrain):
+        """Tells which rates its optimisers take a step with."""
+
+        def init_optimizers(self):
+            """Listen to each."""
+            super().init_optimizers()
+            for part, optimizer in self.optimizers_dict.items():
+                rates, group = used[part], optimizer.param_groups[0]
+                optimizer.register_step_pre_hook(lambda *_, rates=rates, group=group: rates.append(group["lr"]))
+
+    brain = make_brain(tmp_path / "run", folder, epochs=2, freeze=False, encoder_rest=0.25, encoder_warmup=0.5)
+    brain.__class__ = Noting
+    fit(brain, rows)
+    updates = brain.optimizer_step
+    rest, rising = int(0.25 * updates), int(0.5 * updates)
+    full = brain.optimizers_dict["encoder"].param_groups[0]["lr"]
+    assert rest > 1 and rising > 2
+    assert used["encoder"] == pytest.approx(
+        [full * (n + 1) / rising for n in range(rising)] + [full] * (updates - rest - rising)
+    )
+    assert used["head"] == [1e-2] * updates and used["mix"] == [1e-1] * updates
+    assert logged(tmp_path / "run")[0].count(f"encoder_rate: {full:.2e}") == 1
 
 
 def test_the_last_hidden_state_alone_needs_no_mix_and_all_need_one(folder, rows, tmp_path):
@@ -234,7 +267,7 @@ def test_each_part_has_its_own_rate_and_schedule(rows, folder, tmp_path):
         freeze=False,
         head_annealing=NewBobScheduler(1e-2, annealing_factor=0.8),
         mix_annealing=LinearScheduler(1e-1, 1e-2, 3),
-        encoder_start_update=11,  # in the last of the three epochs
+        encoder_rest=0.9,  # until the last of the three epochs
         encoder_annealing=NewBobScheduler(1e-3, annealing_factor=0.1),
     )
     brain.__class__ = Falling
@@ -299,7 +332,7 @@ def same(run, other, output, other_output):
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_run_stopped_after_an_epoch_goes_on_as_if_unbroken(rows, folder, tmp_path, freeze):
-    schedule = {"freeze": freeze, "encoder_start_update": 4}
+    schedule = {"freeze": freeze}
     unbroken = fit(make_brain(tmp_path / "unbroken", folder, epochs=3, **schedule), rows)
     fit(make_brain(tmp_path / "broken", folder, epochs=2, **schedule), rows)
     torch.manual_seed(123)
@@ -464,15 +497,45 @@ def test_what_may_not_go_on_is_said_before_any_work(rows, folder, tmp_path):
         LoudnessBrain.check_run(empty, {**hparams, "test_only": True})
 
 
-def test_an_encoder_that_would_never_be_trained_is_refused(rows, folder, tmp_path):
-    brain = make_brain(tmp_path / "run", folder, freeze=False, encoder_start_update=500)
-    with pytest.raises(InputError, match=r"encoder_start_update is 500, but there are \d+ updates in all"):
-        fit(brain, rows)
-    limited = make_brain(
-        tmp_path / "other", folder, freeze=False, encoder_start_update=2, run_opts={"optimizer_step_limit": "2"}
-    )
-    with pytest.raises(InputError, match="encoder_start_update is 2, but there are 2 updates in all"):
-        fit(limited, rows)
+@pytest.mark.parametrize("shares", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (-0.1, 0.0), (0.0, -0.1), (500, 0)])
+def test_an_encoder_that_would_never_be_trained_is_refused_before_any_work(folder, tmp_path, shares):
+    brain = make_brain(tmp_path / "run", folder, freeze=False)
+    hparams = {"test_only": False, "speech_encoder": brain.encoder, "seed": 3}
+    schedule = dict(zip(("encoder_rest", "encoder_warmup"), shares, strict=True))
+    with pytest.raises(InputError, match=f"are shares of all updates, together below 1, not {float(shares[0])} and"):
+        LoudnessBrain.check_run(brain.checkpointer, {**hparams, **schedule})
+    with pytest.raises(InputError, match="valid_interval"):
+        LoudnessBrain.check_run(brain.checkpointer, {**hparams, "valid_interval": 0})
+
+
+def test_shares_of_a_run_may_not_move_by_more_epochs(rows, folder, tmp_path):
+    settings = [
+        LoudnessBrain.composed_settings_of({"number_of_epochs": 2, **more}) for more in ({}, {"encoder_rest": 0.1})
+    ]
+    assert settings == [{}, {"number_of_epochs": 2}]
+
+
+@pytest.mark.parametrize("epochs", [4, 5])
+def test_validated_every_other_epoch_and_at_the_end(rows, folder, tmp_path, epochs):
+    schedule = {"epochs": epochs, "freeze": False, "valid_interval": 2, "mix_annealing": LinearScheduler(1e-1, 1e-2, 5)}
+    brain = fit(make_brain(tmp_path / "run", folder, **schedule), rows)
+    lines = logged(tmp_path / "run")
+    assert [("valid" in line) for line in lines] == [False, True, False, True, True][:epochs]
+    assert all("train loss" in line for line in lines) and len(brain.layer_weights) == epochs
+    rates = [float(re.search(r"mix_rate: (\S+?),", line)[1]) for line in lines]
+    assert rates == pytest.approx(
+        [0.1 - 0.09 * n / 4 for n in range(epochs)], rel=0.01
+    )  # by the epoch, validated or not
+    brain.test(loaders(rows)[1])
+    assert brain.records()["epochs"] == epochs and brain.records()["best_epoch"] in {2, 4, epochs}
+    # stopped within an epoch after one that was not validated
+    broken = make_brain(tmp_path / "broken", folder, **schedule)
+    updates = brain.optimizer_step // epochs
+    broken.__class__, broken.signals = Stopping, {"batch": updates + 2, "number": signal.SIGTERM}
+    with pytest.raises(StoppedError):
+        fit(broken, rows)
+    resumed = fit(make_brain(tmp_path / "broken", folder, **schedule), rows)
+    assert same(resumed, brain, tmp_path / "broken", tmp_path / "run")
 
 
 def test_a_head_is_not_set_on_another_architecture_with_the_same_weights(rows, folder, tmp_path):

@@ -11,12 +11,15 @@ import soundfile
 import torch
 
 from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, cache_features, open_cache
+from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
 from speechbrain_bestrq.metrics import Interval
 from speechbrain_bestrq.results import compare_runs, interval, read_results, write_errors, write_results
 from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.task_encoders import TaskEncoder
+from speechbrain_bestrq.transformer import TransformerEncoder
 
 
 @pytest.fixture
@@ -72,6 +75,19 @@ def test_a_random_encoder_is_a_function_of_the_seed_and_no_trained_one(folder):
         states.append(digest(TaskEncoder(f"random:{folder}").state_dict()))
     assert states[0] == states[1] != states[2]
     assert digest(TaskEncoder(folder).state_dict()) not in states
+
+
+def test_a_pre_trained_front_end_with_weights_rests_and_an_untrained_one_and_a_subsampling_do_not(folder, tmp_path):
+    torch.manual_seed(1)
+    layers = TransformerEncoder(16, num_layers=1, num_heads=2, d_ffn=32, position_groups=2)
+    whole = SpeechEncoder(ConvFeatureExtractor((8,) * 7), FeatureProjection(8, 16), layers)
+    convolutional = save_encoder(whole, tmp_path / "wav2vec2", "# Card")
+    for source, rests in ((convolutional, True), (f"random:{convolutional}", False), (folder, False)):
+        encoder = TaskEncoder(source, freeze=False)
+        hidden, _ = encoder(0.1 * torch.randn(1, 16000))
+        hidden[-1].square().sum().backward()
+        without = {name.split(".")[2] for name, weight in encoder.named_parameters() if weight.grad is None}
+        assert (without == {"frontend"}) == rests and (rests or not without)
 
 
 def test_frames_are_repeated_for_tasks_that_need_more_of_them(folder):
