@@ -81,11 +81,12 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
             findings.row(text.partition(":")[0], text[:200])
 
     base: dict[str, float] = {}
-    longest, alone = 0.0, 1  # seconds of a contender, and contenders where none is chosen
+    longest = {True: 0.0, False: 0.0}  # seconds of a contender, compiled or eager
+    alone = 1  # contenders where none is chosen
     for stage in stages:
         started = time.monotonic()
-        contenders = 1 if "--only" in stage else alone
-        if ends - started < STAGE_SHARE * longest * contenders:
+        is_compiled = "--compile" in stage
+        if ends - started < STAGE_SHARE * longest[is_compiled] * (1 if is_compiled else alone):
             findings.row(" ".join(stage), "left out: the time is over")
             continue
         arguments = pretrain_step.parse(step_words(settings, *stage))
@@ -111,7 +112,7 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
                 f"{one.speed:.1f} audio-s/s{ratio}, {reached:.0%} of a matrix product{_memory(one)}{_idle(one)}",
             )
         alone = max(alone, len(found))
-        longest = max(longest, (time.monotonic() - started) / max(len(found), 1))
+        longest[is_compiled] = max(longest[is_compiled], (time.monotonic() - started) / max(len(found), 1))
 
 
 def _memory(one: pretrain_step.Measurement) -> str:

@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ class TaskBrain(sb.Brain):
         self.device_seconds = 0.0  # of both, of all devices; a run may go on on another number of them
         self.layer_weights: list[list[float]] = []
         self.encoder_schedule = EncoderSchedule()
+        self.encoder_updates = 0  # those that trained the encoder
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
         self.settings, self.composed_settings = self.settings_of(hparams), self.composed_settings_of(hparams)
         if self.optimizer_step_limit is not None:
@@ -168,6 +170,8 @@ class TaskBrain(sb.Brain):
         annealings = [value for name, value in hparams.items() if name.endswith("_annealing")]
         by_epoch = not all(isinstance(one, NewBobScheduler) for one in annealings)
         by_share = hparams.get("encoder_rest") or hparams.get("encoder_warmup")
+        # the last epoch is validated whatever its number: what anneals by a metric sees one more
+        by_share = by_share or int(hparams.get("valid_interval", 1)) > 1
         if (by_epoch or by_share) and "number_of_epochs" in hparams:
             composed["number_of_epochs"] = hparams["number_of_epochs"]
         return plain_values(composed)
@@ -207,7 +211,8 @@ class TaskBrain(sb.Brain):
         encoder: TaskEncoder = hparams["speech_encoder"]
         progress = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
         settings = cls.settings_of(hparams), cls.composed_settings_of(hparams)
-        check_progress(progress, newest.path, *settings, encoder.identity(), encoder.source, cls.free_settings)
+        known = encoder.identity(), encoder.source, cls.free_settings
+        check_progress(progress, newest.path, *settings, *known, goes_on=not hparams["test_only"])
 
     # ---------------------------------------------------------------- computing
 
@@ -272,6 +277,7 @@ class TaskBrain(sb.Brain):
 
     def optimizers_step(self) -> None:
         """Update the weights, the encoder's at the part of its rate that its schedule says."""
+        self.encoder_updates += self._encoder_is_trained()
         with self.encoder_schedule.applied(self.optimizers_dict.get("encoder"), self.optimizer_step):
             super().optimizers_step()
 
@@ -412,6 +418,9 @@ class TaskBrain(sb.Brain):
             super()._fit_valid(valid_set, epoch, enable)
         else:
             self._log_epoch(epoch, {})
+            if self.checkpointer is not None:  # beside the best of those that were validated
+                self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, min_keys=[self.metric])
+            self._stop_if_asked(saved=True)
 
     def _epochs_left(self, epoch_counter: Any) -> Iterator[int]:
         """The epochs; none where a checkpoint, which is loaded by then, is of the last update at the end of one."""
@@ -456,6 +465,7 @@ class TaskBrain(sb.Brain):
             self._book("train", elapsed)
             self._check_losses()
             self._train_loss = float(self._shown_loss)
+            self._stage = sb.Stage.VALID  # a checkpoint from here on is of the epoch's end, validated or not
             return
         # one answer for all ranks: rates that part would let the weights part
         metrics = ddp_broadcast({"loss": float(stage_loss), **self.stage_metrics(stage)}, src=0)
@@ -495,7 +505,8 @@ class TaskBrain(sb.Brain):
                 "layer_weights": self.layer_weights,
                 "epochs": self.hparams.epoch_counter.current - (self._stage == sb.Stage.TRAIN),
                 "updates": self.optimizer_step,
-                "encoder_updates": self._encoder_updates(),
+                "encoder_updates": self.encoder_updates,
+                "updates_of_schedule": self.encoder_schedule.updates,
                 "settings": self.settings,
                 "composed_settings": self.composed_settings,
                 **self._begun_with,
@@ -503,28 +514,28 @@ class TaskBrain(sb.Brain):
             }
             Path(path).write_text(json.dumps(progress), encoding="utf-8")
 
-    def _encoder_updates(self) -> int:
-        """Those that trained the encoder."""
-        return 0 if self.encoder.freeze else max(self.optimizer_step - self.encoder_schedule.start, 0)
-
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         progress = json.loads(Path(path).read_text(encoding="utf-8"))
         settings = self.settings, self.composed_settings
+        goes_on = self._trains_on is not None  # a test takes the weights alone
         check_progress(
-            progress, Path(path).parent, *settings, self._begun_with, self.encoder.source, self.free_settings
+            progress, Path(path).parent, *settings, self._begun_with, self.encoder.source, self.free_settings, goes_on
         )
         if self._trains_on is not None and progress["trains_on"] != self._trains_on:
             raise InputError(
                 f"the checkpoint in {Path(path).parent} was trained on other utterances or labels: give another "
                 "--output_folder."
             )
-        goes_on = self._trains_on is not None  # a test takes the weights alone
         if goes_on and progress["step"] and progress["world_size"] != self.world_size:
             raise InputError(
                 f"the checkpoint in {Path(path).parent} was saved amid an epoch on {progress['world_size']} devices: "
                 f"go on with as many, or give another --output_folder."
             )
         self.seconds, self.layer_weights = progress["seconds"], progress["layer_weights"]
+        self.encoder_updates = progress.get("encoder_updates", 0)
+        # on another number of devices an epoch has other updates: the rest is over when it was to be
+        updates = progress.get("updates_of_schedule", self.encoder_schedule.updates)
+        self.encoder_schedule = replace(self.encoder_schedule, updates=updates)
         before = sum(self.seconds.values()) * progress["world_size"]  # of an older run
         self.device_seconds = progress.get("device_seconds", before)
         self._sums_before = progress.get("train_sums", [0.0] * 3)
@@ -574,13 +585,18 @@ class TaskBrain(sb.Brain):
         Returns
         -------
         dict
-            Plain JSON values. "device_hours" are those of training and validation; the machine that is named is
-            the last that trained, and so is the command; "tested_on" says on which other one the tests were made,
-            if that is so, and "test_command" by which, if they were made later.
+            Plain JSON values. "encoder_updates" are those that trained the encoder which was tested;
+            "device_hours" those of training and validation; the machine that is named is the last that trained, and so
+            is the command; "tested_on" says on which other one the tests were made, if that is so, and "test_command"
+            by which, if they were made later.
         """
         best = self.checkpointer.find_checkpoint(min_key=self.metric)
         newest = self.checkpointer.find_checkpoint()
-        trained = json.loads(Path(newest.paramfiles["progress"]).read_text(encoding="utf-8"))
+        trained, tested = (
+            json.loads(Path(one.paramfiles["progress"]).read_text(encoding="utf-8")) for one in (newest, best)
+        )
+        if not self.encoder.freeze and tested.get("encoder_updates") == 0:
+            logger.warning("the best checkpoint is of epoch %d: its encoder has not been trained.", best.meta["epoch"])
         here = machine(self.device)
         there = trained.get("machine", here)
         return {
@@ -593,7 +609,7 @@ class TaskBrain(sb.Brain):
             "settings": self.settings,
             "epochs": trained["epochs"],
             "updates": trained["updates"],
-            "encoder_updates": trained.get("encoder_updates", 0 if self.encoder.freeze else None),
+            "encoder_updates": tested.get("encoder_updates", 0 if self.encoder.freeze else None),
             "best_epoch": best.meta["epoch"],
             "validation": {name: best.meta[name] for name in best.meta.keys() & {"loss", *self.test_metrics}},
             "trained_parameters": self.trained_parameters,

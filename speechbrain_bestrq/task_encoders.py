@@ -1,6 +1,7 @@
 """What a downstream task listens with: an encoder, pre-trained or not, or filter banks, under one interface."""
 
 import json
+import logging
 import os
 from typing import Any
 
@@ -14,6 +15,8 @@ from speechbrain_bestrq.pretrained import RANDOM_PREFIX, PretrainedEncoder
 from speechbrain_bestrq.resuming import digest, text_digest
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.sources import find_encoder
+
+logger = logging.getLogger(__name__)
 
 #: The source that is no encoder: log mel features.
 FILTERBANK = "fbank"
@@ -117,7 +120,11 @@ class TaskEncoder(nn.Module):
             self.num_states = 1
         else:
             self.freeze = freeze
+            masks = options.pop("apply_spec_augment", False)
             self.encoder = PretrainedEncoder(source, save_path, freeze=freeze, output_all_hiddens=all_states, **options)
+            self.encoder.apply_spec_augment = masks and hasattr(self.encoder.model.frontend, "num_mels")
+            if masks and not self.encoder.apply_spec_augment:
+                logger.warning("%s takes no mel features: nothing of its input is masked.", self.source)
             own_rate = self.encoder.model.frontend.sample_rate
             if own_rate != sample_rate:
                 raise InputError(

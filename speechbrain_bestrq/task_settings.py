@@ -52,6 +52,7 @@ def check_progress(
     encoder: dict[str, str],
     source: str,
     free: Set[str],
+    goes_on: bool = True,
 ) -> None:
     """Refuse a checkpoint of other settings, but for the free ones, or of another encoder.
 
@@ -69,6 +70,8 @@ def check_progress(
         Of the encoder, for the message.
     free : set of str
         Settings that may change.
+    goes_on : bool
+        Whether it is to be trained further. For a test a setting that there is no more does not count.
 
     Raises
     ------
@@ -96,6 +99,13 @@ def check_progress(
     for before, now, missing in ((plain, settings, False), (composed, composed_settings, None)):
         for name in sorted(before.keys() | now.keys()):
             there, here = before.get(name, missing if name in now else None), now.get(name)
+            if before is plain and name not in now:
+                if not goes_on:
+                    continue
+                raise InputError(
+                    f"the checkpoint in {folder} was trained with {name} {there!r}, a setting that this YAML does not "
+                    "have: give another --output_folder, or go on with the version that began it."
+                )
             if there != here:
                 raise InputError(
                     f"the checkpoint in {folder} was trained with {name} {there!r}, not {here!r}: {advice} setting."

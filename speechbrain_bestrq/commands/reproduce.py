@@ -22,7 +22,7 @@ _CORPORA = ("librispeech", "voxceleb", "iemocap", "slurp")
 
 
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    known = "demo, small, three_seeds, long_seeds, paper, or a YAML file like them"
+    known = "demo, small, three_seeds, long_seeds, fine_tuned, paper, or a YAML file like them"
     parser.add_argument("--preset", required=True, help=known)
     parser.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(reproduction/<preset>)")
     _add_arguments_of_a_run(parser)

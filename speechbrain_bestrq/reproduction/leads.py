@@ -3,10 +3,11 @@
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from speechbrain_bestrq.metrics import difference_over_seeds, paired_difference_over_seeds
 from speechbrain_bestrq.reproduction.document import Block, Grid, Items, Paragraph, Text
-from speechbrain_bestrq.reproduction.plan import FROZEN
+from speechbrain_bestrq.reproduction.plan import ALL_LABELS, FEW_LABELS, FINE_TUNED, FROZEN, UNTRAINED
 from speechbrain_bestrq.reproduction.tables import (
     Cell,
     Runs,
@@ -181,7 +182,8 @@ def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
         opening = Paragraph(words if has_untrained else "Not asked: this preset has no untrained encoder.")
     else:
         words = "The untrained encoder is that of BEST-RQ with random weights, others for each seed"
-        words += "; fine-tuned it is trained from scratch." if found.preset.get("fine_tune_untrained") else "."
+        words += "; fine-tuned it is trained from scratch" if found.preset.get("fine_tune_untrained") else ""
+        words += f", with {own} instead." if (own := _own_options(found.preset)) else "."
         opening = Paragraph(words)
     return [opening, *blocks, *beside, *([Paragraph(_legend(tables))] if blocks or beside else [])]
 
@@ -211,6 +213,16 @@ def _beside_wav2vec2(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
     if not found.preset.get("pretrain_each_seed"):
         words += " There is one pre-training of each: of others this says nothing."
     return [Paragraph(words), *blocks]
+
+
+def _own_options(preset: Mapping[str, Any]) -> str:
+    """What training from scratch has of its own, by task."""
+    told = []
+    for labels in (ALL_LABELS, FEW_LABELS):
+        for task, kinds in (preset.get(labels) or {}).items():
+            if own := (kinds.get(FINE_TUNED) or {}).get(UNTRAINED):
+                told.append(f"{', '.join(f'{key} {value}' for key, value in own.items())} ({task})")
+    return "; ".join(dict.fromkeys(told))
 
 
 def _legend(tables: Mapping[str, Table]) -> str:

@@ -116,7 +116,11 @@ def read_preset(name: str) -> dict[str, Any]:
     if preset.get("fine_tune_untrained") and "random" not in preset["baselines"]:
         raise InputError(f"{path}: fine_tune_untrained needs random among the baselines.")
     for labels in (ALL_LABELS, FEW_LABELS):
-        _check_tasks(path, labels, preset.get(labels) or {})
+        tasks = preset.get(labels) or {}
+        _check_tasks(path, labels, tasks)
+        kinds = [settings or {} for kinds in tasks.values() for settings in kinds.values()]
+        if any(UNTRAINED in settings for settings in kinds) and not preset.get("fine_tune_untrained"):
+            raise InputError(f"{path}: {UNTRAINED} needs fine_tune_untrained: True.")
     return preset
 
 
@@ -154,9 +158,11 @@ def _check_tasks(path: Path, labels: str, tasks: Any) -> None:
             if settings is None:
                 continue
             _check_settings(path, f"{task}'s {kind}", settings)
+            few = TASKS[task].few_option
             if UNTRAINED in settings and (kind == FROZEN or not isinstance(settings[UNTRAINED], dict)):
                 raise InputError(f"{path}: {task}: {UNTRAINED} is a mapping of options, in {FINE_TUNED}.")
-            few = TASKS[task].few_option
+            if others := settings.get(UNTRAINED, {}).keys() & {few, "label_seed", "seed"}:
+                raise InputError(f"{path}: {task}: {UNTRAINED} learns from the same labels: leave {min(others)} out.")
             if labels == FEW_LABELS and settings["options"].get(few) is None:
                 raise InputError(f"{path}: {labels}: {task}'s {kind} does not say how few: give {few} in its options.")
 

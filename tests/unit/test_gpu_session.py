@@ -124,7 +124,7 @@ def test_a_compiled_layer_is_compared_with_the_eager_one(load, toys, monkeypatch
         models = {}
         checks.equality(settings, findings, 60)
         assert not models  # a rehearsal has no compiler
-        checks.equality(checks.Settings("cpu", False, settings.output, settings.work), findings, 60)
+        checks.equality(checks.Settings("cpu", False, settings.output, settings.work), findings, 600)
     for name, backend in (("bestrq", "eager"), ("wav2vec2", wrong)):
         torch._dynamo.reset()
         checks.compare_compiled(name, models[name], settings, findings, backend)
@@ -164,6 +164,7 @@ def test_labels_of_other_features_are_found(load, toys, monkeypatch):
         return frames(model, wavs) * (1.01 if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(checks, "_frames", off)
+    monkeypatch.setattr(checks, "compare_padded", lambda *arguments: None)
     monkeypatch.setattr(checks, "compare_losses", lambda *arguments: None)
     checks.equality(settings, findings, 60)
     assert len(calls) == 2 and rows(findings) == {"labels as on a CPU": False}

@@ -37,6 +37,18 @@ from speechbrain_bestrq.reproduction.plan import PRESETS, make_plan, read_preset
             "asr: untrained is a mapping of options, in fine-tuned",
         ),
         (
+            {
+                "tasks": {
+                    "asr": {"fine-tuned": {"yaml": "bestrq_finetune", "options": {}, "untrained": {"label_seed": 1}}}
+                }
+            },
+            "asr: untrained learns from the same labels: leave label_seed out",
+        ),
+        (
+            {"tasks": {"asr": {"fine-tuned": {"yaml": "bestrq_finetune", "options": {}, "untrained": {}}}}},
+            "untrained needs fine_tune_untrained: True",
+        ),
+        (
             {"tasks": {"asr": {"fine-tuned": {"yaml": "bestrq_finetune", "options": {}, "untrained": 1}}}},
             "asr: untrained is a mapping of options, in fine-tuned",
         ),
@@ -64,7 +76,7 @@ def test_presets_that_would_fail_later_are_refused(tmp_path, change, said):
 
 
 def test_presets_that_are_none_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no preset 'large': give one of demo, long_seeds, paper, small, three_seeds"):
+    with pytest.raises(InputError, match="no preset 'large': give one of demo, fine_tuned, long_seeds, paper, small, three_seeds"):
         read_preset("large")
     path = tmp_path / "own.yaml"
     path.write_text("seeds: [1]\n")

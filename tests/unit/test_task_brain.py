@@ -196,7 +196,7 @@ def test_a_fine_tuned_encoder_changes_and_is_in_the_checkpoint(rows, folder, tmp
     assert all((path / "encoder.ckpt").exists() for path in (tmp_path / "run" / "save").iterdir())
 
 
-def test_the_encoder_rests_until_its_first_update(rows, folder, tmp_path):
+def test_the_encoder_rests_until_its_first_update(rows, folder, tmp_path, caplog):
     brain = make_brain(tmp_path / "run", folder, epochs=1, freeze=False)
     before = copied(brain.encoder)
     fit(brain, rows)
@@ -213,9 +213,39 @@ def test_the_encoder_rests_until_its_first_update(rows, folder, tmp_path):
     again.test(loaders(rows)[1])
     records = again.records()
     assert (records["updates"], records["encoder_updates"]) == (2 * brain.optimizer_step, brain.optimizer_step)
+
+    class Falling(LoudnessBrain):
+        """Its first epoch, in which the encoder rests, stays the best."""
+
+        def stage_metrics(self, stage):
+            """Error that grows."""
+            return {"error": float(self.epoch)}
+
+    worse = make_brain(tmp_path / "worse", folder, epochs=2, freeze=False, encoder_rest=0.5)
+    worse.__class__ = Falling
+    fit(worse, rows).test(loaders(rows)[1])
+    assert worse.encoder_updates == brain.optimizer_step and worse.records()["encoder_updates"] == 0
+    assert "the best checkpoint is of epoch 1: its encoder has not been trained." in caplog.text
     frozen = fit(make_brain(tmp_path / "frozen", folder, epochs=1), rows)
     frozen.test(loaders(rows)[1])
     assert frozen.records()["encoder_updates"] == 0
+
+
+def test_the_rest_is_as_long_as_it_was_to_be_where_an_epoch_has_other_updates_than_before(rows, folder, tmp_path):
+    """As on another number of devices."""
+    schedule = {"epochs": 4, "freeze": False, "encoder_rest": 0.5}
+    broken = make_brain(tmp_path, folder, **schedule)
+    broken.__class__, broken.signals = Stopping, {"validation": 1, "number": signal.SIGTERM}
+    with pytest.raises(StoppedError):
+        fit(broken, rows)
+    start = broken.encoder_schedule.start
+    assert start == 2 * broken.optimizer_step
+    resumed = make_brain(tmp_path, folder, **schedule)
+    training, validation = loaders(rows)
+    smaller = TaskBatchSampler([row["duration"] for row in rows.values()], 2.0, True)
+    resumed.fit(resumed.hparams.epoch_counter, make_task_loader(training.dataset, smaller), validation)
+    assert resumed.optimizer_step > 4 * broken.optimizer_step and resumed.encoder_schedule.start == start
+    assert resumed.encoder_updates == resumed.optimizer_step - start
 
 
 def test_the_encoder_s_rate_rises_and_what_anneals_it_knows_the_full_one(rows, folder, tmp_path):
@@ -346,6 +376,7 @@ def test_a_run_stopped_after_an_epoch_goes_on_as_if_unbroken(rows, folder, tmp_p
 @pytest.mark.parametrize("when", [{"batch": 2}, {"batch": 8}, {"validation": 1}, {"validation": 3}])
 def test_a_signal_ends_it_in_order_and_it_goes_on_as_if_unbroken(rows, folder, tmp_path, freeze, accumulation, when):
     schedule = {"freeze": freeze, "epochs": 3, "run_opts": {"grad_accumulation_factor": accumulation}}
+    schedule |= {"encoder_rest": 0.3, "encoder_warmup": 0.4}
     unbroken = fit(make_brain(tmp_path / "unbroken", folder, **schedule), rows)
     assert unbroken.optimizer_step >= 6  # in more batches than updates, if they are accumulated
     broken = make_brain(tmp_path / "broken", folder, **schedule)
@@ -509,16 +540,19 @@ def test_an_encoder_that_would_never_be_trained_is_refused_before_any_work(folde
 
 
 def test_shares_of_a_run_may_not_move_by_more_epochs(rows, folder, tmp_path):
-    settings = [
-        LoudnessBrain.composed_settings_of({"number_of_epochs": 2, **more}) for more in ({}, {"encoder_rest": 0.1})
-    ]
-    assert settings == [{}, {"number_of_epochs": 2}]
+    cases = ({}, {"encoder_rest": 0.1}, {"encoder_warmup": 0.1}, {"valid_interval": 2})
+    settings = [LoudnessBrain.composed_settings_of({"number_of_epochs": 2, **more}) for more in cases]
+    assert settings == [{}, *[{"number_of_epochs": 2}] * 3]
 
 
 @pytest.mark.parametrize("epochs", [4, 5])
 def test_validated_every_other_epoch_and_at_the_end(rows, folder, tmp_path, epochs):
-    schedule = {"epochs": epochs, "freeze": False, "valid_interval": 2, "mix_annealing": LinearScheduler(1e-1, 1e-2, 5)}
-    brain = fit(make_brain(tmp_path / "run", folder, **schedule), rows)
+
+    def schedule():
+        annealing = {"mix_annealing": LinearScheduler(1e-1, 1e-2, 5), "head_annealing": NewBobScheduler(1e-2, 0.5, 2.0)}
+        return {"epochs": epochs, "freeze": False, "valid_interval": 2, **annealing}
+
+    brain = fit(make_brain(tmp_path / "run", folder, **schedule()), rows)
     lines = logged(tmp_path / "run")
     assert [("valid" in line) for line in lines] == [False, True, False, True, True][:epochs]
     assert all("train loss" in line for line in lines) and len(brain.layer_weights) == epochs
@@ -528,14 +562,38 @@ def test_validated_every_other_epoch_and_at_the_end(rows, folder, tmp_path, epoc
     )  # by the epoch, validated or not
     brain.test(loaders(rows)[1])
     assert brain.records()["epochs"] == epochs and brain.records()["best_epoch"] in {2, 4, epochs}
+    rates = [float(re.search(r"head_rate: (\S+?),", line)[1]) for line in lines]
+    assert rates[1] == rates[0] == 1e-2 and rates[3] == rates[2]  # by a metric, which an epoch in two has
     # stopped within an epoch after one that was not validated
-    broken = make_brain(tmp_path / "broken", folder, **schedule)
+    broken = make_brain(tmp_path / "broken", folder, **schedule())
     updates = brain.optimizer_step // epochs
     broken.__class__, broken.signals = Stopping, {"batch": updates + 2, "number": signal.SIGTERM}
     with pytest.raises(StoppedError):
         fit(broken, rows)
-    resumed = fit(make_brain(tmp_path / "broken", folder, **schedule), rows)
+    resumed = fit(make_brain(tmp_path / "broken", folder, **schedule()), rows)
     assert same(resumed, brain, tmp_path / "broken", tmp_path / "run")
+
+
+def test_killed_it_goes_on_from_an_epoch_that_was_not_validated(rows, folder, tmp_path):
+    class Dying(LoudnessBrain):
+        """Ends without a word in the fourth epoch."""
+
+        def fit_batch(self, batch):
+            """Until then as usual."""
+            if self.epoch == 4:
+                raise MemoryError
+            return super().fit_batch(batch)
+
+    schedule = {"epochs": 5, "freeze": False, "valid_interval": 2, "encoder_rest": 0.3, "encoder_warmup": 0.3}
+    unbroken = fit(make_brain(tmp_path / "unbroken", folder, **schedule), rows)
+    killed = make_brain(tmp_path / "killed", folder, **schedule)
+    killed.__class__ = Dying
+    with pytest.raises(MemoryError):
+        fit(killed, rows)
+    kept = [json.loads((path / "progress.ckpt").read_text())["epochs"] for path in (tmp_path / "killed/save").iterdir()]
+    assert sorted(kept) == [2, 3]  # the best of those that were validated, and the last
+    resumed = fit(make_brain(tmp_path / "killed", folder, **schedule), rows)
+    assert same(resumed, unbroken, tmp_path / "killed", tmp_path / "unbroken")
 
 
 def test_a_head_is_not_set_on_another_architecture_with_the_same_weights(rows, folder, tmp_path):
@@ -785,5 +843,6 @@ def test_a_switch_that_an_older_run_did_not_have_was_off():
     check_progress(progress, "save", {"seed": 1, "utterance_norm": False}, {}, {"encoder": "e"}, "source", set())
     with pytest.raises(InputError, match="trained with utterance_norm False, not True"):
         check_progress(progress, "save", {"seed": 1, "utterance_norm": True}, {}, {"encoder": "e"}, "source", set())
-    with pytest.raises(InputError, match="trained with seed 1, not None"):
+    with pytest.raises(InputError, match="trained with seed 1, a setting that this YAML does not have"):
         check_progress(progress, "save", {}, {}, {"encoder": "e"}, "source", set())
+    check_progress(progress, "save", {}, {}, {"encoder": "e"}, "source", set(), goes_on=False)  # a test of it

@@ -90,6 +90,18 @@ def test_a_pre_trained_front_end_with_weights_rests_and_an_untrained_one_and_a_s
         assert (without == {"frontend"}) == rests and (rests or not without)
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_parts_of_mel_features_are_masked_and_what_has_none_is_told(folder, tmp_path, caplog, masks):
+    layers = TransformerEncoder(16, num_layers=1, num_heads=2, d_ffn=32, position_groups=2)
+    whole = SpeechEncoder(ConvFeatureExtractor((8,) * 7), FeatureProjection(8, 16), layers)
+    convolutional = save_encoder(whole, tmp_path / "wav2vec2", "# Card")
+    for source, masked in ((folder, masks), (convolutional, False)):
+        caplog.clear()
+        encoder = TaskEncoder(source, freeze=False, apply_spec_augment=masks).train()
+        assert encoder.encoder.apply_spec_augment == masked
+        assert ("takes no mel features: nothing of its input is masked" in caplog.text) == (masks and not masked)
+
+
 def test_frames_are_repeated_for_tasks_that_need_more_of_them(folder):
     encoder = TaskEncoder(folder, output_rate=50)
     hidden, frames = encoder(torch.randn(2, 16000), torch.tensor([1.0, 0.5]))
