@@ -14,7 +14,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.masking import MaskedFrames
 from speechbrain_bestrq.pcm_cache import PcmCache
 from speechbrain_bestrq.seeding import derive_seed, derived_generator
-from speechbrain_bestrq.stopping import leave_stopping_to_parent
+from speechbrain_bestrq.workers import start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ def make_loader(
         pin_memory=pin_memory,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_stopping_to_parent,
+        worker_init_fn=start_worker,
         multiprocessing_context="fork" if num_workers else None,  # Python's default since 3.14 would pickle the model
         generator=torch.Generator(),
     )

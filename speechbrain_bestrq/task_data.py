@@ -15,7 +15,7 @@ from torch import Tensor
 from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.seeding import derive_seed, derived_generator
-from speechbrain_bestrq.stopping import leave_stopping_to_parent
+from speechbrain_bestrq.workers import start_worker
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -230,7 +230,7 @@ def make_task_loader(
         collate_fn=PaddedBatch,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_stopping_to_parent,
+        worker_init_fn=start_worker,
         multiprocessing_context="fork" if num_workers else None,  # Python's default since 3.14 would pickle all of it
         generator=torch.Generator(),
     )

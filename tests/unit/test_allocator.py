@@ -70,3 +70,39 @@ def test_the_benchmark_takes_updates_both_ways_in_turns():
     cells = [cell.strip() for cell in printed.splitlines()[-1].split("|")[1:-1]]
     assert cells[0] == "wav2vec2_small" and float(cells[1]) > 0 and float(cells[2]) > 0
     assert int(cells[4]) > 10 * max(int(cells[5]), 10)
+
+
+LOADERS = {
+    "pre-training": "make_loader(Reader(), [[0]] * 50, num_workers=1)",
+    "a task": "make_task_loader(Reader(), [[0]] * 50, num_workers=1)",
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+def test_a_process_that_loads_data_does_not_keep_a_copy_of_what_the_parent_gave_back(loader):
+    code = f"""
+from speechbrain_bestrq.allocator import keep_freed_memory
+from speechbrain_bestrq.pretraining_data import make_loader
+from speechbrain_bestrq.task_data import make_task_loader
+
+class Reader(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return {{"id": "a"}}
+
+def megabytes():
+    held = [torch.ones(30 * 2**18) for _ in range(20)]
+    process = worker._workers[0].pid if worker is not None else "self"
+    rows = open(f"/proc/{{process}}/smaps_rollup").read().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith(("Private_Dirty:", "Shared_Dirty:"))) // 1024
+
+worker = None
+keep_freed_memory()
+megabytes()
+print(megabytes())
+worker = iter({loader})
+next(worker)
+megabytes()
+print(megabytes())
+"""
+    parent, worker = map(int, run(code))
+    assert parent - worker > 500  # of the 600 that were given back

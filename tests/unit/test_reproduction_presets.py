@@ -76,7 +76,9 @@ def test_presets_that_would_fail_later_are_refused(tmp_path, change, said):
 
 
 def test_presets_that_are_none_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no preset 'large': give one of demo, fine_tuned, long_seeds, paper, small, three_seeds"):
+    with pytest.raises(
+        InputError, match="no preset 'large': give one of demo, fine_tuned, long_seeds, paper, small, three_seeds"
+    ):
         read_preset("large")
     path = tmp_path / "own.yaml"
     path.write_text("seeds: [1]\n")
