@@ -8,21 +8,23 @@ import torch
 
 from speechbrain_bestrq.errors import InputError
 
+#: What a share of a run may be off by rounding.
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class EncoderSchedule:
     """An encoder that rests while a new head finds its way, and then begins gently.
 
-    Shares and no numbers of updates, which would be most of a run with few labels and nothing of a long one.
+    Shares and no numbers of updates: these would be most of a run with few labels and nothing of a long one, and on
+    another number of devices an epoch has others.
 
     Arguments
     ---------
     rest : float
-        Share of all updates in which the encoder is not trained.
+        Share of the run in which the encoder is not trained.
     warmup : float
-        Share of all updates, after these, over which its rate rises to what it is to be.
-    updates : int
-        Of the run.
+        Share of the run, after that, over which its rate rises to what it is to be.
 
     Raises
     ------
@@ -31,14 +33,13 @@ class EncoderSchedule:
 
     Example
     -------
-    >>> schedule = EncoderSchedule(rest=0.1, warmup=0.2, updates=50)
-    >>> schedule.start, [round(schedule.share(update), 2) for update in (4, 5, 9, 14, 49)]
-    (5, [0.0, 0.1, 0.5, 1.0, 1.0])
+    >>> schedule = EncoderSchedule(rest=0.1, warmup=0.2)
+    >>> [round(schedule.share(update / 50, 1 / 50), 2) for update in (4, 5, 9, 14, 49)]
+    [0.0, 0.1, 0.5, 1.0, 1.0]
     """
 
     rest: float = 0.0
     warmup: float = 0.0
-    updates: int = 0
 
     def __post_init__(self) -> None:
         if not (0 <= self.rest < 1 and 0 <= self.warmup < 1 and self.rest + self.warmup < 1):
@@ -47,49 +48,57 @@ class EncoderSchedule:
                 f"{self.warmup}."
             )
 
-    @property
-    def start(self) -> int:
-        """The first update that trains the encoder, from 0."""
-        return int(self.rest * self.updates)
-
-    def share(self, update: int) -> float:
+    def share(self, done: float, one: float) -> float:
         """Of its rate, with which the encoder is trained in an update.
 
         Arguments
         ---------
-        update : int
-            From 0.
+        done : float
+            Share of the run that is over before the update.
+        one : float
+            That of an update.
 
         Returns
         -------
         float
             0 where it rests.
         """
-        if update < self.start:
+        trained = done - self.rest
+        if trained < -ROUNDING:
             return 0.0
-        rising = int(self.warmup * self.updates)
-        return min((update - self.start + 1) / rising, 1.0) if rising else 1.0
+        return min((trained + one) / self.warmup, 1.0) if self.warmup else 1.0
 
-    @contextmanager
-    def applied(self, optimizer: torch.optim.Optimizer | None, update: int) -> Iterator[None]:
-        """Lower an optimiser's rates for an update; annealing and checkpoints know the full ones.
 
-        Arguments
-        ---------
-        optimizer : torch.optim.Optimizer or None
-            The encoder's; None if it has none.
-        update : int
-            From 0.
+@contextmanager
+def lowered(optimizer: torch.optim.Optimizer | None, share: float) -> Iterator[None]:
+    """Lower an optimiser's rates for an update; annealing and checkpoints know the full ones.
 
-        Yields
-        ------
-        None
-        """
-        rates = [group["lr"] for group in optimizer.param_groups] if optimizer is not None else []
-        for group, rate in zip(optimizer.param_groups if rates else (), rates, strict=True):
-            group["lr"] = rate * self.share(update)
-        try:
-            yield
-        finally:
-            for group, rate in zip(optimizer.param_groups if rates else (), rates, strict=True):
-                group["lr"] = rate
+    Arguments
+    ---------
+    optimizer : torch.optim.Optimizer or None
+        None has no rates.
+    share : float
+        Of its rates.
+
+    Yields
+    ------
+    None
+
+    Example
+    -------
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    >>> with lowered(optimizer, 0.1):
+    ...     print(optimizer.param_groups[0]["lr"])
+    0.05
+    >>> optimizer.param_groups[0]["lr"]
+    0.5
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate * share
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate

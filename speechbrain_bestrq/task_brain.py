@@ -5,7 +5,6 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from speechbrain_bestrq.accounting import LateReader
 from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
-from speechbrain_bestrq.encoder_schedule import EncoderSchedule
+from speechbrain_bestrq.encoder_schedule import EncoderSchedule, lowered
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.precision import full_precision
@@ -117,6 +116,7 @@ class TaskBrain(sb.Brain):
         self.layer_weights: list[list[float]] = []
         self.encoder_schedule = EncoderSchedule()
         self.encoder_updates = 0  # those that trained the encoder
+        self.epoch, self._last_epoch, self._epoch_updates, self._updates_limit = 1, 1, 1, None
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
         self.settings, self.composed_settings = self.settings_of(hparams), self.composed_settings_of(hparams)
         if self.optimizer_step_limit is not None:
@@ -258,7 +258,15 @@ class TaskBrain(sb.Brain):
         return wavs
 
     def _encoder_is_trained(self) -> bool:
-        return not self.encoder.freeze and self.encoder_schedule.share(self.optimizer_step) > 0
+        return not self.encoder.freeze and self._encoder_share() > 0
+
+    def _encoder_share(self) -> float:
+        """The part of its rate at which the encoder is trained in the update that the present batch belongs to."""
+        if self._updates_limit is not None:  # which ends the run
+            return self.encoder_schedule.share(self.optimizer_step / self._updates_limit, 1 / self._updates_limit)
+        update = max(self.step - 1, 0) // self.grad_accumulation_factor
+        run = self._last_epoch * self._epoch_updates
+        return self.encoder_schedule.share(((self.epoch - 1) * self._epoch_updates + update) / run, 1 / run)
 
     # ---------------------------------------------------------------- optimisers
 
@@ -278,7 +286,7 @@ class TaskBrain(sb.Brain):
     def optimizers_step(self) -> None:
         """Update the weights, the encoder's at the part of its rate that its schedule says."""
         self.encoder_updates += self._encoder_is_trained()
-        with self.encoder_schedule.applied(self.optimizers_dict.get("encoder"), self.optimizer_step):
+        with lowered(self.optimizers_dict.get("encoder"), self._encoder_share()):
             super().optimizers_step()
 
     def _annealing(self, part: str) -> Any:
@@ -291,7 +299,7 @@ class TaskBrain(sb.Brain):
             rates[f"{part}_rate"] = optimizer.param_groups[0]["lr"]
             annealing = self._annealing(part)
             # an encoder that is not trained yet is not to blame for a metric that stands still
-            if annealing is None or (part == "encoder" and not self._encoder_is_trained()):
+            if annealing is None or (part == "encoder" and not self.encoder_updates):
                 continue
             by_metric = isinstance(annealing, NewBobScheduler)
             if by_metric and value is None:
@@ -393,8 +401,9 @@ class TaskBrain(sb.Brain):
         """
         self.train_sampler = train_set.batch_sampler  # on one device too, each epoch has batches of its own
         self._trains_on = utterance_digest(train_set.dataset.data)
-        updates = epoch_counter.limit * (len(train_set) // self.grad_accumulation_factor)
-        updates = min(updates, self.optimizer_step_limit or updates)
+        self._last_epoch, self._epoch_updates = epoch_counter.limit, len(train_set) // self.grad_accumulation_factor
+        updates = self._last_epoch * self._epoch_updates
+        self._updates_limit = self.optimizer_step_limit if (self.optimizer_step_limit or updates) < updates else None
         if not updates:
             raise InputError(
                 f"an epoch has {len(train_set)} batches, and an update takes grad_accumulation_factor "
@@ -402,9 +411,8 @@ class TaskBrain(sb.Brain):
                 "lower one, smaller batches, or more epochs."
             )
         shares = (float(getattr(self.hparams, name, 0.0)) for name in ("encoder_rest", "encoder_warmup"))
-        self.encoder_schedule = EncoderSchedule(*shares, updates)
+        self.encoder_schedule = EncoderSchedule(*shares)
         self.valid_interval = whole_number("valid_interval", getattr(self.hparams, "valid_interval", 1))
-        self._last_epoch = epoch_counter.limit
         with self.requests:
             super().fit(self._epochs_left(epoch_counter), train_set, valid_set)
             self._stop_if_asked(saved=True)  # another rank was, in the last validation
@@ -506,7 +514,6 @@ class TaskBrain(sb.Brain):
                 "epochs": self.hparams.epoch_counter.current - (self._stage == sb.Stage.TRAIN),
                 "updates": self.optimizer_step,
                 "encoder_updates": self.encoder_updates,
-                "updates_of_schedule": self.encoder_schedule.updates,
                 "settings": self.settings,
                 "composed_settings": self.composed_settings,
                 **self._begun_with,
@@ -533,9 +540,6 @@ class TaskBrain(sb.Brain):
             )
         self.seconds, self.layer_weights = progress["seconds"], progress["layer_weights"]
         self.encoder_updates = progress.get("encoder_updates", 0)
-        # on another number of devices an epoch has other updates: the rest is over when it was to be
-        updates = progress.get("updates_of_schedule", self.encoder_schedule.updates)
-        self.encoder_schedule = replace(self.encoder_schedule, updates=updates)
         before = sum(self.seconds.values()) * progress["world_size"]  # of an older run
         self.device_seconds = progress.get("device_seconds", before)
         self._sums_before = progress.get("train_sums", [0.0] * 3)

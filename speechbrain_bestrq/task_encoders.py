@@ -204,11 +204,14 @@ class TaskEncoder(nn.Module):
         dict
             "source"; "method": "fbank", or the pre-training model, with "random" before it
             if its weights are; "parameters"; and, of a pre-trained encoder, what its folder says of
-            "corpus", "updates", "audio_hours" and "device_hours", None where it says nothing.
+            "corpus", "updates", "audio_hours" and "device_hours", None where it says nothing; of one that is trained
+            "masked", whether parts of its features are.
         """
         facts: dict[str, Any] = {"source": self.source, "parameters": sum(p.numel() for p in self.parameters())}
         if self.source == FILTERBANK:
             return facts | {"method": FILTERBANK}
+        if not self.freeze:
+            facts["masked"] = self.encoder.apply_spec_augment
         method = self._facts.get("model", type(self.encoder.model.encoder).__name__)
         if self.source.startswith(RANDOM_PREFIX):
             return facts | {"method": f"random {method}"}

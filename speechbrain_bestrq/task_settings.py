@@ -44,6 +44,10 @@ def plain_values(values: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+#: A setting that counts where the rates of each epoch depend on it.
+EPOCHS = "number_of_epochs"
+
+
 def check_progress(
     progress: dict[str, Any],
     folder: Path,
@@ -71,7 +75,7 @@ def check_progress(
     free : set of str
         Settings that may change.
     goes_on : bool
-        Whether it is to be trained further. For a test a setting that there is no more does not count.
+        Whether it is to be trained further. For a test a setting that there was not or is no more does not count.
 
     Raises
     ------
@@ -99,9 +103,11 @@ def check_progress(
     for before, now, missing in ((plain, settings, False), (composed, composed_settings, None)):
         for name in sorted(before.keys() | now.keys()):
             there, here = before.get(name, missing if name in now else None), now.get(name)
+            if not goes_on and not (name in before and name in now):
+                continue  # weights that do not fit do not load
+            if name == EPOCHS and name not in before:
+                continue  # the run's version had no need to keep it
             if before is plain and name not in now:
-                if not goes_on:
-                    continue
                 raise InputError(
                     f"the checkpoint in {folder} was trained with {name} {there!r}, a setting that this YAML does not "
                     "have: give another --output_folder, or go on with the version that began it."

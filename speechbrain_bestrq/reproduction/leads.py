@@ -221,8 +221,9 @@ def _own_options(preset: Mapping[str, Any]) -> str:
     for labels in (ALL_LABELS, FEW_LABELS):
         for task, kinds in (preset.get(labels) or {}).items():
             if own := (kinds.get(FINE_TUNED) or {}).get(UNTRAINED):
-                told.append(f"{', '.join(f'{key} {value}' for key, value in own.items())} ({task})")
-    return "; ".join(dict.fromkeys(told))
+                where = f"{task}, few labels" if labels == FEW_LABELS else task
+                told.append(f"{', '.join(f'{key} {value}' for key, value in own.items())} ({where})")
+    return "; ".join(told)
 
 
 def _legend(tables: Mapping[str, Table]) -> str:

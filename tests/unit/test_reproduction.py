@@ -487,6 +487,17 @@ def test_draws_that_are_shared_are_compared_seed_by_seed():
     assert apart.doubt > 4 * shared.doubt
 
 
+def test_options_of_training_from_scratch_alone_are_told(reproduction):
+    plan = read_plan(reproduction)
+    untrained = {"number_of_epochs": 18, "encoder_rest": 0}
+    settings = {"yaml": "bestrq_finetune", "options": {"examples_per_class": 20}, "untrained": untrained}
+    preset = {**plan["preset"], "few_labels": {"intent": {"fine-tuned": settings}}, "fine_tune_untrained": True}
+    marks = marks_of(preset, reproduction, ["librispeech", "slurp"])
+    write_plan(reproduction, "own", preset, ["librispeech", "slurp"], "reproduce", marks)
+    text = write_reproduction(reproduction)["markdown"].read_text()
+    assert "it is trained from scratch, with number_of_epochs 18, encoder_rest 0 (intent, few labels) instead." in text
+
+
 def test_one_seed_is_not_enough_to_beat_anything(reproduction):
     plan = read_plan(reproduction)
     plan["preset"]["seeds"] = [1]

@@ -98,7 +98,7 @@ def test_parts_of_mel_features_are_masked_and_what_has_none_is_told(folder, tmp_
     for source, masked in ((folder, masks), (convolutional, False)):
         caplog.clear()
         encoder = TaskEncoder(source, freeze=False, apply_spec_augment=masks).train()
-        assert encoder.encoder.apply_spec_augment == masked
+        assert encoder.encoder.apply_spec_augment == masked == encoder.describe()["masked"]
         assert ("takes no mel features: nothing of its input is masked" in caplog.text) == (masks and not masked)
 
 
