@@ -61,6 +61,7 @@ def test_all_evidence_is_there():
         "three_long_seeds_evidence",
         "three_seeds_evidence",
         "two_kinds_evidence",
+        "wav2vec2_evidence",
     ]
 
 
