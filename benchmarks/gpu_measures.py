@@ -75,10 +75,9 @@ def steps(settings: Settings, findings: Findings, seconds: float) -> None:
 
     def tell(text: str) -> None:
         say(text)
-        if "FAILED" in text:  # another's code
-            findings.row(text.partition(":")[0], text[:200], False)
-        elif "out of memory" in text:
-            findings.row(text.partition(":")[0], text[:200])
+        failed = "FAILED" in text  # another's code
+        if failed or "out of memory" in text:
+            findings.row(text.partition(":")[0], text[:200], False if failed else None)
 
     base: dict[str, float] = {}
     longest = {True: 0.0, False: 0.0}  # seconds of a contender, compiled or eager

@@ -29,7 +29,7 @@ from speechbrain_bestrq.run_options import whole_number
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
-from speechbrain_bestrq.task_settings import check_first_rate, check_progress, plain_values, utterance_digest
+from speechbrain_bestrq.task_settings import EPOCHS, check_first_rate, check_progress, plain_values, utterance_digest
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class TaskBrain(sb.Brain):
         self.seconds = {"train": 0.0, "validation": 0.0}
         self.device_seconds = 0.0  # of both, of all devices; a run may go on on another number of them
         self.layer_weights: list[list[float]] = []
-        self.encoder_schedule = EncoderSchedule()
+        self.encoder_schedule = _encoder_schedule(hparams)
         self.encoder_updates = 0  # those that trained the encoder
         self.epoch, self._last_epoch, self._epoch_updates, self._updates_limit = 1, 1, 1, None
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
@@ -171,9 +171,9 @@ class TaskBrain(sb.Brain):
         by_epoch = not all(isinstance(one, NewBobScheduler) for one in annealings)
         by_share = hparams.get("encoder_rest") or hparams.get("encoder_warmup")
         # the last epoch is validated whatever its number: what anneals by a metric sees one more
-        by_share = by_share or int(hparams.get("valid_interval", 1)) > 1
-        if (by_epoch or by_share) and "number_of_epochs" in hparams:
-            composed["number_of_epochs"] = hparams["number_of_epochs"]
+        at_intervals = int(hparams.get("valid_interval", 1)) > 1
+        if (by_epoch or by_share or at_intervals) and EPOCHS in hparams:
+            composed[EPOCHS] = hparams[EPOCHS]
         return plain_values(composed)
 
     @classmethod
@@ -197,7 +197,7 @@ class TaskBrain(sb.Brain):
             raise InputError(
                 "--remove_vector_weight_decay does nothing to the optimisers of this recipe: leave it out."
             )
-        EncoderSchedule(*(float(hparams.get(name, 0.0)) for name in ("encoder_rest", "encoder_warmup")))
+        _encoder_schedule(hparams)
         whole_number("valid_interval", hparams.get("valid_interval", 1))
         newest = checkpointer.find_checkpoint()
         if newest is None:
@@ -410,8 +410,6 @@ class TaskBrain(sb.Brain):
                 f"{self.grad_accumulation_factor}, in {epoch_counter.limit} epochs: nothing would be trained. Give a "
                 "lower one, smaller batches, or more epochs."
             )
-        shares = (float(getattr(self.hparams, name, 0.0)) for name in ("encoder_rest", "encoder_warmup"))
-        self.encoder_schedule = EncoderSchedule(*shares)
         self.valid_interval = whole_number("valid_interval", getattr(self.hparams, "valid_interval", 1))
         with self.requests:
             super().fit(self._epochs_left(epoch_counter), train_set, valid_set)
@@ -627,6 +625,11 @@ class TaskBrain(sb.Brain):
             **({"test_command": command_line()} if self._trains_on is None else {}),
             **({} if here == there else {"tested_on": here}),
         }
+
+
+def _encoder_schedule(hparams: Mapping[str, Any]) -> EncoderSchedule:
+    """The one that a YAML asks for, without rest and rise where it says nothing."""
+    return EncoderSchedule(*(float(hparams.get(name, 0.0)) for name in ("encoder_rest", "encoder_warmup")))
 
 
 def check_metrics(hparams: Mapping[str, Any], metrics: Sequence[str]) -> None:
