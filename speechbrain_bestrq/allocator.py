@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+from functools import cache
 
 # parameters of glibc's mallopt (malloc.h)
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -24,7 +25,7 @@ def keep_freed_memory() -> bool:
         in the environment (``MALLOC_...``, ``glibc.malloc`` in ``GLIBC_TUNABLES``), which are left as they are.
     """
     own = any(name.startswith("MALLOC_") for name in os.environ)
-    if own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or platform.libc_ver()[0] != "glibc":
+    if own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not _is_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # no block by itself, which would go back as soon as it is freed, and the heap is never cut
@@ -37,5 +38,11 @@ def give_back_freed_memory() -> None:
     It has its parent's kept memory too, which it never needs; as soon as the parent writes to its pages again, they are
     there twice, 3 GB a worker of ``wav2vec2_small.yaml``. With another C library than glibc nothing is done.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if _is_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
+def _is_glibc() -> bool:
+    """Found in Python's own file, which a process that is forked need not read again."""
+    return platform.libc_ver()[0] == "glibc"

@@ -193,10 +193,8 @@ def _untrained(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
     blocks: list[Block] = []
     for name, table in tables.items():
         sentences = judge(table, each_seed_pretrained=found.preset.get("pretrain_each_seed", False))
-        leads = _leads(table, against_untrained(table.rows))
-        if leads.rows and name != "table1":
-            blocks.append(Paragraph(f"{table.title}:"))
-        blocks += [*([Items(tuple(sentences))] if sentences else []), *([leads] if leads.rows else [])]
+        said = [Items(tuple(sentences))] if sentences else []
+        blocks += _under_title(name, table, said, _leads(table, against_untrained(table.rows)))
     return blocks
 
 
@@ -204,15 +202,19 @@ def _beside_wav2vec2(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
     """BEST-RQ, ahead of wav2vec 2.0."""
     blocks: list[Block] = []
     for name, table in tables.items():
-        leads = _leads(table, against_wav2vec2(table.rows))
-        if leads.rows:
-            blocks += [*([Paragraph(f"{table.title}:")] if name != "table1" else []), leads]
+        blocks += _under_title(name, table, [], _leads(table, against_wav2vec2(table.rows)))
     if not blocks:
         return []
     words = "BEST-RQ beside wav2vec 2.0; what each cost stands below."
     if not found.preset.get("pretrain_each_seed"):
         words += " There is one pre-training of each: of others this says nothing."
     return [Paragraph(words), *blocks]
+
+
+def _under_title(name: str, table: Table, said: list[Block], leads: Grid) -> list[Block]:
+    """What there is of a table; the first needs no title."""
+    title: list[Block] = [Paragraph(f"{table.title}:")] if leads.rows and name != "table1" else []
+    return [*title, *said, *([leads] if leads.rows else [])]
 
 
 def _own_options(preset: Mapping[str, Any]) -> str:
