@@ -1,5 +1,6 @@
 """What the ``main`` of every recipe does: options, YAML, one-line errors."""
 
+import atexit
 import difflib
 import logging
 import os
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import speechbrain as sb
 import torch
@@ -292,26 +293,38 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
         Takes ``sys.argv[1:]``.
     """
     keep_freed_memory()
+    status = _exit_status(main)
+    if torch.distributed.is_initialized():
+        # not after an error: the other ranks may be waiting in a collective, and this would wait for them
+        if status == 0:
+            torch.distributed.destroy_process_group()
+        _leave(status)
+    if status:
+        sys.exit(status)
+
+
+def _exit_status(main: Callable[[list[str]], None]) -> int:
+    """Run it; what is no fault of the program's is told in one line."""
     try:
         main(sys.argv[1:])
     except OSError as error:
         if (refusal := explain_refusal(error)) is None:
             raise
         _print_error(refusal)
-        sys.exit(USER_ERROR)
+        return USER_ERROR
     except InputError as error:
         # a loader's worker hands its error over with the whole traceback: the last line is the message
         message = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
         _print_error(message)
-        sys.exit(USER_ERROR)
+        return USER_ERROR
     except StoppedError as stopped:
         if sb.utils.distributed.if_main_process():
             print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(START_AGAIN)
+        return START_AGAIN
     except KeyboardInterrupt:
         if sb.utils.distributed.if_main_process():
             print("interrupted: the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
@@ -323,9 +336,20 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
             flush=True,
         )
         os._exit(LOST_RANK)  # the way out through Python would wait for the other rank
-    # not after an error: the other ranks may be waiting in a collective, and this would wait for them
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _leave(status: int) -> NoReturn:
+    """End a rank's process without taking Python apart around the threads of its process group.
+
+    They outlive the group, which DistributedDataParallel keeps even when both are gone, and one that still has a
+    tensor to give back, or anything else to do with Python, ends the process by SIGABRT (PyTorch's issue 190489): a run
+    that is done would look like one that crashed, and one that was stopped in order would not be started again.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _print_error(message: str) -> None:

@@ -1,7 +1,10 @@
 """Small models, batches and runs that several tests share."""
 
 import importlib.util
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -26,6 +29,21 @@ def heed_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """Return a function that runs a script on two devices, to its end."""
+
+    def run(script, arguments, timeout=300):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+        command += ["--rdzv_endpoint=127.0.0.1:0", str(script), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        # what the ranks said: the launcher's account of it is long, and says nothing of the cause
+        assert done.returncode == 0, done.stderr.split("] failed (exitcode")[0][-5000:]
+
+    return run
 
 
 @pytest.fixture

@@ -3,10 +3,7 @@
 import csv
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,15 +238,12 @@ def test_an_utterance_too_short_for_its_transcript_is_named_and_left_out(
     assert any("1 of 5 training utterances" in message and "100-1-0000" in message for message in caplog.messages)
 
 
-def test_torchrun_on_two_devices_trains_and_tells_once(small_yamls, librispeech, encoder, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
+def test_torchrun_on_two_devices_trains_and_tells_once(torchrun, small_yamls, librispeech, encoder, tmp_path):
     more = ("--precision=bf16", "--max_batch_size=1")  # more updates, for the encoder rests in some of them
-    command += arguments(small_yamls, "bestrq_finetune", librispeech, encoder, tmp_path / "run", *more)
-    result = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    torchrun(
+        RECIPE / "train.py",
+        arguments(small_yamls, "bestrq_finetune", librispeech, encoder, tmp_path / "run", *more),
     )
-    assert result.returncode == 0, result.stderr[-3000:]
     results = read_results(tmp_path / "run")
     assert results["world_size"] == 2 and results["epochs"] == 2
     assert 0 < results["encoder_updates"] < results["updates"]

@@ -2,10 +2,7 @@
 
 import csv
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -238,14 +235,11 @@ def test_the_classes_of_the_yaml_are_those_that_are_learned(train, iemocap, tmp_
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_devices_runs_all_folds_and_tells_once(iemocap, encoder, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
-    command += arguments("bestrq_finetune", iemocap, encoder, tmp_path / "run", "--folds=session", "--encoder_rest=0")
-    result = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
+def test_torchrun_on_two_devices_runs_all_folds_and_tells_once(torchrun, iemocap, encoder, tmp_path):
+    on_two = ("--folds=session", "--encoder_rest=0")
+    torchrun(
+        RECIPE / "train.py", arguments("bestrq_finetune", iemocap, encoder, tmp_path / "run", *on_two), timeout=400
     )
-    assert result.returncode == 0, result.stderr[-3000:]
     whole = read_results(tmp_path / "run" / "all")
     assert whole["world_size"] == 2 and whole["each_fold"].keys() == set(SESSIONS)
     assert whole["sets"]["test"]["utterances"] == len(read_rows(tmp_path / "run" / "manifests" / "all.csv"))

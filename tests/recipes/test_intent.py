@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -147,15 +145,9 @@ def test_another_target_in_the_same_folder_is_refused(train, slurp, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_devices_trains_and_tells_once(slurp, encoder, tmp_path):
+def test_torchrun_on_two_devices_trains_and_tells_once(torchrun, slurp, encoder, tmp_path):
     on_two = ("--precision=bf16", "--encoder_rest=0")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
-    command += arguments("bestrq_finetune", slurp, encoder, tmp_path / "run", *on_two)
-    result = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    torchrun(RECIPE / "train.py", arguments("bestrq_finetune", slurp, encoder, tmp_path / "run", *on_two))
     results = read_results(tmp_path / "run")
     assert results["world_size"] == 2 and results["sets"]["test"]["utterances"] == len(said(slurp, "test"))
     assert len((tmp_path / "run" / "train_log.txt").read_text().splitlines()) == 2

@@ -139,14 +139,8 @@ def test_a_folder_of_any_audio_is_a_corpus(train, tmp_path):
     assert (run["train_utterances"], run["update_seconds_at_most"]) == (3, 16.0)
 
 
-def test_torchrun_on_two_devices_trains_and_ends(librispeech, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=127.0.0.1:0", str(RECIPE / "train.py")]
-    command += arguments("bestrq_small", librispeech, tmp_path)
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_torchrun_on_two_devices_trains_and_ends(torchrun, librispeech, tmp_path):
+    torchrun(RECIPE / "train.py", arguments("bestrq_small", librispeech, tmp_path))
     log = read_log(tmp_path)
     assert [line["step"] for line in log if line["event"] == "train"] == [1, 2]
     assert json.loads((tmp_path / "run.json").read_text())["world_size"] == 2

@@ -2,11 +2,8 @@
 
 import csv
 import importlib.util
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -242,15 +239,12 @@ def test_a_run_is_not_tested_on_those_it_was_trained_on(train, small_yamls, voxc
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_devices_trains_and_tells_once(small_yamls, voxceleb, encoder, tmp_path):
+def test_torchrun_on_two_devices_trains_and_tells_once(torchrun, small_yamls, voxceleb, encoder, tmp_path):
     on_two = ("--precision=bf16", "--encoder_rest=0")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    command += ["--rdzv_endpoint=localhost:0", str(RECIPE / "train.py")]
-    command += arguments(small_yamls, "bestrq_finetune", voxceleb, encoder, tmp_path / "run", *on_two)
-    result = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    torchrun(
+        RECIPE / "train.py",
+        arguments(small_yamls, "bestrq_finetune", voxceleb, encoder, tmp_path / "run", *on_two),
     )
-    assert result.returncode == 0, result.stderr[-3000:]
     results = read_results(tmp_path / "run")
     assert results["world_size"] == 2 and results["sets"].keys() == {"veri_test"}
     assert len((tmp_path / "run" / "train_log.txt").read_text().splitlines()) == 2

@@ -125,6 +125,41 @@ def test_torchrun_hands_a_signal_on_and_the_same_command_goes_on(toy, tmp_path, 
     assert 5 <= done < 30 and toy.losses(tmp_path / "run") == toy.losses(tmp_path / "unbroken")
 
 
+#: A rank that is the only one; taking Python apart would end it by SIGABRT, as what is left of a process group may.
+ENDING = """
+import atexit, os, sys, torch
+from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.recipe import run_recipe
+from speechbrain_bestrq.stopping import StoppedError
+
+class Left:
+    def __del__(self, abort=os.abort):
+        abort()
+
+def main(arguments):
+    torch.distributed.init_process_group("gloo", init_method=arguments[0], rank=0, world_size=1)
+    print("said", end="")
+    if arguments[1] != "None":
+        raise eval(arguments[1])
+
+left = Left()
+atexit.register(print, " and done", end="")
+run_recipe(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [("None", 0), ("InputError('no')", 2), ("StoppedError('by X')", 75), ("KeyboardInterrupt", 130)],
+)
+def test_a_rank_ends_as_it_should_whatever_threads_its_group_leaves(tmp_path, error, status):
+    command = [sys.executable, "-c", ENDING, f"file://{tmp_path / 'store'}", error]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    )
+    assert (done.returncode, done.stdout) == (status, "said and done"), done.stderr
+
+
 #: A rank of a run, which may dawdle over each update.
 RANK = SCRIPT.replace(
     "toy.train(**json.loads(sys.argv[1]))",
