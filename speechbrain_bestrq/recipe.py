@@ -135,6 +135,8 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
             "--debug would write into the output folder as if a run began: leave it out, and give another "
             "--output_folder and --optimizer_step_limit 2 for a short try."
         )
+    if run_opts["data_parallel_backend"]:  # torch.nn.DataParallel, which would cut up hidden states
+        raise InputError("--data_parallel_backend is not for these recipes: start several GPUs by torchrun.")
     if "device" not in run_opts.overridden_args:
         check_gpus_usable()
     on_cpu = not torch.cuda.is_available() or str(run_opts["device"]).startswith("cpu")

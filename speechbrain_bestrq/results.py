@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import device_name, package_versions
 from speechbrain_bestrq.metrics import Interval, by_speaker, paired_bootstrap
 from speechbrain_bestrq.writing import replacing, write_text
+
+logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 #: Of the errors of each utterance of a test set.
@@ -96,26 +99,26 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to what a later test came to the sets that the same weights were tested on before.
+    """Add to what a test came to what the same weights were found to do before: other sets, and other scores.
 
     Arguments
     ---------
     folder : str or Path
         The run's output folder.
     results : mapping
-        Of the later test.
+        Of this test.
 
     Returns
     -------
     dict
-        Its own sets come first, and tell by which command they were tested.
+        The sets that there were come first; those that are tested later tell by which command.
 
     Example
     -------
     >>> folder, run = getfixture("tmp_path"), {"seed": 1, "updates": 9, "best_epoch": 2}
     >>> _ = write_results(folder, {**run, "sets": {"test-clean": {"wer": 0.2}}})
     >>> with_earlier_sets(folder, {**run, "sets": {"dev-other": {"wer": 0.3}}})["sets"]
-    {'dev-other': {'wer': 0.3}, 'test-clean': {'wer': 0.2}}
+    {'test-clean': {'wer': 0.2}, 'dev-other': {'wer': 0.3}}
     >>> with_earlier_sets(folder, {**run, "updates": 12, "sets": {"dev-other": {"wer": 0.3}}})["sets"]
     {'dev-other': {'wer': 0.3}}
     """
@@ -127,14 +130,17 @@ def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> 
     digests = [(one.get("encoder") or {}).get("digest") for one in (earlier, results)]
     before = earlier["sets"] if same and digests[0] == digests[1] else {}
     told = {"test_command": results["test_command"]} if "test_command" in results else {}
-    own = {name: {**scores, **told} for name, scores in results["sets"].items()}
-    return {**results, "sets": {**own, **before, **own}}
+    own = {name: {**before.get(name, {}), **scores, **told} for name, scores in results["sets"].items()}
+    return {**results, "sets": {**before, **own}}
 
 
 def write_errors(
     folder: str | os.PathLike, name: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
 ) -> Path:
     """Write the errors of each utterance of a test set, all or nothing.
+
+    Columns of an earlier test, such as those of a language model, stay where the file has the same utterances and, in
+    the columns that both have, the same errors.
 
     Arguments
     ---------
@@ -153,12 +159,32 @@ def write_errors(
         The file.
     """
     path = Path(folder) / ERRORS_FILE.format(name)
+    rows, columns = _with_earlier_columns(path, list(rows), columns)
     # utterances may have names that are no UTF-8, as their files may
     with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def _with_earlier_columns(
+    path: Path, rows: list[Mapping[str, Any]], columns: Sequence[str]
+) -> tuple[list[Mapping[str, Any]], list[str]]:
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            earlier = list(csv.DictReader(file))
+    except OSError:  # there was no test
+        return rows, list(columns)
+    known = earlier[0].keys() if earlier else ()
+    shared, more = [name for name in columns if name in known], [name for name in known if name not in columns]
+    same = [[row[name] for name in shared] for row in earlier] == [[str(row[name]) for name in shared] for row in rows]
+    if not more or not same:
+        if more:
+            logger.warning("%s: the answers were others; what it said of %s is gone.", path, ", ".join(more))
+        return rows, list(columns)
+    kept = [{**row, **{name: old[name] for name in more}} for row, old in zip(rows, earlier, strict=True)]
+    return kept, [*columns, *more]
 
 
 def compare_runs(folder: str | os.PathLike, other: str | os.PathLike, name: str, metric: str) -> tuple[Interval, float]:

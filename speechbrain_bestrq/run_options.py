@@ -12,7 +12,6 @@ WITHOUT_EFFECT = {
     "jit": "give --compile",
     "jit_module_keys": "give --compile",
     "compile_module_keys": "--compile takes each layer of the encoder",
-    "data_parallel_backend": "start it by torchrun",
     "data_parallel_count": "start it by torchrun",
     "find_unused_parameters": "leave it out",
     "test_only": "sb-bestrq report --evidence measures what it has learned",

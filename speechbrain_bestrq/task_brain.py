@@ -298,11 +298,11 @@ class TaskBrain(sb.Brain):
         for part, optimizer in self.optimizers_dict.items():
             rates[f"{part}_rate"] = optimizer.param_groups[0]["lr"]
             annealing = self._annealing(part)
-            # an encoder that is not trained yet is not to blame for a metric that stands still
-            if annealing is None or (part == "encoder" and not self.encoder_updates):
+            if annealing is None:
                 continue
             by_metric = isinstance(annealing, NewBobScheduler)
-            if by_metric and value is None:
+            # an encoder that is not trained yet is not to blame for a metric that stands still
+            if by_metric and (value is None or (part == "encoder" and not self.encoder_updates)):
                 continue
             _, rate = annealing(value if by_metric else epoch)
             update_learning_rate(optimizer, rate)

@@ -116,7 +116,11 @@ def prepare_librispeech(
 
     corpus = corpus_name(root, "LibriSpeech")
     survey = _Surveyor(root, save_folder, corpus, transcripts)
-    split_parts = {split: survey(split, unique=split in train_splits or split in valid_splits) for split in splits}
+    # of test splits two may share utterances, with one another and with a validation
+    split_parts = {
+        split: survey(split, apart_from=splits if split in (*train_splits, *valid_splits) else train_splits)
+        for split in splits
+    }
     extra_parts = survey_folders(extras, AUDIO_EXTENSIONS, save_folder)
     save = make_save_folder(save_folder)
 
@@ -177,8 +181,8 @@ class _Surveyor:
         self.save_folder = absolute_path(save_folder)
         self._owners: dict[str, str] = {}
 
-    def __call__(self, split: str, unique: bool) -> Part:
-        """Survey one split; what is to be ``unique`` may not be in another such split."""
+    def __call__(self, split: str, apart_from: Sequence[str]) -> Part:
+        """Survey one split; it may share no utterance with those of ``apart_from`` that were surveyed before."""
         tree = AudioTree(self.root / split, (".flac",), (".trans.txt",))
         checked = ""
 
@@ -195,8 +199,7 @@ class _Surveyor:
             if self.transcripts and prefix != checked:
                 checked = prefix
                 self._check_transcripts(_transcript_path(path, prefix))
-            if unique:
-                self._check_owner(_identifier(path), split)
+            self._check_owner(_identifier(path), split, apart_from)
 
         survey = tree.survey(inspect)
         if not survey.files:
@@ -212,9 +215,9 @@ class _Surveyor:
                 f"{path!r} is missing, but transcripts are needed here: unpack the split again, or remove the chapter."
             )
 
-    def _check_owner(self, identifier: str, split: str) -> None:
+    def _check_owner(self, identifier: str, split: str, apart_from: Sequence[str]) -> None:
         owner = self._owners.setdefault(identifier, split)
-        if owner != split:
+        if owner != split and owner in apart_from:
             raise InputError(
                 f"utterance {identifier!r} is both in '{owner}' and in '{split}': remove it from one of these splits."
             )

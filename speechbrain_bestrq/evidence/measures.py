@@ -355,6 +355,16 @@ def chosen_apart(hits: Tensor, speakers: Sequence[set[str]]) -> Tensor:
     return total
 
 
+def _check_few(rows: Mapping[str, Mapping[str, Any]], hours: float, what: str) -> None:
+    """Refuse a training set that has no few labels to draw."""
+    there = sum(float(row["duration"]) for row in rows.values()) / 3600
+    if there < few_hours(hours):
+        raise InputError(
+            f"{what} has {there:.3f} hours to train on, and {few_hours(hours):g} are drawn where labels are few: give "
+            f"--hours {max(2 * there, 0.001):.3f}, or more speech."
+        )
+
+
 class Characters(Corpus):
     """Which character is being said, of each frame by itself; and what the frames are like."""
 
@@ -363,6 +373,7 @@ class Characters(Corpus):
     def __init__(self, data_folder: Path, folder: Path, hours: float, device: torch.device):
         super().__init__(data_folder, folder, hours, device)
         sets = {name: self.rows(name) for name in ("train", "valid", "test")}
+        _check_few(sets["train"], hours, f"--librispeech {data_folder}")
         trained_on = _at_most(read_manifest(self.manifests["train"]), ALIGNER_HOURS)
         made_by = [self.mark, ALIGNER_HOURS, ALIGNER_SETTINGS]
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
@@ -371,6 +382,7 @@ class Characters(Corpus):
         for name, rows in self.sets.items():
             if not rows:
                 raise InputError(f"--librispeech {data_folder}: nothing of its {name} set could be aligned: too short?")
+        _check_few(self.sets["train"], hours, f"--librispeech {data_folder}, as far as it could be aligned,")
 
     def prepare(self, data_folder: Path, folder: Path) -> dict[str, Path]:
         """Write the manifests."""

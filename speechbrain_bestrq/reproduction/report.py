@@ -411,7 +411,7 @@ def _usage(folder: Path, preset: Mapping[str, Any]) -> list[Block]:
     lines = (
         "from speechbrain_bestrq import PretrainedEncoder",
         f'encoder = PretrainedEncoder("{encoder}", freeze=True)',
-        f'hidden = encoder.encode_file("{audio}")  # (1, frames, d_model), 25 frames a second',
+        f'hidden = encoder.encode_file("{audio}")  # (1, frames, d_model)',
     )
     return [Paragraph("In this folder:"), Code("\n".join(lines))]
 

@@ -212,6 +212,14 @@ def test_a_language_model_is_tuned_on_the_validation_set_and_counted_apart(
         errors, total = (sum(int(row[f"wer_lm_{kind}"]) for row in rows) for kind in ("errors", "total"))
         assert errors / total == pytest.approx(found["wer_lm"]["value"])
         assert (tmp_path / "run" / f"wer_{split}_lm.txt").exists()
+    errors = (tmp_path / "run" / f"errors_{split}.csv").read_text()
+    # the command that trained, given again, takes nothing away
+    train.main(arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path / "run"))
+    again = read_results(tmp_path / "run")["sets"]
+    assert {split: found["wer_lm"] for split, found in again.items()} == {
+        split: found["wer_lm"] for split, found in results.items()
+    }
+    assert (tmp_path / "run" / f"errors_{split}.csv").read_text() == errors
 
 
 def test_beam_search_goes_without_a_language_model(train, small_yamls, librispeech, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,11 @@ def test_a_step_of_every_yaml_can_be_done_on_a_gpu(name, train, iemocap, encoder
         train.main(arguments(name, iemocap, encoder, tmp_path / "run", *more))
 
 
-def test_all_folds_in_one_command_are_those_run_one_by_one_and_are_put_together(train, iemocap, encoder, tmp_path):
+def test_all_folds_in_one_command_are_those_run_one_by_one_and_are_put_together(
+    train, iemocap, encoder, tmp_path, monkeypatch
+):
     run = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", "trains"])
     train.main(arguments("probe_small", iemocap, encoder, run, "--folds=session"))
     whole = read_results(run / "all")
     each = {fold: read_results(run / fold) for fold in SESSIONS}
@@ -130,6 +134,12 @@ def test_all_folds_in_one_command_are_those_run_one_by_one_and_are_put_together(
     alone = read_results(tmp_path / "one" / "Session4")
     assert alone["sets"]["test"]["loss"] == each["Session4"]["sets"]["test"]["loss"]
     assert read_rows(tmp_path / "one" / "Session4" / "errors_test.csv") == rows["Session4"]
+    # tested later, it is still told by the command that trained it
+    monkeypatch.setattr(sys, "argv", ["train.py", "tests"])
+    train.main(arguments("probe_small", iemocap, encoder, run, "--folds=session", "--test_only"))
+    later = read_results(run / "all")
+    assert later["command"] == whole["command"] and later["command"].endswith("trains")
+    assert later["test_command"].endswith("tests") and "test_command" not in whole
 
 
 def test_finished_folds_are_passed_over_until_something_changes(train, iemocap, encoder, tmp_path, monkeypatch):

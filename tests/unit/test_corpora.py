@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -589,6 +590,13 @@ class TestSampleRates:
             prepare(librispeech, save, sample_rate=8000, resample=False)
         assert_one_line(error, "16000 Hz, not 8000 Hz", "resample")
 
+    def test_splits_to_test_on_may_be_copies_of_one_another_and_of_the_validation(self, librispeech, save):
+        for name in ("noisy", "reverberant"):
+            shutil.copytree(librispeech / "dev-clean", librispeech / name)
+        splits = ["dev-clean", "noisy", "reverberant"]
+        manifests = prepare_librispeech(librispeech, save, ["train-clean-100"], ["dev-clean"], splits)
+        assert len({(tuple(read_manifest(manifests[split]))) for split in splits}) == 1
+
 
 class TestLibriSpeechRefused:
     @pytest.fixture(autouse=True)
@@ -640,6 +648,11 @@ class TestLibriSpeechRefused:
             "'103-2-0000' is both in 'train-clean-100' and in 'dev-other'",
             valid_splits=["dev-other"],
         )
+
+    def test_utterance_to_train_and_to_test_on(self, librispeech, save):
+        write_split(librispeech, "test-clean", ["103"], chapters=["2"])
+        message = "'103-2-0000' is both in 'train-clean-100' and in 'test-clean'"
+        self.refuse(librispeech, save, message, test_splits=["test-clean"])
 
     @pytest.mark.parametrize(
         ("options", "part"),

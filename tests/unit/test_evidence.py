@@ -547,6 +547,14 @@ def test_corpora_that_are_not_given_are_left_out(run, corpora, tmp_path):
     assert files["curves"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_speech_too_little_to_draw_few_labels_of_is_refused_before_it_is_aligned(corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr(alignment, "Aligner", lambda *_: pytest.fail("aligned"))
+    with pytest.raises(
+        InputError, match=r"--librispeech .* has 0\.0\d+ hours to train on, and 0.05 .* give --hours 0\.0"
+    ):
+        measures.Characters(corpora["librispeech"], tmp_path, 0.5, CPU)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -68,6 +68,11 @@ def test_a_debugging_run_is_refused_which_would_write_over_a_real_one(options):
         options("--data_folder=a", "--debug")
 
 
+def test_several_gpus_are_started_by_torchrun_alone(options):
+    with pytest.raises(InputError, match="--data_parallel_backend is not for these recipes: .* by torchrun"):
+        options("--data_folder=a", "--data_parallel_backend")
+
+
 def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(options, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

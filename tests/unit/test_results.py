@@ -47,8 +47,26 @@ def test_sets_of_another_corpus_are_not_kept_and_a_later_test_is_told_by_its_set
     later = {**run, "test_command": "python train.py --test_only", "sets": {"dev-other": {"wer": 0.3}}}
     sets = with_earlier_sets(tmp_path, later)["sets"]
     assert sets["test-clean"] == {"wer": 0.2} and sets["dev-other"]["test_command"] == later["test_command"]
+    assert list(sets) == ["test-clean", "dev-other"]  # the first is that of the paper's column
+    again = with_earlier_sets(tmp_path, {**later, "sets": {"test-clean": {"cer": 0.1}}})["sets"]["test-clean"]
+    assert again == {"wer": 0.2, "cer": 0.1, "test_command": later["test_command"]}
     for change in ({"corpus": "speechocean762"}, {"encoder": {"digest": "b"}}, {"updates": 8}):
         assert list(with_earlier_sets(tmp_path, {**later, **change})["sets"]) == ["dev-other"]
+
+
+def test_columns_of_an_earlier_test_stay_while_the_answers_are_the_same(tmp_path, caplog):
+    def write(wrong, *more):
+        row = {"ID": ODD, "group": "a", "wer_errors": wrong, "wer_total": 4, "wer_lm_errors": 1, "wer_lm_total": 4}
+        columns = ["ID", "group", "wer_errors", "wer_total", *more]
+        path = write_errors(tmp_path, "test", [{name: row[name] for name in columns}], columns)
+        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+
+    plain = write(2)
+    searched = write(2, "wer_lm_errors", "wer_lm_total")
+    assert write(2) == searched != plain and searched[1].endswith(",2,4,1,4")
+    assert "gone" not in caplog.text
+    assert write(3) == ["ID,group,wer_errors,wer_total", f"{ODD},a,3,4"]
+    assert "what it said of wer_lm_errors, wer_lm_total is gone" in caplog.text
 
 
 def test_the_mean_of_several_seeds_is_compared_on_the_same_utterances(tmp_path):

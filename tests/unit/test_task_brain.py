@@ -306,6 +306,14 @@ def test_each_part_has_its_own_rate_and_schedule(rows, folder, tmp_path):
     assert rates["encoder"] == 1e-3  # it was not trained before
 
 
+def test_a_schedule_by_the_epoch_goes_on_while_the_encoder_rests(rows, folder, tmp_path):
+    annealing = LinearScheduler(1e-3, 1e-4, 4)
+    schedule = {"epochs": 4, "freeze": False, "encoder_rest": 0.5, "encoder_annealing": annealing}
+    fit(make_brain(tmp_path / "run", folder, **schedule), rows)
+    logged_rates = [line.split("encoder_rate: ")[1].split(",")[0] for line in logged(tmp_path / "run")]
+    assert logged_rates == [f"{rate:.2e}" for rate in (1e-3, *(annealing(epoch)[1] for epoch in (1, 2, 3)))]
+
+
 def test_what_is_trained_needs_an_optimizer(folder, tmp_path):
     encoder = TaskEncoder(folder, freeze=False)
     modules = {"encoder": encoder, "mix": LayerMix(3), "head": torch.nn.Linear(16, 2)}

@@ -189,6 +189,7 @@ def pool(output_folder: Path, folds: list[str]) -> None:
     write_results(
         output_folder / ALL,
         {
+            "command": command_line(),  # if the folds have no common one
             **agreed(records),
             "fold": ALL,
             "encoder": agreed([results["encoder"] for results in records]),
@@ -196,7 +197,6 @@ def pool(output_folder: Path, folds: list[str]) -> None:
             "layer_weights": None if None in mixes else np.mean(mixes, axis=0).tolist(),
             "seconds": {stage: sum(one[stage] for one in seconds) for stage in seconds[0]},
             "device_hours": sum(results["device_hours"] for results in records),
-            "command": command_line(),
             "each_fold": {fold: {name: one[name]["value"] for name in SCORES} for fold, one in tested.items()},
             "sets": {TEST_SET: {**answers.describe(), "over_folds": spread, "evaluation_seconds": evaluation}},
         },

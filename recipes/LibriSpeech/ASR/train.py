@@ -309,9 +309,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
             **brain.records(cache and cache.seconds),
             "sets": sets,
         }
-        if hparams["test_only"]:
-            results = with_earlier_sets(output_folder, results)
-        write_results(output_folder, results)
+        write_results(output_folder, with_earlier_sets(output_folder, results))
 
 
 if __name__ == "__main__":
