@@ -59,13 +59,18 @@ def datasheet_flops(device_name: str, precision: str) -> float | None:
     return next(found, None)
 
 
+#: What is left of a single meeting with a code after some thousand updates of :class:`~speechbrain_bestrq.tally.Tally`.
+FORGOTTEN = 0.005
+
+
 def code_statistics(counts: Tensor) -> dict[str, Tensor]:
     """Summarise how labels are spread over a codebook.
 
     Arguments
     ---------
     counts : Tensor
-        How often each code was the label, shape (num_codebooks, codebook_size).
+        How often each code was the label, shape (num_codebooks, codebook_size); of a memory that fades, what is left
+        of it, and a code is in use while that is more than :data:`FORGOTTEN`.
 
     Returns
     -------
@@ -85,7 +90,7 @@ def code_statistics(counts: Tensor) -> dict[str, Tensor]:
     return {
         "unigram_entropy": entropy.mean(),
         "code_perplexity": entropy.exp().mean(),
-        "codes_used": (counts > 0).double().sum(1).mean(),
+        "codes_used": (counts > FORGOTTEN).double().sum(1).mean(),
         "commonest_share": shares.max(1).values.mean(),
     }
 
@@ -268,11 +273,13 @@ class JsonLines:
                 raise InputError(f"'{self.path}' line {number} is not JSON ({error}): delete that line.") from error
         return entries
 
-    def truncate(self, after_step: int) -> None:
-        """Drop what a resumed run is going to log again: entries after a step."""
+    def truncate(self, after_step: int, validation_comes: bool = False) -> None:
+        """Drop what a resumed run is going to log again: entries after a step, and the validation of that step."""
         if not self.path.exists():
             return
-        kept = [entry for entry in self.read() if entry["step"] <= after_step]
+        # the validation of a step comes after all else of it
+        last = (after_step, not validation_comes)
+        kept = [entry for entry in self.read() if (entry["step"], entry.get("event") == "valid") <= last]
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 

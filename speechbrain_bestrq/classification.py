@@ -211,12 +211,13 @@ def make_classification_loaders(
     column: str,
     labels: Sequence[str],
     hidden: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.utils.data.DataLoader]:
     """Make the loaders whose batches a :class:`ClassificationBrain` takes.
 
     Arguments
     ---------
-    hparams, sets, hidden
+    hparams, sets, hidden, device
         As for :func:`speechbrain_bestrq.task_data.make_task_loaders`; the rows have "spk_id".
     column : str
         Of the class.
@@ -236,7 +237,7 @@ def make_classification_loaders(
         yield places.get(name, UNSEEN)
         yield name
 
-    return make_task_loaders(hparams, sets, [targets], ["label", "target", "spk_id"], hidden)
+    return make_task_loaders(hparams, sets, [targets], ["label", "target", "spk_id"], hidden, device)
 
 
 def run_classification(
@@ -281,7 +282,7 @@ def run_classification(
     """
     train = take_examples(sets["train"], column, hparams["examples_per_class"], hparams["label_seed"])
     sets = {**sets, "train": train}
-    loaders = make_classification_loaders(hparams, sets, column, labels, hidden)
+    loaders = make_classification_loaders(hparams, sets, column, labels, hidden, run_opts["device"])
     modules = {"encoder": hparams["speech_encoder"], "head": hparams["head"](num_labels=len(labels))}
     if "mix" in hparams:
         modules["mix"] = hparams["mix"]

@@ -71,7 +71,8 @@ def contrastive_loss(
 
     A distractor with the codes of the target is no distractor: it is left out. The cosines
     of all pairs of frames of an utterance are one product, of which those wanted are
-    picked; so no distractor is ever copied. In float32 whatever the precision around.
+    picked; so no distractor is ever copied. In float32 whatever the precision around;
+    the product of the backward pass is one of TF32 where that is switched on.
 
     Arguments
     ---------

@@ -143,6 +143,11 @@ def _skip(x: Tensor, layer: nn.Module) -> Tensor:
     return x + sum(parameter[:0].sum() for parameter in layer.parameters())
 
 
+def share_of_layers(encoder: nn.Module) -> float:
+    """Tell which share of an encoder's layers :func:`run_layers` does not skip, on average."""
+    return 1.0 - encoder.layer_drop if encoder.training else 1.0
+
+
 def run_layers(layers: nn.ModuleList, x: Tensor, valid: Tensor | None = None, layer_drop: float = 0.0) -> list[Tensor]:
     """Run layers one after the other, and skip some of those that are in training mode.
 
@@ -275,7 +280,7 @@ class ConformerEncoder(nn.Module):
         return states
 
     def flops(self, utterances: int, frames: int) -> float:
-        """Multiply-adds (two operations each) of a forward pass over (utterances, frames)."""
+        """Multiply-adds (two operations each) of a forward pass over (utterances, frames); in training on average."""
         matrices = sum(weight.numel() for weight in self.parameters() if weight.ndim > 1)
         attention = utterances * len(self.layers) * 2 * frames**2 * self.d_model
         if self.config["attention"] == "relative":
@@ -283,7 +288,7 @@ class ConformerEncoder(nn.Module):
             matrices -= len(self.layers) * projection  # not for each frame, but once for each distance,
             attention += len(self.layers) * distances * projection
             attention += utterances * len(self.layers) * frames * distances * self.d_model  # and with each query
-        return 2.0 * (utterances * frames * matrices + attention)
+        return 2.0 * share_of_layers(self) * (utterances * frames * matrices + attention)
 
 
 class SpeechEncoder(nn.Module):

@@ -63,10 +63,7 @@ def span_mask(
     >>> mask.sum(1).tolist(), bool(mask[1, 4:].any())
     ([6, 2], False)
     """
-    if not 0.0 <= prob <= 1.0:
-        raise ValueError(f"prob is a share of frames, in [0, 1], not {prob}.")
-    if span < 1 or min_spans < 0:
-        raise ValueError(f"span must be at least 1 and min_spans at least 0, not {span} and {min_spans}.")
+    _check(prob, span, min_spans)
     device = lengths.device
     valid = torch.arange(max_length, device=device) < lengths[:, None]
     if grid:
@@ -88,6 +85,13 @@ def span_mask(
     ends = (draw < threshold).cumsum(1)
     before = torch.nn.functional.pad(ends, (1, 0))[:, :max_length]
     return (ends[:, span - 1 :] > before) & valid
+
+
+def _check(prob: float, span: int, min_spans: int) -> None:
+    if not 0.0 <= prob <= 1.0:
+        raise ValueError(f"prob is a share of frames, in [0, 1], not {prob}.")
+    if span < 1 or min_spans < 0:
+        raise ValueError(f"span must be at least 1 and min_spans at least 0, not {span} and {min_spans}.")
 
 
 class MaskedFrames(NamedTuple):
@@ -143,6 +147,11 @@ class SpanMasking:
     grid : bool
         Starts on a grid, without overlap.
 
+    Raises
+    ------
+    ValueError
+        As :func:`span_mask`.
+
     Example
     -------
     >>> masking = SpanMasking(prob=0.6, span=1, grid=True)
@@ -154,6 +163,7 @@ class SpanMasking:
     """
 
     def __init__(self, prob: float, span: int, min_spans: int = 1, grid: bool = False):
+        _check(prob, span, min_spans)
         self.prob, self.span, self.min_spans, self.grid = prob, span, min_spans, grid
 
     def settings(self) -> dict[str, Any]:

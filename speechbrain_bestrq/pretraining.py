@@ -9,6 +9,7 @@ from typing import Any
 
 import speechbrain as sb
 import torch
+from speechbrain.utils.checkpoints import Checkpoint, ckpt_recency
 from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -244,7 +245,8 @@ class PretrainingBrain(sb.Brain):
             if self.optimizer_step:
                 warn_of_changes(path, self.run_facts)
             write_text(path, json.dumps(self.run_facts, indent=2) + "\n")
-        self.log.open(self.optimizer_step, self.optimizer_step_limit, show_bar=not self.noprogressbar)
+        show_bar = not self.noprogressbar
+        self.log.open(self.optimizer_step, self.optimizer_step_limit, show_bar, validation_comes=self.validation_due)
         ddp_barrier()
         self.started = time.perf_counter()
 
@@ -375,6 +377,7 @@ class PretrainingBrain(sb.Brain):
 
     def _prepare_rewind(self) -> None:
         """Make ready to load the last checkpoint again and to go on from it with half the rate."""
+        self._delete_doubtful_checkpoints()
         self.rewinds += 1
         self.rate_scale /= 2
         self.reader, self.withheld = LateReader(), False
@@ -387,6 +390,19 @@ class PretrainingBrain(sb.Brain):
             MOST_REWINDS,
             self.rate_scale,
         )
+
+    def _delete_doubtful_checkpoints(self) -> None:
+        """Delete those that were saved in a row of skipped updates, as a run stopped, if there are others."""
+
+        def is_doubtful(checkpoint: Checkpoint) -> bool:
+            return checkpoint.meta.get("amid_skips", False)
+
+        # the main process decides: others may see an older state of a shared folder
+        others = if_main_process() and any(not is_doubtful(one) for one in self.checkpointer.find_checkpoints())
+        if ddp_broadcast(others, src=0):
+            self.checkpointer.delete_checkpoints(
+                num_to_keep=0, importance_keys=(ckpt_recency,), ckpt_predicate=is_doubtful, verbosity=logging.WARNING
+            )
 
     @property
     def _validation_is_next(self) -> bool:
@@ -426,7 +442,10 @@ class PretrainingBrain(sb.Brain):
 
     @property
     def device_hours(self) -> float:
-        """Hours that all devices have been held, whether they computed or waited."""
+        """Hours that all devices have been held since the first update, whether they computed or waited.
+
+        Not what came before, nor updates that a kill undid.
+        """
         return (self.device_seconds_before + (time.perf_counter() - self.started) * self.world_size) / 3600
 
     def _submit_log_line(self) -> None:
@@ -473,10 +492,10 @@ class PretrainingBrain(sb.Brain):
             if entry["mask_ratio"] == 0 and skipped:  # all updates of this line were skipped: no loss
                 without = ("loss", *self.model.loss_terms, "accuracy", "gain", "mask_ratio")
                 entry |= {name: float("nan") for name in without if name in entry}
-            if longest >= getattr(self.hparams, "max_skipped_updates", 50):
-                self._give_up_or_rewind(entry["step"], longest)
             self.shown_loss = torch.tensor(entry["loss"])
             self.log.write(entry)
+            if longest >= getattr(self.hparams, "max_skipped_updates", 50):
+                self._give_up_or_rewind(entry["step"], longest)
 
     def _give_up_or_rewind(self, step: int, skipped: int) -> None:
         """Ask all ranks to go back to the last checkpoint, if the YAML wants it and it may still help."""
@@ -580,12 +599,14 @@ class PretrainingBrain(sb.Brain):
             return
         self._write_log_lines(wait=True)  # a resumed run logs nothing of before its checkpoint
         # in a row of skipped updates the weights may be beyond help, which a rewind must not go back to
-        self.withheld = bool(self.guard.skipped_row) and not (stopping or self._optimizer_step_limit_exceeded)
+        amid_skips = bool(self.guard.skipped_row)
+        self.withheld = amid_skips and not (stopping or self._optimizer_step_limit_exceeded)
         if self.withheld:
             return
         signature = json.dumps(self.model.signature(), sort_keys=True)
         self.shared_histogram = self.tally.shared_histogram(self.world_size)
-        meta = {"step": self.optimizer_step, "signature": signature, "validation_due": self.validation_due, **meta}
+        meta |= {"step": self.optimizer_step, "signature": signature, "validation_due": self.validation_due}
+        meta["amid_skips"] = amid_skips
         with self.clock.saving():
             try:
                 self.encoders.write_owed()

@@ -48,7 +48,7 @@ class ProgressLog:
         self._purge_step: int | None = None
         self._bar: tqdm | None = None
 
-    def open(self, update: int, updates: int | None, show_bar: bool) -> None:
+    def open(self, update: int, updates: int | None, show_bar: bool, validation_comes: bool = False) -> None:
         """Begin, or go on after an update; what was told of later ones is forgotten.
 
         Arguments
@@ -59,12 +59,14 @@ class ProgressLog:
             Of the whole run, if that is known.
         show_bar : bool
             Whether to show a progress bar.
+        validation_comes : bool
+            Whether that update is still to be validated: what was told of its validation is forgotten too.
         """
         if not if_main_process():
             return
         self.close()
         self.unwritten.clear()
-        self.lines.truncate(after_step=update)
+        self.lines.truncate(update, validation_comes)
         self._purge_step = update + 1
         if show_bar:
             self._bar = tqdm(total=updates, initial=update, unit="update", dynamic_ncols=True)

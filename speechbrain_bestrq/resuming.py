@@ -124,14 +124,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, checkpointer: Any) -> None
 
 
 def warn_of_changes(path: Path, facts: dict[str, Any]) -> None:
-    """Warn where a run that goes on was trained in another precision before, or was to end elsewhere.
+    """Warn where a run that goes on was trained otherwise before: to another end, in another precision or larger steps.
 
     Arguments
     ---------
     path : Path
         What the run told of itself when it was started last; where it is not readable, nothing is said.
     facts : dict
-        What it tells now, with "precision" and "updates_planned".
+        What it tells now, with "precision", "updates_planned" and "update_seconds_at_most".
     """
     try:
         before = read_json(path)
@@ -146,6 +146,15 @@ def warn_of_changes(path: Path, facts: dict[str, Any]) -> None:
             path.parent,
             planned or "without number",
             now or "one without number",
+        )
+    size, now = before.get("update_seconds_at_most"), facts.get("update_seconds_at_most")
+    if None not in (size, now) and size != now:
+        logger.warning(
+            "%s was trained with updates of up to %g s of audio before and goes on with %g, at the same rates: give "
+            "another --grad_accumulation_factor to stay with the first.",
+            path.parent,
+            size,
+            now,
         )
     precision = before.get("precision", facts["precision"])
     if precision != facts["precision"]:

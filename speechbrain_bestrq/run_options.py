@@ -44,7 +44,7 @@ def check_run_options(run_opts: RunOptions) -> None:
 
 
 def check_counts(hparams: MutableMapping[str, Any]) -> None:
-    """Refuse counts of updates that are none, before any work; those such as 2e5 become whole numbers.
+    """Refuse counts of updates and of micro-batches that are none, before any work; 2e5 becomes a whole number.
 
     Arguments
     ---------
@@ -63,7 +63,7 @@ def check_counts(hparams: MutableMapping[str, Any]) -> None:
     >>> hparams
     {'optimizer_step_limit': 200000, 'log_interval': 20, 'valid_interval': None, 'encoder_at_steps': [1000]}
     """
-    for name in ("optimizer_step_limit", "log_interval", "valid_interval"):
+    for name in ("optimizer_step_limit", "log_interval", "valid_interval", "grad_accumulation_factor"):
         if hparams.get(name) is not None:
             hparams[name] = whole_number(name, hparams[name])
     steps = hparams["encoder_at_steps"]

@@ -206,7 +206,10 @@ def make_dataset(
 
 
 def make_task_loader(
-    dataset: DynamicItemDataset, sampler: TaskBatchSampler, num_workers: int = 0
+    dataset: DynamicItemDataset,
+    sampler: TaskBatchSampler,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
 ) -> torch.utils.data.DataLoader:
     """Make the loader of a dataset's padded batches.
 
@@ -218,6 +221,8 @@ def make_task_loader(
         Over the same utterances in the same order.
     num_workers : int
         Processes that read; 0 reads in this one.
+    device : torch.device or str
+        Where the batches go: for a GPU, and for nothing else, their memory is pinned.
 
     Returns
     -------
@@ -229,7 +234,7 @@ def make_task_loader(
         batch_sampler=sampler,
         collate_fn=PaddedBatch,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.device(device).type == "cuda",
         worker_init_fn=start_worker,
         multiprocessing_context="fork" if num_workers else None,  # Python's default since 3.14 would pickle all of it
         generator=torch.Generator(),
@@ -242,6 +247,7 @@ def make_task_loaders(
     items: Sequence[Any],
     outputs: Sequence[str],
     hidden: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.utils.data.DataLoader]:
     """Make the loaders of a recipe: of its training set, shuffled and shared out over the ranks, and of the others.
 
@@ -259,6 +265,8 @@ def make_task_loaders(
         What a batch has besides its waveforms or hidden states.
     hidden : mapping, optional
         As for :func:`make_dataset`.
+    device : torch.device or str
+        As for :func:`make_task_loader`.
 
     Returns
     -------
@@ -299,7 +307,7 @@ def make_task_loaders(
         for item in items:
             dataset.add_dynamic_item(item)
         dataset.set_output_keys(["id", "sig" if hidden is None else "hidden", *outputs])
-        loaders[name] = make_task_loader(dataset, sampler, hparams["num_workers"])
+        loaders[name] = make_task_loader(dataset, sampler, hparams["num_workers"], device)
     return loaders
 
 

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from speechbrain_bestrq.attention import attend
 from speechbrain_bestrq.convolution import FrameConvolution
-from speechbrain_bestrq.encoder import run_layers
+from speechbrain_bestrq.encoder import run_layers, share_of_layers
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.tables import TableModule
 
@@ -306,8 +306,8 @@ class TransformerEncoder(nn.Module):
         return states
 
     def flops(self, utterances: int, frames: int) -> float:
-        """Multiply-adds (two operations each) of a forward pass over (utterances, frames)."""
+        """Multiply-adds (two operations each) of a forward pass over (utterances, frames); in training on average."""
         matrices = sum(weight.numel() for weight in self.layers.parameters() if weight.ndim > 1)
         attention = len(self.layers) * 2 * frames * self.d_model
         tokens = utterances * frames
-        return 2.0 * tokens * (matrices + attention) + self.positions.flops(tokens)
+        return 2.0 * share_of_layers(self) * tokens * (matrices + attention) + self.positions.flops(tokens)

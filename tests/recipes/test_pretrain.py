@@ -126,6 +126,15 @@ def test_a_run_that_is_done_says_so_and_changes_nothing(train, librispeech, tmp_
     assert "This run is done" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_run_that_goes_on_with_updates_of_another_size_says_so(train, librispeech, tmp_path):
+    train.main(arguments("bestrq_small", librispeech, tmp_path))
+    train.main(
+        arguments("bestrq_small", librispeech, tmp_path, "--grad_accumulation_factor=1", "--optimizer_step_limit=3")
+    )
+    log = (tmp_path / "log.txt").read_text()
+    assert "was trained with updates of up to 16 s of audio before and goes on with 8, at the same rates" in log
+
+
 def test_a_folder_of_any_audio_is_a_corpus(train, tmp_path):
     generator = np.random.default_rng(0)
     for number, (name, rate) in enumerate((("a b.wav", 8000), ("c,d.flac", 44100), ("é.ogg", 16000), ("f.wav", 22050))):
@@ -154,6 +163,8 @@ BAD_INPUT = {
     "value out of range": (["--num_components=0"], r"bestrq_small.yaml: .*num_components is 1 to 320"),
     "batch bound below the longest utterance": (["--max_batch_seconds=2"], r"max_batch_seconds"),
     "all too short": (["--min_seconds=20"], r"min_seconds"),
+    "a share above one": (["--mask_prob=60"], r"bestrq_small.yaml: .*prob is a share of frames"),
+    "no micro-batches": (["--grad_accumulation_factor=0"], r"--grad_accumulation_factor 0: give a whole number"),
     "another cache": (["--cache=disk"], r"cache is memory, or null"),
     "other rate refused": (["--sample_rate=8000", "--resample=False"], r"resample"),
 }
@@ -169,6 +180,19 @@ def test_bad_input_is_one_clear_line_before_anything_is_written(case, train, lib
     assert not (output / "train_log.jsonl").exists()
     assert not (output / "hyperparams.yaml").exists()
     assert not list(output.rglob("CKPT*"))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_run_on_little_audio_has_epochs_enough_for_all_its_updates(name, tmp_path):
+    with open(RECIPE / "hparams" / f"{name}.yaml") as file, torch.device("meta"):
+        hparams = load_hyperpyyaml(file, {"data_folder": "none", "output_folder": str(tmp_path)})
+    assert hparams["epoch_counter"].limit >= hparams["optimizer_step_limit"]
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name.startswith("bestrq")])
+def test_the_quantizer_takes_the_features_there_are(name, train, librispeech, tmp_path):
+    train.main(arguments(name, librispeech, tmp_path, "--num_mels=40", "--optimizer_step_limit=1"))
+    assert read_log(tmp_path)[-1]["event"] == "valid"
 
 
 def test_placeholder_left_open_is_one_line_on_stderr_and_exit_status_2(tmp_path):

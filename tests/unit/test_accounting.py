@@ -8,6 +8,7 @@ import torch
 
 from speechbrain_bestrq.accounting import JsonLines, LateReader, code_statistics, datasheet_flops, format_line
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.tally import HISTOGRAM_MEMORY
 
 
 class SlowDevice:
@@ -96,6 +97,17 @@ def test_resuming_drops_what_will_be_logged_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_resuming_drops_the_validation_that_comes_again(tmp_path):
+    log = JsonLines(tmp_path / "log.jsonl")
+    entries = [{"event": event, "step": step} for step in (10, 20) for event in ("train", "valid")]
+    for entry in entries:
+        log.append(entry)
+    log.truncate(after_step=20)
+    assert log.read() == entries
+    log.truncate(after_step=20, validation_comes=True)
+    assert log.read() == entries[:3]
+
+
 def test_a_last_line_torn_by_a_kill_is_left_out_and_gone_after_resuming(tmp_path):
     log = JsonLines(tmp_path / "log.jsonl")
     log.append({"step": 1})
@@ -115,6 +127,17 @@ def test_a_line_that_is_damaged_is_named(tmp_path):
     log.path.write_text(log.path.read_text() + '{"step": \n')
     with pytest.raises(InputError, match="log.jsonl' line 2 is not JSON .*: delete that line"):
         log.truncate(after_step=1)
+
+
+def test_a_code_is_in_use_no_longer_than_it_is_met():
+    """All 16 codes are labels for a hundred updates, then one alone."""
+    counts = torch.zeros(1, 16)
+    used = []
+    for update in range(3000):
+        counts *= HISTOGRAM_MEMORY
+        counts[0, : 16 if update < 100 else 1] += 10.0
+        used.append(code_statistics(counts)["codes_used"].item())
+    assert used[99] == 16 and used[600] == 16 and used[2900] == 1
 
 
 def test_code_statistics_are_means_over_the_codebooks():

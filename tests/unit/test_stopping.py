@@ -442,6 +442,30 @@ def test_too_many_skipped_updates_go_back_to_the_checkpoint_with_half_the_rate(t
     assert again.brain.rate_scale == 0.5
 
 
+def test_what_was_saved_because_a_run_stopped_amid_skipped_updates_is_not_gone_back_to(
+    toy, tmp_path, corpus, monkeypatch
+):
+    optimizers_step, stopped = toy.ToyBrain.optimizers_step, tmp_path / "stopped"
+
+    def spoilt(self):
+        if self.optimizer_step >= 4 and self.rate_scale == 1.0:
+            next(iter(self.model.parameters())).grad.fill_(float("nan"))
+        optimizers_step(self)
+        if self.optimizer_step == 6 and not stopped.exists():
+            stopped.touch()
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
+    options = {"updates": 12, "checkpoint_every": 2, "max_skipped_updates": 4, "on_nonfinite": "rewind"}
+    with pytest.raises(StoppedError, match="after update 6"):
+        toy.train(tmp_path, **corpus, **options)
+    result = toy.train(tmp_path, **corpus, **options)
+    assert result.brain.rewinds == 1 and result.brain.optimizer_step == 12
+    # of the updates after the fourth, each was done again at half the rate
+    losses = toy.losses(tmp_path)
+    assert [step for step, _ in losses] == list(range(1, 13)) and all(math.isfinite(loss) for _, loss in losses)
+
+
 def test_a_run_that_diverges_at_any_rate_is_given_up(toy, tmp_path, corpus, caplog, monkeypatch):
     optimizers_step = toy.ToyBrain.optimizers_step
 
@@ -454,6 +478,7 @@ def test_a_run_that_diverges_at_any_rate_is_given_up(toy, tmp_path, corpus, capl
     options = {"updates": 12, "checkpoint_every": 2, "max_skipped_updates": 3, "on_nonfinite": "rewind"}
     with pytest.raises(InputError, match="3 updates in a row"):
         toy.train(tmp_path, **corpus, **options)
+    assert toy.log_lines(tmp_path)[-1]["step"] == 7, "the line that shows why is missing"
     found = [message for message in caplog.messages if "Going back to the last checkpoint" in message]
     assert [float(re.search(r"with ([\d.]+) of", message)[1]) for message in found] == [0.5, 0.25, 0.125, 0.0625]
 

@@ -177,7 +177,9 @@ def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
                 del part[one]
 
 
-def dataio_prepare(hparams: dict, rows: dict[str, dict], cache: FeatureCache | None) -> dict[str, Any]:
+def dataio_prepare(
+    hparams: dict, rows: dict[str, dict], cache: FeatureCache | None, device: torch.device | str
+) -> dict[str, Any]:
     """Make the loaders of training, validation and each test set."""
 
     @sb.utils.data_pipeline.takes("wrd")
@@ -185,7 +187,7 @@ def dataio_prepare(hparams: dict, rows: dict[str, dict], cache: FeatureCache | N
     def units(wrd):
         return hparams["tokenizer"].encode(wrd)
 
-    return make_task_loaders(hparams, rows, [units], ["units", "wrd", "spk_id"], cache)
+    return make_task_loaders(hparams, rows, [units], ["units", "wrd", "spk_id"], cache, device)
 
 
 def make_decoder(hparams: dict) -> BeamDecoder | None:
@@ -289,7 +291,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     sb.create_experiment_directory(output_folder, hparams_file, overrides)
     encoder = hparams["speech_encoder"]
     cache = open_cache(hparams, rows, run_opts["device"])
-    loaders = dataio_prepare(hparams, rows, cache)
+    loaders = dataio_prepare(hparams, rows, cache, run_opts["device"])
     modules = {"encoder": encoder, "head": hparams["head"](num_labels=hparams["tokenizer"].size)}
     if "mix" in hparams:
         modules["mix"] = hparams["mix"]

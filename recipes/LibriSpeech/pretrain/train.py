@@ -47,7 +47,9 @@ logger = logging.getLogger(__name__)
 MOST_LEFT_OUT = 0.05
 
 
-def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_size: int):
+def dataio_prepare(
+    hparams: dict, manifests: dict[str, Path], rank: int, world_size: int, device: torch.device | str = "cpu"
+):
     """Make the loaders of training and validation, the audio to measure statistics on, and what to tell of the data."""
     rate = hparams["sample_rate"]
     limits = {"min_seconds": hparams["min_seconds"], "max_seconds": hparams["max_seconds"]}
@@ -74,7 +76,7 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         more = {"cache": caches[0], "max_unreadable": hparams["max_unreadable"]}
         return WaveformDataset(train_table, model.masking, model.speech_encoder.num_frames, **place, **more)
 
-    loader = {"num_workers": hparams["num_workers"], "pin_memory": torch.cuda.is_available()}
+    loader = {"num_workers": hparams["num_workers"], "pin_memory": torch.device(device).type == "cuda"}
     train_loader = make_loader(training_waveforms(rank), train_sampler, **loader)
     # validation masks do not depend on the seed, nor on the number of ranks
     valid_waveforms = WaveformDataset(valid_table, model.masking, model.speech_encoder.num_frames, cache=caches[1])
@@ -151,7 +153,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     ranks = (0, 1)
     if torch.distributed.is_initialized():
         ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size())
-    train_loader, valid_loader, statistics_audio, facts = dataio_prepare(hparams, manifests, *ranks)
+    train_loader, valid_loader, statistics_audio, facts = dataio_prepare(hparams, manifests, *ranks, run_opts["device"])
 
     check_resumable(hparams["checkpointer"], hparams["model"], train_loader.batch_sampler)
 

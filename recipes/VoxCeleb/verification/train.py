@@ -158,7 +158,9 @@ def check_settings(hparams: dict) -> None:
         raise InputError(f"chunk_seconds: {seconds} is less than a frame of the encoder: give more, or null.")
 
 
-def dataio_prepare(hparams: dict, rows: dict[str, dict], cache: FeatureCache | None) -> dict[str, Any]:
+def dataio_prepare(
+    hparams: dict, rows: dict[str, dict], cache: FeatureCache | None, device: torch.device | str
+) -> dict[str, Any]:
     """Make the loaders of training, validation and test."""
     speakers = {name: place for place, name in enumerate(speakers_of(rows["train"]))}
 
@@ -169,7 +171,7 @@ def dataio_prepare(hparams: dict, rows: dict[str, dict], cache: FeatureCache | N
 
     if hparams["chunk_seconds"] is not None:
         rows = {**rows, "train": repeat_for_chunks(rows["train"], hparams["chunk_seconds"])}
-    return make_task_loaders(hparams, rows, [label], ["label"], cache)
+    return make_task_loaders(hparams, rows, [label], ["label"], cache, device)
 
 
 def speakers_of(rows: dict[str, dict]) -> list[str]:
@@ -255,7 +257,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     speakers = speakers_of(rows["train"])
     run_on_main(keep_speakers, args=[hparams, speakers])  # before an encoder runs for hours
     cache = open_cache(hparams, rows, run_opts["device"])
-    loaders = dataio_prepare(hparams, rows, cache)
+    loaders = dataio_prepare(hparams, rows, cache, run_opts["device"])
     modules = {
         "encoder": encoder,
         "mix": hparams["mix"],
