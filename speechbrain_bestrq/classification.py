@@ -211,7 +211,7 @@ def make_classification_loaders(
     column: str,
     labels: Sequence[str],
     hidden: Mapping[str, Tensor] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> dict[str, torch.utils.data.DataLoader]:
     """Make the loaders whose batches a :class:`ClassificationBrain` takes.
 

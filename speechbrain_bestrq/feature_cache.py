@@ -152,7 +152,7 @@ def _compute(
     position = 0
     try:
         with replacing(path) as beside, open(beside, "wb") as file, torch.no_grad():
-            for batch in make_task_loader(dataset, sampler):
+            for batch in make_task_loader(dataset, sampler, device=device):
                 wavs, wav_lens = batch.sig
                 hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
                 for name, states, length in zip(

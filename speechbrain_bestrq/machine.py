@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from speechbrain.utils.distributed import infer_device
 
 from speechbrain_bestrq.errors import InputError
 
@@ -79,6 +80,26 @@ def check_gpus_usable(option: str = "--device cpu") -> None:
         "newer driver than nvidia-smi tells: install torch and torchaudio for this one (docs/dependencies.md), or give "
         f"{option}."
     )
+
+
+def is_gpu(device: torch.device | str | None) -> bool:
+    """Tell whether batches for a device are to be pinned in memory, as for NVIDIA's GPUs alone.
+
+    Arguments
+    ---------
+    device : torch.device or str or None
+        None is the one that SpeechBrain takes where none is named.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> is_gpu("cuda:1"), is_gpu("cpu")
+    (True, False)
+    """
+    return torch.device(device or infer_device()).type == "cuda"
 
 
 def _can_be_opened(device: Path) -> bool:

@@ -60,7 +60,7 @@ class ProgressLog:
         show_bar : bool
             Whether to show a progress bar.
         validation_comes : bool
-            Whether that update is still to be validated: what was told of its validation is forgotten too.
+            Whether that update is still to be validated: ``train_log.jsonl`` forgets that of before.
         """
         if not if_main_process():
             return

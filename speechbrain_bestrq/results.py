@@ -17,6 +17,9 @@ from speechbrain_bestrq.writing import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
+#: What of a run's records is the same where its weights are, beside the digest of its encoder.
+_SAME_WEIGHTS = ("corpus", "seed", "settings", "updates", "best_epoch", "validation")
+
 RESULTS_FILE = "results.json"
 #: Of the errors of each utterance of a test set.
 ERRORS_FILE = "errors_{}.csv"
@@ -111,7 +114,8 @@ def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> 
     Returns
     -------
     dict
-        The sets that there were come first; those that are tested later tell by which command.
+        The sets that there were come first; those that are tested later tell by which command. Of a set that was
+        tested before, other scores stay while those of both tests are the same.
 
     Example
     -------
@@ -126,11 +130,17 @@ def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> 
         earlier = read_results(folder)
     except InputError:  # none, or none that can be read
         return dict(results)
-    same = all(earlier.get(name) == results.get(name) for name in ("corpus", "seed", "updates", "best_epoch"))
+    now = json.loads(json.dumps(results))  # as it will be read: a pair is a list
+    same = all(earlier.get(name) == now.get(name) for name in _SAME_WEIGHTS)
     digests = [(one.get("encoder") or {}).get("digest") for one in (earlier, results)]
     before = earlier["sets"] if same and digests[0] == digests[1] else {}
     told = {"test_command": results["test_command"]} if "test_command" in results else {}
-    own = {name: {**before.get(name, {}), **scores, **told} for name, scores in results["sets"].items()}
+    own = {}
+    for name, scores in results["sets"].items():
+        known = before.get(name, {})
+        compared = (key for key in known.keys() & scores.keys() if not key.endswith("seconds"))
+        kept = known if all(known[key] == now["sets"][name][key] for key in compared) else {}
+        own[name] = {**kept, **scores, **told}
     return {**results, "sets": {**before, **own}}
 
 

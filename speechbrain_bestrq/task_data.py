@@ -14,6 +14,7 @@ from torch import Tensor
 
 from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.machine import is_gpu
 from speechbrain_bestrq.seeding import derive_seed, derived_generator
 from speechbrain_bestrq.workers import start_worker
 
@@ -209,7 +210,7 @@ def make_task_loader(
     dataset: DynamicItemDataset,
     sampler: TaskBatchSampler,
     num_workers: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> torch.utils.data.DataLoader:
     """Make the loader of a dataset's padded batches.
 
@@ -221,8 +222,9 @@ def make_task_loader(
         Over the same utterances in the same order.
     num_workers : int
         Processes that read; 0 reads in this one.
-    device : torch.device or str
-        Where the batches go: for a GPU, and for nothing else, their memory is pinned.
+    device : torch.device or str, optional
+        Where the batches go: for a GPU, and for nothing else, their memory is pinned. SpeechBrain's own choice, if left
+        out.
 
     Returns
     -------
@@ -234,7 +236,7 @@ def make_task_loader(
         batch_sampler=sampler,
         collate_fn=PaddedBatch,
         num_workers=num_workers,
-        pin_memory=torch.device(device).type == "cuda",
+        pin_memory=is_gpu(device),
         worker_init_fn=start_worker,
         multiprocessing_context="fork" if num_workers else None,  # Python's default since 3.14 would pickle all of it
         generator=torch.Generator(),
@@ -247,7 +249,7 @@ def make_task_loaders(
     items: Sequence[Any],
     outputs: Sequence[str],
     hidden: Mapping[str, Tensor] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> dict[str, torch.utils.data.DataLoader]:
     """Make the loaders of a recipe: of its training set, shuffled and shared out over the ranks, and of the others.
 
@@ -265,7 +267,7 @@ def make_task_loaders(
         What a batch has besides its waveforms or hidden states.
     hidden : mapping, optional
         As for :func:`make_dataset`.
-    device : torch.device or str
+    device : torch.device or str, optional
         As for :func:`make_task_loader`.
 
     Returns

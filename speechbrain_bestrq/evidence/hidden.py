@@ -21,7 +21,7 @@ def _encode(
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
     """Names, hidden states (S, B, T, D) and lengths of batches, the longest utterances first."""
     sampler = TaskBatchSampler([float(row["duration"]) for row in rows.values()], BATCH_SECONDS, training=False)
-    for batch in make_task_loader(make_dataset(rows, sample_rate), sampler):
+    for batch in make_task_loader(make_dataset(rows, sample_rate), sampler, device=device):
         wavs, wav_lens = batch.sig
         hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
         yield batch.id, hidden.float(), lengths

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -359,9 +360,11 @@ def _check_few(rows: Mapping[str, Mapping[str, Any]], hours: float, what: str) -
     """Refuse a training set that has no few labels to draw."""
     there = sum(float(row["duration"]) for row in rows.values()) / 3600
     if there < few_hours(hours):
+        most = math.floor(2000 * there) / 1000
+        less = f"--hours {most:g}, or " if most else ""
         raise InputError(
-            f"{what} has {there:.3f} hours to train on, and {few_hours(hours):g} are drawn where labels are few: give "
-            f"--hours {max(2 * there, 0.001):.3f}, or more speech."
+            f"{what} has {3600 * there:.0f} s to train on, and {3600 * few_hours(hours):.0f} s are drawn where labels "
+            f"are few: give {less}more speech."
         )
 
 

@@ -149,6 +149,13 @@ def test_a_frozen_encoder_keeps_its_digest_and_a_fine_tuned_one_does_not(
     assert digests["bestrq"] == digests["probe_small"] != digests["bestrq_finetune"]
 
 
+def test_without_a_device_named_it_trains_on_the_one_there_is(train, small_yamls, librispeech, tmp_path):
+    given = arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path)
+    given.remove("--device=cpu")
+    train.main(given)
+    assert read_results(tmp_path)["epochs"] == 2
+
+
 def test_a_run_goes_on_from_its_last_epoch_and_can_be_tested_again(train, small_yamls, librispeech, encoder, tmp_path):
     def run(output, *more):
         train.main(arguments(small_yamls, "bestrq", librispeech, encoder, tmp_path / output, *more))

@@ -118,6 +118,13 @@ def test_two_steps_at_toy_size_leave_logs_checkpoint_and_encoder(name, train, li
     assert "| updates | 2 |" in card
 
 
+def test_without_a_device_named_it_trains_on_the_one_there_is(train, librispeech, tmp_path):
+    given = arguments("bestrq_small", librispeech, tmp_path)
+    given.remove("--device=cpu")
+    train.main(given)
+    assert read_log(tmp_path)[-1]["event"] == "valid"
+
+
 def test_a_run_that_is_done_says_so_and_changes_nothing(train, librispeech, tmp_path, caplog):
     train.main(arguments("bestrq_small", librispeech, tmp_path))
     before = (tmp_path / "train_log.jsonl").read_text()

@@ -267,6 +267,11 @@ def test_counted_operations_are_pytorchs(attention, utterances, frames):
     assert encoder.flops(utterances, frames) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
+def test_of_layers_that_training_skips_no_operations_are_counted():
+    encoder = made(layer_drop=0.25)
+    assert encoder.train().flops(2, 50) == 0.75 * encoder.eval().flops(2, 50)
+
+
 def test_counted_operations_of_the_subsampling_are_pytorchs():
     subsampling = ConvSubsampling(d_model=16, channels=(8, 4)).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

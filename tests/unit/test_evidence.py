@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import statistics
 from collections import Counter
@@ -549,10 +550,20 @@ def test_corpora_that_are_not_given_are_left_out(run, corpora, tmp_path):
 
 def test_speech_too_little_to_draw_few_labels_of_is_refused_before_it_is_aligned(corpora, tmp_path, monkeypatch):
     monkeypatch.setattr(alignment, "Aligner", lambda *_: pytest.fail("aligned"))
-    with pytest.raises(
-        InputError, match=r"--librispeech .* has 0\.0\d+ hours to train on, and 0.05 .* give --hours 0\.0"
-    ):
+    message = r"--librispeech .* has \d+ s to train on, and 180 s are drawn .* give --hours 0\.0\d+, or more speech"
+    with pytest.raises(InputError, match=message):
         measures.Characters(corpora["librispeech"], tmp_path, 0.5, CPU)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.7, 44.3, 100.0, 179.0])
+def test_the_hours_that_are_advised_are_few_enough(seconds):
+    rows = {"a": {"duration": seconds}}
+    with pytest.raises(InputError) as refused:
+        measures._check_few(rows, 0.5, "it")
+    advised = re.search(r"--hours ([\d.]+),", str(refused.value))
+    assert bool(advised) == (seconds > 1.8)
+    if advised:
+        measures._check_few(rows, float(advised[1]), "it")
 
 
 @pytest.mark.parametrize(

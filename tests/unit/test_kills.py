@@ -183,7 +183,7 @@ def start_ranks(output, settings, pauses, launcher):
     arguments = {"output": str(output), **settings, "pauses": pauses, "store": f"file://{output.parent}/store{attempt}"}
     script = output.parent / "rank.py"
     script.write_text(RANK)
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     if launcher == "torchrun":
         arguments["store"] = "env://"
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]

@@ -48,10 +48,19 @@ def test_sets_of_another_corpus_are_not_kept_and_a_later_test_is_told_by_its_set
     sets = with_earlier_sets(tmp_path, later)["sets"]
     assert sets["test-clean"] == {"wer": 0.2} and sets["dev-other"]["test_command"] == later["test_command"]
     assert list(sets) == ["test-clean", "dev-other"]  # the first is that of the paper's column
-    again = with_earlier_sets(tmp_path, {**later, "sets": {"test-clean": {"cer": 0.1}}})["sets"]["test-clean"]
-    assert again == {"wer": 0.2, "cer": 0.1, "test_command": later["test_command"]}
-    for change in ({"corpus": "speechocean762"}, {"encoder": {"digest": "b"}}, {"updates": 8}):
+    changes = [{"corpus": "speechocean762"}, {"encoder": {"digest": "b"}}, {"updates": 8}]
+    for change in (*changes, {"validation": {"loss": 1.5}}, {"settings": {"learning_rate": 0.1}}):
         assert list(with_earlier_sets(tmp_path, {**later, **change})["sets"]) == ["dev-other"]
+
+
+def test_scores_of_an_earlier_test_stay_while_those_of_both_are_the_same(tmp_path):
+    run = {"seed": 1, "settings": {"betas": (0.9, 0.98)}, "validation": {"loss": 0.1}}
+    searched = {"wer": 0.2, "wer_lm": 0.1, "evaluation_seconds": 3.0}
+    write_results(tmp_path, {**run, "sets": {"test-clean": searched}})
+    later = {"wer": 0.2, "evaluation_seconds": 4.0}
+    assert with_earlier_sets(tmp_path, {**run, "sets": {"test-clean": later}})["sets"]["test-clean"] == searched | later
+    other = {"wer": 0.3, "evaluation_seconds": 4.0}
+    assert with_earlier_sets(tmp_path, {**run, "sets": {"test-clean": other}})["sets"]["test-clean"] == other
 
 
 def test_columns_of_an_earlier_test_stay_while_the_answers_are_the_same(tmp_path, caplog):

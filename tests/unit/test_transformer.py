@@ -124,6 +124,12 @@ def test_counted_operations_are_pytorchs(norm, positions, utterances, frames):
     assert encoder.flops(utterances, frames) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
+def test_of_layers_that_training_skips_no_operations_are_counted():
+    encoder = made(layer_drop=0.25)
+    whole, positions = encoder.eval().flops(2, 50), encoder.positions.flops(100)
+    assert encoder.train().flops(2, 50) - positions == pytest.approx(0.75 * (whole - positions))
+
+
 def test_every_matrix_of_a_layer_is_that_of_a_linear_layer():
     for module in made().layers.modules():
         for _, parameter in module.named_parameters(recurse=False):

@@ -178,7 +178,7 @@ def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
 
 
 def dataio_prepare(
-    hparams: dict, rows: dict[str, dict], cache: FeatureCache | None, device: torch.device | str
+    hparams: dict, rows: dict[str, dict], cache: FeatureCache | None, device: str | None
 ) -> dict[str, Any]:
     """Make the loaders of training, validation and each test set."""
 

@@ -35,6 +35,7 @@ from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
 from speechbrain_bestrq.corpora import prepare_corpus
 from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.machine import is_gpu
 from speechbrain_bestrq.pcm_cache import cache_audio
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
@@ -47,9 +48,7 @@ logger = logging.getLogger(__name__)
 MOST_LEFT_OUT = 0.05
 
 
-def dataio_prepare(
-    hparams: dict, manifests: dict[str, Path], rank: int, world_size: int, device: torch.device | str = "cpu"
-):
+def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_size: int, device: str | None = None):
     """Make the loaders of training and validation, the audio to measure statistics on, and what to tell of the data."""
     rate = hparams["sample_rate"]
     limits = {"min_seconds": hparams["min_seconds"], "max_seconds": hparams["max_seconds"]}
@@ -76,7 +75,7 @@ def dataio_prepare(
         more = {"cache": caches[0], "max_unreadable": hparams["max_unreadable"]}
         return WaveformDataset(train_table, model.masking, model.speech_encoder.num_frames, **place, **more)
 
-    loader = {"num_workers": hparams["num_workers"], "pin_memory": torch.device(device).type == "cuda"}
+    loader = {"num_workers": hparams["num_workers"], "pin_memory": is_gpu(device)}
     train_loader = make_loader(training_waveforms(rank), train_sampler, **loader)
     # validation masks do not depend on the seed, nor on the number of ranks
     valid_waveforms = WaveformDataset(valid_table, model.masking, model.speech_encoder.num_frames, cache=caches[1])

@@ -159,7 +159,7 @@ def check_settings(hparams: dict) -> None:
 
 
 def dataio_prepare(
-    hparams: dict, rows: dict[str, dict], cache: FeatureCache | None, device: torch.device | str
+    hparams: dict, rows: dict[str, dict], cache: FeatureCache | None, device: str | None
 ) -> dict[str, Any]:
     """Make the loaders of training, validation and test."""
     speakers = {name: place for place, name in enumerate(speakers_of(rows["train"]))}
