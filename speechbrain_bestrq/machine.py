@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from speechbrain.utils.distributed import infer_device
 
 from speechbrain_bestrq.errors import InputError
 
@@ -88,7 +87,7 @@ def is_gpu(device: torch.device | str | None) -> bool:
     Arguments
     ---------
     device : torch.device or str or None
-        None is the one that SpeechBrain takes where none is named.
+        None is the one that SpeechBrain takes where none is named: a GPU, if there is one.
 
     Returns
     -------
@@ -99,7 +98,7 @@ def is_gpu(device: torch.device | str | None) -> bool:
     >>> is_gpu("cuda:1"), is_gpu("cpu")
     (True, False)
     """
-    return torch.device(device or infer_device()).type == "cuda"
+    return torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
 
 
 def _can_be_opened(device: Path) -> bool:
