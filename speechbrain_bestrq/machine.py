@@ -82,7 +82,7 @@ def check_gpus_usable(option: str = "--device cpu") -> None:
 
 
 def is_gpu(device: torch.device | str | None) -> bool:
-    """Tell whether batches for a device are to be pinned in memory, as for NVIDIA's GPUs alone.
+    """Tell whether a device is one of NVIDIA's GPUs.
 
     Arguments
     ---------

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 import torch
 
-from speechbrain_bestrq.machine import processor_vendor
+from speechbrain_bestrq.machine import is_gpu, processor_vendor
 
 _device: ContextVar[str | None] = ContextVar("device", default=None)
 
@@ -96,7 +96,7 @@ def native_precision() -> str:
     >>> native_precision() in ("bf16", "fp32")
     True
     """
-    if torch.cuda.is_available() and torch.device(_device.get() or "cuda").type != "cpu":
+    if torch.cuda.is_available() and is_gpu(_device.get()):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # before PyTorch 2.11 the public way to ask is not there
         native = torch.cpu._is_amx_tile_supported() or (

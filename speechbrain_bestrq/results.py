@@ -187,11 +187,12 @@ def _with_earlier_columns(
     except OSError:  # there was no test
         return rows, list(columns)
     known = earlier[0].keys() if earlier else ()
-    shared, more = [name for name in columns if name in known], [name for name in known if name not in columns]
-    same = [[row[name] for name in shared] for row in earlier] == [[str(row[name]) for name in shared] for row in rows]
-    if not more or not same:
-        if more:
-            logger.warning("%s: the answers were others; what it said of %s is gone.", path, ", ".join(more))
+    more = [name for name in known if name not in columns]
+    if not more:
+        return rows, list(columns)
+    shared = [name for name in columns if name in known]
+    if [[row[name] for name in shared] for row in earlier] != [[str(row[name]) for name in shared] for row in rows]:
+        logger.warning("%s: the answers were others; what it said of %s is gone.", path, ", ".join(more))
         return rows, list(columns)
     kept = [{**row, **{name: old[name] for name in more}} for row, old in zip(rows, earlier, strict=True)]
     return kept, [*columns, *more]
