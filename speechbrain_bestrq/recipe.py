@@ -345,7 +345,7 @@ def _leave(status: int) -> NoReturn:
     """End a rank's process without taking Python apart around the threads of its process group.
 
     They outlive the group, which DistributedDataParallel keeps even when both are gone, and one that still has a
-    tensor to give back, or anything else to do with Python, ends the process by SIGABRT (PyTorch's issue 190489): a run
+    tensor to give back, or anything else to do with Python, may end it by SIGABRT (PyTorch's issue 190489): a run
     that is done would look like one that crashed, and one that was stopped in order would not be started again.
     """
     atexit._run_exitfuncs()
