@@ -36,6 +36,13 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="other audio to pre-train on as well",
     )
+    parser.add_argument(
+        "--pretrained",
+        nargs="+",
+        default=[],
+        metavar="METHOD=RUN",
+        help="done already, such as bestrq=results/bestrq/1000: in the place of the preset's pre-training",
+    )
     parser.add_argument("--language_model", type=Path, metavar="FILE", help="of words, .arpa or .arpa.gz")
     parser.add_argument("--pretraining_devices", type=int, default=1, metavar="COUNT", help="under torchrun (1)")
 
@@ -61,10 +68,8 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    without = dict.fromkeys((*_CORPORA, "language_model"))
-    return _reproduce(
-        argparse.Namespace(preset="demo", extra_folders=[], pretraining_devices=1, **without, **vars(arguments))
-    )
+    without = {**dict.fromkeys((*_CORPORA, "language_model")), "extra_folders": [], "pretrained": []}
+    return _reproduce(argparse.Namespace(preset="demo", pretraining_devices=1, **without, **vars(arguments)))
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
@@ -93,7 +98,9 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     model = None if arguments.language_model is None else arguments.language_model.resolve()
     if model is not None and not model.is_file():
         raise InputError(f"--language_model {model} is no file: give an ARPA file.")
-    stages = make_plan(preset, corpora, folder, model, arguments.pretraining_devices, options, extra_folders)
+    stages = make_plan(
+        preset, corpora, folder, model, arguments.pretraining_devices, options, extra_folders, arguments.pretrained
+    )
     # what is only told of may be run on another machine
     if arguments.devices is None and not arguments.dry_run:
         check_gpus_usable("--devices cpu")  # each stage would refuse
@@ -195,6 +202,9 @@ COMMAND = Command(
   sb-bestrq reproduce --preset small --librispeech data/LibriSpeech --slurp data/SLURP
   sb-bestrq reproduce --preset paper --librispeech data/LibriSpeech --voxceleb data/VoxCeleb --iemocap data/IEMOCAP \\
       --slurp data/SLURP --language_model 4-gram.arpa.gz --devices 0,1,2,3
+
+  sb-bestrq reproduce --preset small --slurp data/SLURP --pretrained bestrq=results/bestrq_small/1000 \\
+      wav2vec2=results/wav2vec2_small/1000
 
 Tasks whose corpus is not given are left out. Called again, it goes on; what is done is not done again. The report is
 FOLDER/report.html, and sb-bestrq report FOLDER writes it anew.""",

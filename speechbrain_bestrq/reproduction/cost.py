@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ import torch
 import yaml
 from hyperpyyaml import load_hyperpyyaml
 
+from speechbrain_bestrq.artefact import CONFIG_FILE, load_encoder
 from speechbrain_bestrq.corpora import AUDIO_EXTENSIONS
 from speechbrain_bestrq.corpora._audio_files import walk_files
+from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.pretraining_model import PretrainingModel
+from speechbrain_bestrq.reproduction.elsewhere import encoder_of
 from speechbrain_bestrq.reproduction.plan import CODEBOOK_CHECK, TASKS, yaml_value
 from speechbrain_bestrq.reproduction.stages import Stage
+from speechbrain_bestrq.safe_reading import read_json
 
 #: Seconds of the warm-up's batch, at most those of a run's own.
 WARM_UP_SECONDS = 20.0
@@ -129,6 +133,16 @@ def estimate(stages: Sequence[Stage], done: Collection[str] = ()) -> dict[str, C
             given = dict(zip(words, words[1:], strict=False))
             made[given["--output_folder"]] = float(given["--hours"])
         if stage.kind in ("speech", CODEBOOK_CHECK):
+            continue
+        if (encoder := encoder_of(stage.command)) is not None:
+            if stage.name in needed:
+                config = read_json(encoder / CONFIG_FILE)
+                architecture = json.dumps({name: config[name] for name in config if name != "training"})
+                if architecture not in measured:
+                    measured[architecture] = warm_up_encoder(encoder)
+                speeds[stage.name] = measured[architecture]
+            if stage.name not in done:
+                costs[stage.name] = Cost(0.0, len(stage.products) * speeds[stage.name].parameters * ENCODER_BYTES / 1e9)
             continue
         place = next(number for number, word in enumerate(words) if word.endswith("train.py"))
         path, options = Path(words[place + 1]), dict(zip(words[place + 3 :: 2], words[place + 4 :: 2], strict=True))
@@ -258,26 +272,49 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
 
     model.train()
     training = _of_what_fits(training_speed, seconds)
-    wavs = _noise(min(WARM_UP_SECONDS, seconds), rate, device)
-    heard = wavs.numel() / rate
+    speed = _encoder_speed(model.speech_encoder, _noise(min(WARM_UP_SECONDS, seconds), rate, device))
+    return replace(speed, training=training, parameters=sum(one.numel() for one in model.parameters()))
 
-    # what the recipes of the tasks do is in float32
+
+def warm_up_encoder(folder: Path) -> Speed:
+    """Take a few steps with an encoder on noise, on a GPU if one is seen.
+
+    Arguments
+    ---------
+    folder : Path
+        The encoder's.
+
+    Returns
+    -------
+    Speed
+        Of a pre-training it says nothing.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    speech_encoder = load_encoder(folder).to(device)
+    return _encoder_speed(speech_encoder, _noise(WARM_UP_SECONDS, speech_encoder.frontend.sample_rate, device))
+
+
+def _encoder_speed(speech_encoder: SpeechEncoder, wavs: torch.Tensor) -> Speed:
+    """In float32, as the recipes of the tasks use it."""
+    heard = wavs.numel() / speech_encoder.frontend.sample_rate
+
     def fine_tune() -> None:
-        model.speech_encoder(wavs)[0].square().mean().backward()
-        model.zero_grad()
+        speech_encoder(wavs)[0].square().mean().backward()
+        speech_encoder.zero_grad()
 
     states = []
 
     @torch.no_grad()
     def encode() -> None:
-        states[:] = [model.speech_encoder(wavs)[0]]
+        states[:] = [speech_encoder(wavs)[0]]
 
-    fine_tuning = heard / _median_seconds(fine_tune, device)
-    model.eval()
-    encoding = heard / _median_seconds(encode, device)
-    parameters = sum(one.numel() for one in model.parameters())
+    speech_encoder.train()
+    fine_tuning = heard / _median_seconds(fine_tune, wavs.device)
+    speech_encoder.eval()
+    encoding = heard / _median_seconds(encode, wavs.device)
+    parameters = sum(one.numel() for one in speech_encoder.parameters())
     number, rows, frames, channels = states[0].shape
-    return Speed(training, encoding, fine_tuning, parameters, (number, channels), rows * frames / heard)
+    return Speed(math.inf, encoding, fine_tuning, parameters, (number, channels), rows * frames / heard)
 
 
 def _of_what_fits(speed: Callable[[float], float], seconds: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.elsewhere import FinishedRun, assign_runs, check_model, command_of
 from speechbrain_bestrq.reproduction.stages import Stage
 from speechbrain_bestrq.results import RESULTS_FILE
 
@@ -205,6 +206,7 @@ def make_plan(
     pretraining_devices: int = 1,
     options: Mapping[str, Any] | None = None,
     extra_folders: Sequence[str | Path] = (),
+    pretrained: Sequence[str] = (),
 ) -> list[Stage]:
     """Make the stages of a preset.
 
@@ -214,7 +216,7 @@ def make_plan(
         As :func:`read_preset` gives it.
     corpora : mapping
         Folders of "librispeech", "voxceleb", "iemocap", "slurp". Tasks whose corpus is
-        missing are left out; LibriSpeech must be there, for the pre-training. With
+        missing are left out; LibriSpeech must be there, for a pre-training. With
         ``synthetic`` in the preset, they are made.
     folder : Path
         Of the plan, absolute.
@@ -226,6 +228,9 @@ def make_plan(
         Options that every train.py gets, such as "num_workers".
     extra_folders : sequence of str or Path, optional
         Of other audio, which the pre-trainings get as well.
+    pretrained : sequence of str, optional
+        "<method>=<folder>" each: pre-trainings that were done elsewhere, which take the place of the
+        preset's own, of the same seed where it has one for each.
 
     Returns
     -------
@@ -235,18 +240,25 @@ def make_plan(
     Raises
     ------
     InputError
-        If there is no corpus to pre-train on, or the recipes are not there.
+        If there is no corpus to pre-train on, or the recipes are not there, or one of ``pretrained`` is of no use.
     """
     if not (RECIPES / PRETRAINING / "train.py").is_file():
         raise InputError(f"{RECIPES} does not exist: run this in a checkout of the repository.")
     plan = _Plan(
-        preset, dict(corpora), Path(folder), language_model, pretraining_devices, dict(options or {}), extra_folders
+        preset,
+        dict(corpora),
+        Path(folder),
+        language_model,
+        pretraining_devices,
+        dict(options or {}),
+        extra_folders,
+        _take_runs(preset, Path(folder), pretrained),
     )
     if preset.get("synthetic"):
         if corpora:
             raise InputError(f"this preset makes its own speech: leave out --{next(iter(corpora))}, or take another.")
         plan.add_synthetic()
-    if "librispeech" not in plan.corpora:
+    if "librispeech" not in plan.corpora and plan.trains:
         raise InputError("there is nothing to pre-train on: give --librispeech.")
     plan.add_pretraining()
     for task in TASKS:
@@ -339,6 +351,18 @@ def pretraining_names(preset: Mapping[str, Any]) -> dict[str, tuple[str, int | N
     }
 
 
+def _take_runs(preset: Mapping[str, Any], folder: Path, words: Sequence[str]) -> dict[str, FinishedRun]:
+    """Of the stages of pre-trainings, those that runs done elsewhere take the place of."""
+    methods = preset["pretraining"]
+    found = assign_runs(words, pretraining_names(preset), {method: updates_of(preset, method) for method in methods})
+    for name, run in found.items():
+        if folder in run.folder.resolve().parents:
+            raise InputError(f"{run.folder} lies in the reproduction itself: give another --output_folder.")
+        method = pretraining_names(preset)[name][0]
+        check_model(method, run, RECIPES / PRETRAINING / "hparams" / f"{methods[method]['yaml']}.yaml")
+    return found
+
+
 class _Plan:
     def __init__(
         self,
@@ -349,8 +373,9 @@ class _Plan:
         pretraining_devices: int,
         options: dict[str, Any],
         extra_folders: Sequence[str | Path],
+        finished: Mapping[str, FinishedRun],
     ):
-        self.extra_folders = extra_folders
+        self.extra_folders, self.finished = extra_folders, finished
         self.preset, self.corpora, self.folder = preset, corpora, folder
         self.language_model, self.pretraining_devices, self.options = language_model, pretraining_devices, options
         self.stages: list[Stage] = []
@@ -358,6 +383,11 @@ class _Plan:
         """Of a folder of hidden states, the stage that makes it."""
         self.speech: dict[str, str] = {}
         """Of a corpus that is made, the stage that makes it."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is left to be pre-trained."""
+        return bool(pretraining_names(self.preset).keys() - self.finished.keys() or self.preset.get("masking"))
 
     def add_synthetic(self) -> None:
         for corpus, hours in self.preset["synthetic"].items():
@@ -372,11 +402,20 @@ class _Plan:
 
     def add_pretraining(self) -> None:
         for name, (method, seed) in pretraining_names(self.preset).items():
+            if name in self.finished:
+                self._add_finished(name, updates_of(self.preset, method))
+                continue
             settings = self.preset["pretraining"][method]
             options = settings["options"] if seed is None else {**settings["options"], "seed": seed}
             if settings["yaml"].startswith("bestrq"):  # has labels before it is trained
                 self._add_codebook_check(name, {**settings, "options": options})
             self._add_pretraining(name, {**settings, "options": options}, updates_of(self.preset, method))
+
+    def _add_finished(self, name: str, updates: Sequence[int]) -> None:
+        run = self.finished[name]
+        command = command_of(run, self.folder / name, updates)
+        products = tuple(f"encoder@{number}" for number in updates)
+        self.stages.append(Stage(name, command, products, same_as=tuple(run.mark(updates))))
 
     def _add_codebook_check(self, pretraining: str, settings: Mapping[str, Any]) -> None:
         """Nothing waits for it: what it finds is told, and the pre-training goes on."""

@@ -118,10 +118,31 @@ def test_interrupted_it_goes_on_and_a_further_call_has_nothing_to_do(tmp_path):
     )
     assert check.stdout == "48 True\n", check.stderr
 
+    taken_over(tmp_path, rows)
+
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("stage.json")}
     again = run(tmp_path)
     assert again.returncode == 0 and again.stderr == f"{STAGES} of {STAGES} stages are done already\n"
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("stage.json")} == before
+
+
+def taken_over(tmp_path, rows):
+    """The pre-training that was done, in another reproduction, without the corpus that it was trained on."""
+    preset = tmp_path / "given.yaml"
+    preset.write_text(yaml.safe_dump({key: value for key, value in PRESET.items() if key != "synthetic"}))
+    out = tmp_path / "out"
+    words = [COMMAND, "reproduce", "--preset", preset, "--voxceleb", out / "speech" / "voxceleb" / "voxceleb"]
+    words += ["--pretrained", f"bestrq={out / 'pretraining' / 'bestrq'}"]
+    words += ["--output_folder", tmp_path / "other", "--num_workers", "0"]
+    for said in (f"[1/{STAGES - 3}] pretraining/bestrq", f"{STAGES - 3} of {STAGES - 3} stages are done already"):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and said in done.stderr, done.stderr
+    report = (tmp_path / "other" / "report.md").read_text()
+    lines = {line.split("|")[1].strip(): line for line in report.splitlines() if line.startswith("| ")}
+    for name in ("filter banks", "BEST-RQ, 2 updates", "BEST-RQ, 30 updates"):
+        assert lines[name] == rows[name]
+    command = json.loads((out / "pretraining" / "bestrq" / "run.json").read_text())["command"]
+    assert command in report and f"bestrq={out}" in report
 
 
 @pytest.mark.slow
