@@ -48,7 +48,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
     Returns
     -------
     FinishedRun
-        With the encoders ``encoder@<step>``, and that of the end, ``encoder``.
+        With the encoders ``encoder@<step>``, and that of the best validation, ``encoder``, by its own step.
 
     Raises
     ------

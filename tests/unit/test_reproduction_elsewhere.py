@@ -65,7 +65,7 @@ def test_one_pre_training_for_all_seeds_may_be_of_any(tmp_path):
     words = [f"bestrq={write_run(tmp_path / 'run', 77, (), last=720)}"]
     stages = {stage.name: stage for stage in plan_of("small", tmp_path / "out", words, CORPORA)}
     assert "train.py" in "".join(stages["pretraining/wav2vec2"].command)
-    assert stages["pretraining/bestrq"].products == ("encoder@720",)  # that of the end is one of its updates
+    assert stages["pretraining/bestrq"].products == ("encoder@720",)  # that of the best validation has an update, too
     assert stages["intent-frozen/bestrq-720/2"].needs == ("pretraining/bestrq",)
 
 
