@@ -29,6 +29,10 @@ the one that it lands in, and gives up to some hundred wrong samples then."""
 _REMEDY = "restore it, or put any readable audio of the same length in its place"
 
 
+class _Unfit(Exception):  # noqa: N818 - becomes an InputError that names the file
+    """What is wrong with a file that can be decoded."""
+
+
 class _Strings:
     """Many strings in one array, which forked processes share: counting references writes to no page of it."""
 
@@ -294,7 +298,7 @@ def check_damaged(files: int, most: int, last: InputError) -> None:
         raise InputError(f"more than max_unreadable = {most} files of the training audio are damaged: {last}") from last
 
 
-def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) -> np.ndarray:
+def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000, remedy: str = _REMEDY) -> np.ndarray:
     """Read a stretch of an audio file, at a given rate and in one channel.
 
     Only the stretch is read and decoded. A file of another rate is resampled, with so
@@ -312,6 +316,8 @@ def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) 
         Number of samples at ``sample_rate``.
     sample_rate : int
         Samples per second of the result.
+    remedy : str
+        What an error says that helps.
 
     Returns
     -------
@@ -331,7 +337,7 @@ def read_segment(path: str, start: int, samples: int, sample_rate: int = 16000) 
     >>> read_segment(str(folder / "a.wav"), start=4000, samples=8000, sample_rate=16000).shape
     (8000,)
     """
-    return as_float(read_samples(path, start, samples, sample_rate))
+    return as_float(read_samples(path, start, samples, sample_rate, remedy))
 
 
 def as_float(audio: np.ndarray) -> np.ndarray:
@@ -355,12 +361,12 @@ def as_float(audio: np.ndarray) -> np.ndarray:
     return audio.astype(np.float32) * np.float32(1 / FULL_SCALE) if audio.dtype == np.int16 else audio
 
 
-def read_samples(path: str, start: int, samples: int, sample_rate: int = 16000) -> np.ndarray:
+def read_samples(path: str, start: int, samples: int, sample_rate: int = 16000, remedy: str = _REMEDY) -> np.ndarray:
     """Read a stretch of an audio file in the form that is quickest to hand on.
 
     Arguments
     ---------
-    path, start, samples, sample_rate
+    path, start, samples, sample_rate, remedy
         As for :func:`read_segment`.
 
     Returns
@@ -381,11 +387,13 @@ def read_samples(path: str, start: int, samples: int, sample_rate: int = 16000) 
     >>> read_samples(str(path), 1, 2)
     array([ 1, -2], dtype=int16)
     """
-    (audio,) = read_stretches(path, [(start, samples)], sample_rate)
+    (audio,) = read_stretches(path, [(start, samples)], sample_rate, remedy)
     return audio
 
 
-def read_stretches(path: str, stretches: Iterable[tuple[int, int]], sample_rate: int = 16000) -> Iterator[np.ndarray]:
+def read_stretches(
+    path: str, stretches: Iterable[tuple[int, int]], sample_rate: int = 16000, remedy: str = _REMEDY
+) -> Iterator[np.ndarray]:
     """Read stretches of one audio file, which is opened once.
 
     Looking for a place in compressed audio goes through all that lies before it (mp3: two seconds for each hour),
@@ -393,7 +401,7 @@ def read_stretches(path: str, stretches: Iterable[tuple[int, int]], sample_rate:
 
     Arguments
     ---------
-    path, sample_rate
+    path, sample_rate, remedy
         As for :func:`read_segment`.
     stretches : iterable of (int, int)
         First sample and number of samples of each.
@@ -416,11 +424,13 @@ def read_stretches(path: str, stretches: Iterable[tuple[int, int]], sample_rate:
     [[0], [1, -2]]
     """
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # a name may be no UTF-8
             for start, samples in stretches:
                 yield _read_stretch(file, start, samples, sample_rate)
+    except _Unfit as error:
+        raise InputError(f"{path} {error}; {remedy}.") from error
     except (soundfile.SoundFileError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): it was moved, or is damaged; {_REMEDY}.") from error
+        raise InputError(f"{path} cannot be read ({error}): it was moved, or is damaged; {remedy}.") from error
 
 
 def _read_stretch(file: soundfile.SoundFile, start: int, samples: int, sample_rate: int) -> np.ndarray:
@@ -431,9 +441,9 @@ def _read_stretch(file: soundfile.SoundFile, start: int, samples: int, sample_ra
         audio = _read_resampled(file, start, samples, sample_rate)
     missing = samples - len(audio)
     if missing > MISSING_SECONDS * sample_rate:
-        raise InputError(
-            f"{file.name} ends {missing / sample_rate:.2f} s before its manifest says: it was changed or cut short "
-            f"after its preparation; {_REMEDY}."
+        raise _Unfit(
+            f"ends {missing / sample_rate:.2f} s before the end that was found when it was looked at: it was changed "
+            "or cut short"
         )
     return np.pad(audio, (0, missing)) if missing else audio
 
@@ -451,7 +461,7 @@ def _read(file: soundfile.SoundFile, start: int, frames: int, dtype: str = "floa
     if (
         file.subtype in ("FLOAT", "DOUBLE") and not np.isfinite(audio).all()
     ):  # would make losses and statistics no numbers
-        raise InputError(f"{file.name} has samples that are no numbers, or infinite: {_REMEDY}.")
+        raise _Unfit("has samples that are no numbers, or infinite")
     return audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1, dtype=np.float32)
 
 
@@ -461,8 +471,8 @@ def _read_resampled(file: soundfile.SoundFile, start: int, samples: int, sample_
     down, up = file.samplerate // divisor, sample_rate // divisor
     if down * up > MAX_RESAMPLING_WEIGHTS:
         raise InputError(
-            f"{file.name} has {file.samplerate} samples per second, which cannot be resampled to {sample_rate} with "
-            "reasonable effort: convert it to a common rate, and prepare the corpus again."
+            f"{os.fsdecode(file.name)} has {file.samplerate} samples per second, which cannot be resampled to "
+            f"{sample_rate} with reasonable effort: convert it to a common rate, and prepare the corpus again."
         )
     resampler = _resampler(file.samplerate, sample_rate)
     margin = math.ceil(resampler.width / down)

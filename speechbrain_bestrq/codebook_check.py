@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_bestrq.accounting import code_statistics
-from speechbrain_bestrq.audio import AudioTable, as_float
+from speechbrain_bestrq.audio import AudioTable, as_float, check_damaged
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import LogMel, valid_frames
 from speechbrain_bestrq.quantizer import FrameQuantizer, RandomProjectionQuantizer
@@ -170,7 +170,9 @@ def count_codes(
     return CodebookUse(speech.cpu(), everything.cpu(), float((sums / max(count, 1)).abs().mean()))
 
 
-def choose_audio(table: AudioTable, minutes: float, seed: int = 0) -> list[tuple[Tensor, None]]:
+def choose_audio(
+    table: AudioTable, minutes: float, seed: int = 0, max_unreadable: int = 0
+) -> list[tuple[Tensor, None]]:
     """Read utterances from all over a corpus, whole, a random choice of so many minutes.
 
     Memory: 4 MB a minute.
@@ -183,6 +185,8 @@ def choose_audio(table: AudioTable, minutes: float, seed: int = 0) -> list[tuple
         Audio wanted; all of it if there is less.
     seed : int
         Another one makes another choice.
+    max_unreadable : int
+        So many files that turn out to be damaged are passed over.
 
     Returns
     -------
@@ -192,12 +196,27 @@ def choose_audio(table: AudioTable, minutes: float, seed: int = 0) -> list[tuple
     Raises
     ------
     InputError
-        As :func:`speechbrain_bestrq.audio.read_segment`.
+        As :func:`speechbrain_bestrq.audio.read_segment`, of one file too many.
     """
-    order = np.random.default_rng(seed).permutation(len(table))
-    enough = int(np.searchsorted(np.cumsum(table.lengths[order]), 60.0 * minutes * table.sample_rate)) + 1
-    waves = (as_float(table.read(int(i), 0, int(table.lengths[i]))) for i in order[:enough])
-    return [(torch.from_numpy(wave)[None], None) for wave in waves]
+    waves: list[tuple[Tensor, None]] = []
+    damaged: set[str] = set()
+    left = 60.0 * minutes * table.sample_rate
+    for utterance in map(int, np.random.default_rng(seed).permutation(len(table))):
+        if waves and left <= 0:
+            break
+        path = table.path(utterance)
+        if path in damaged:  # another part of a long recording
+            continue
+        try:
+            wave = as_float(table.read(utterance, 0, int(table.lengths[utterance])))
+        except InputError as error:
+            damaged.add(path)
+            check_damaged(len(damaged), max_unreadable, error)
+            logger.warning("%s Another utterance is taken instead.", error)
+            continue
+        waves.append((torch.from_numpy(wave)[None], None))
+        left -= len(wave)
+    return waves
 
 
 # ---------------------------------------------------------------- judging
@@ -419,7 +438,7 @@ def check_codebook(
         manifest = prepare_corpus(hparams, output_folder / "manifests")["train"]
     limits = {"min_seconds": hparams["min_seconds"], "max_seconds": hparams["max_seconds"]}
     table = AudioTable.from_manifest(read_manifest(manifest), hparams["sample_rate"], **limits)
-    audio = choose_audio(table, minutes, hparams["seed"])
+    audio = choose_audio(table, minutes, hparams["seed"], hparams["max_unreadable"])
     try:
         model.measure(audio)
     except ValueError as error:

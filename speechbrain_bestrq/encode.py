@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -33,6 +34,7 @@ from speechbrain_bestrq.corpora._options import (
     resolve_folder,
 )
 from speechbrain_bestrq.corpora.manifest import file_digest
+from speechbrain_bestrq.encoded_audio import EncodedAudio
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.hidden_states import FORMATS, HiddenStatesFile, file_header, is_whole
@@ -52,6 +54,9 @@ MOST_NAMED = 10
 
 #: Seconds between two lines about the progress, where there is no terminal to draw a bar on.
 PROGRESS_INTERVAL = 30.0
+
+#: What helps against a file that is damaged: another one in its place would be encoded under its name.
+_REMEDY = "mend or remove it"
 
 _READERS = min(8, usable_cores())
 
@@ -190,20 +195,31 @@ class _Outputs:
         counts, places = np.unique(self.frames, return_inverse=True)
         headers = [len(file_header(file_format, (self.layers, int(count), self.d_model))) for count in counts]
         self.sizes = 4 * self.layers * self.d_model * self.frames + np.array(headers)[places]
+        self.encoded = EncodedAudio(folder)
         self.pending = np.array([not self._is_done(file, int(size)) for file, size in enumerate(self.sizes)])
 
-    def path(self, file: int) -> Path:
-        """The output of a file."""
-        return self.folder / f"{os.path.splitext(self.table.name(file))[0]}.{self.file_format}"
+    def _name(self, file: int) -> str:
+        return f"{os.path.splitext(self.table.name(file))[0]}.{self.file_format}"
 
     def _is_done(self, file: int, size: int) -> bool:
-        """Whether an output is there, whole, and not older than its audio."""
-        path = self.path(file)
-        return is_whole(path, size) and path.stat().st_mtime_ns >= os.stat(self.table.path(file)).st_mtime_ns
+        """Whether an output is there, whole, and of this very audio."""
+        if not is_whole(self.folder / self._name(file), size):
+            return False
+        return self.encoded.is_of(self._name(file), self.table.name(file), self._identity(file))
+
+    def _identity(self, file: int) -> tuple[int, int]:
+        return EncodedAudio.identity(self.table.path(file))
 
     def open(self, file: int) -> HiddenStatesFile:
         """Begin an output."""
-        return HiddenStatesFile(self.path(file), self.file_format, (self.layers, int(self.frames[file]), self.d_model))
+        name = self._name(file)
+        self.encoded.begin(name)
+        shape = (self.layers, int(self.frames[file]), self.d_model)
+        return HiddenStatesFile(self.folder / name, self.file_format, shape)
+
+    def note(self, file: int) -> None:
+        """An output is whole."""
+        self.encoded.add(self._name(file), self.table.name(file), self._identity(file))
 
     def check_space(self) -> int:
         """Refuse a disk without room for what is to come; return its bytes."""
@@ -246,7 +262,7 @@ def _read_ahead(batches: Iterable[list[Window]], table: AudioTable) -> Iterator[
         ahead: deque[tuple[list[Window], list[Future]]] = deque()
         for batch in batches:
             reads = [
-                pool.submit(read_segment, table.path(one.file), one.start, one.samples, table.sample_rate)
+                pool.submit(read_segment, table.path(one.file), one.start, one.samples, table.sample_rate, _REMEDY)
                 for one in batch
             ]
             ahead.append((batch, reads))
@@ -328,7 +344,7 @@ def encode_folder(
     started = time.monotonic()
     if file_format not in FORMATS:
         raise InputError(f"--format is {' or '.join(FORMATS)}, not {file_format}.")
-    if not batch_seconds >= WINDOW_SECONDS:
+    if not WINDOW_SECONDS <= batch_seconds < math.inf:
         raise InputError(
             f"--batch_seconds is at least {WINDOW_SECONDS}, the length of a window; not {batch_seconds:g}."
         )
@@ -361,7 +377,7 @@ def encode_folder(
         there,
     )
     try:
-        with sole_writer(folder):
+        with sole_writer(folder), outputs.encoded:
             _write_settings(folder, settings)
             lost = _encode_pending(speech_encoder, torch.tensor(numbers, device=target), files, outputs, batch_seconds)
     except OSError as error:
@@ -375,10 +391,10 @@ def encode_folder(
         "encoder": str(source),
         "layers": numbers,
         "format": file_format,
-        "files": len(files.table) - lost,
-        "encoded": len(files.table) - there - lost,
+        "files": len(files.table) - len(lost),
+        "encoded": len(files.table) - there - len(lost),
         "skipped": there,
-        "hours": hours,
+        "hours": hours - float(files.table.lengths[lost].sum()) / files.table.sample_rate / 3600,
         "unreadable": files.count_unreadable,
         "unreadable_files": files.unreadable,
         "seconds": time.monotonic() - started,
@@ -387,8 +403,8 @@ def encode_folder(
 
 def _encode_pending(
     speech_encoder: SpeechEncoder, layers: Tensor, files: _Files, outputs: _Outputs, batch_seconds: float
-) -> int:
-    """Encode what is not there; return the number of files that turned out to be unreadable."""
+) -> list[int]:
+    """Encode what is not there; return the files that turned out to be unreadable."""
     table, rate, step = files.table, files.table.sample_rate, samples_per_frame(speech_encoder)
     # the longest first: if memory does not do, it shows at once
     order = [int(file) for file in np.argsort(-table.lengths, kind="stable") if outputs.pending[file]]
@@ -420,12 +436,13 @@ def _encode_pending(
                 file.write(window.first, hidden[:, row, window.skipped : window.skipped + window.frames])
                 if not file.missing:
                     del under_way[window.file]
+                    outputs.note(window.file)
             progress.add(sum(window.frames for window in batch) * step / rate)
     finally:
         progress.bar.close()
         for file in under_way.values():
             file.discard()
-    return len(lost)
+    return sorted(lost)
 
 
 def _fingerprint(source: Path, speech_encoder: SpeechEncoder) -> str:

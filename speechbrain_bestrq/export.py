@@ -238,7 +238,9 @@ def _check_out(out: str | os.PathLike) -> Path:
     out = Path(out)
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: nothing is overwritten; give another OUT.")
-    return out
+    if out.resolve() == Path.cwd().resolve():
+        raise InputError(f"{out} is the folder that you are in: give a new one as OUT.")
+    return out.resolve()  # of a link to an empty folder, that folder
 
 
 @contextmanager
@@ -251,7 +253,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise InputError(f"{out.parent} cannot be written to ({error.strerror}): give another OUT.") from error
     try:
         yield beside / "folder"
-        (beside / "folder").rename(out)  # an empty folder of that name is replaced
+        try:
+            (beside / "folder").rename(out)  # an empty folder of that name is replaced
+        except OSError as error:
+            raise InputError(f"{out} cannot be written ({error.strerror}): give another OUT.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -95,8 +95,12 @@ class HiddenStatesFile:
 
     def discard(self) -> None:
         """Give up."""
-        self.file.close()
-        self.part.unlink(missing_ok=True)
+        try:
+            self.file.close()
+        except OSError:  # what is still to be written finds no room
+            pass
+        finally:
+            self.part.unlink(missing_ok=True)
 
 
 def is_whole(path: Path, size: int) -> bool:

@@ -299,7 +299,7 @@ class PretrainedEncoder(nn.Module):
         samples = round(probe.duration * rate)
         if not self.model.num_frames(samples):
             raise InputError(f"{path} has {samples / rate:.3f} s of audio, too short for a frame: leave it out.")
-        wav = torch.from_numpy(read_segment(os.fspath(path), 0, samples, rate))
+        wav = torch.from_numpy(read_segment(os.fspath(path), 0, samples, rate, "mend it"))
         training = self.training
         self.eval()
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from speechbrain_bestrq.commands import Command
 
 _CORPORA = ("librispeech", "voxceleb", "iemocap", "slurp")
+_HOURS, _UNTRAINED = 0.5, 2
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +29,9 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     evidence.add_argument(
         "--hours",
         type=float,
-        default=0.5,
         help="of a training or test set, at most (0.5); few examples of intents are drawn of all",
     )
-    evidence.add_argument("--untrained", type=int, default=2, metavar="COUNT", help="encoders without training (2)")
+    evidence.add_argument("--untrained", type=int, metavar="COUNT", help="encoders without training (2)")
     evidence.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(RUN/evidence, of the first)")
 
 
@@ -47,14 +47,16 @@ def _report(arguments: argparse.Namespace) -> None:
             raise InputError("--publish is for reproductions: give it without --evidence.")
         _evidence(arguments)
         return
-    if given := [corpus for corpus in _CORPORA if getattr(arguments, corpus) is not None]:
-        raise InputError(f"--{given[0]} is a corpus to probe encoders on: add --evidence, or leave it out.")
+    probing = (*_CORPORA, "hours", "untrained", "output_folder")
+    if given := [option for option in probing if getattr(arguments, option) is not None]:
+        raise InputError(f"--{given[0]} is for probing encoders: add --evidence, or leave it out.")
     if len(arguments.run_folders) > 1:
         raise InputError("several folders are reported on one by one: give one, or --evidence to compare them.")
     (run_folder,) = arguments.run_folders
     if (run_folder / PLAN_FILE).is_file():
         if arguments.publish is not None:
-            print(f"{len(publish(run_folder, arguments.publish))} files in {arguments.publish}")
+            copied = [str(path) for path in publish(run_folder, arguments.publish)]
+            print(json.dumps(copied, indent=2) if arguments.json else f"{len(copied)} files in {arguments.publish}")
             return
         files = {name: str(path) for name, path in write_reproduction(run_folder).items()}
         print(json.dumps(files, indent=2) if arguments.json else "\n".join(files.values()))
@@ -83,13 +85,15 @@ def _evidence(arguments: argparse.Namespace) -> None:
     for corpus, path in corpora.items():
         if not path.is_dir():
             raise InputError(f"--{corpus} {path} is no folder: give that of the corpus.")
-    if not arguments.hours > 0 or arguments.untrained < 0:
-        raise InputError(f"--hours is above 0 and --untrained not below, not {arguments.hours}, {arguments.untrained}.")
-    sources = find_sources([path.resolve() for path in arguments.run_folders], arguments.untrained)
+    hours = _HOURS if arguments.hours is None else arguments.hours
+    untrained = _UNTRAINED if arguments.untrained is None else arguments.untrained
+    if not hours > 0 or untrained < 0:
+        raise InputError(f"--hours is above 0 and --untrained not below, not {hours}, {untrained}.")
+    sources = find_sources([path.resolve() for path in arguments.run_folders], untrained)
     folder = (arguments.output_folder or arguments.run_folders[0] / "evidence").resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with sole_writer(folder, "--output_folder"):
-        files = write_evidence(gather(sources, corpora, folder, arguments.hours, device), folder)
+        files = write_evidence(gather(sources, corpora, folder, hours, device), folder)
     if arguments.json:
         print(json.dumps({name: str(path) for name, path in files.items()}, indent=2))
     else:

@@ -114,6 +114,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if arguments.dry_run and arguments.json:
+        raise InputError("--json is for what has been run: leave it out, or --dry_run.")
     if arguments.dry_run:
         for stage in stages:
             print(f"{stage.name}{' (done)' if stage.name in done else ''}\n    {shlex.join(stage.command)}")

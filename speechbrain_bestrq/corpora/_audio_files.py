@@ -4,10 +4,11 @@ import hashlib
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import soundfile
@@ -28,7 +29,7 @@ CHUNK = 64
 _UNKNOWN_LENGTH = (1 << 63) - 1
 
 
-def walk_files(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
+def walk_files(root: Path, entered: dict[tuple[int, int], str] | None = None) -> Iterator[tuple[str, os.DirEntry]]:
     """Walk through the files below a folder, sorted by their relative paths.
 
     Names that start with a dot are passed over, and so are devices and sockets.
@@ -40,6 +41,8 @@ def walk_files(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
     ---------
     root : Path
         Where to start.
+    entered : dict, optional
+        Is filled with the folders: device and inode, and the path by which it was entered.
 
     Yields
     ------
@@ -53,7 +56,7 @@ def walk_files(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
     InputError
         If a folder cannot be listed.
     """
-    entered: set[tuple[int, int]] = set()
+    entered = {} if entered is None else entered
     pending = [iter(_list_folder(str(root), "", entered))]
     while pending:
         for relative, entry, is_folder in pending[-1]:
@@ -65,13 +68,13 @@ def walk_files(root: Path) -> Iterator[tuple[str, os.DirEntry]]:
             pending.pop()
 
 
-def _list_folder(path: str, prefix: str, entered: set[tuple[int, int]]) -> list[tuple[str, os.DirEntry, bool]]:
+def _list_folder(path: str, prefix: str, entered: dict[tuple[int, int], str]) -> list[tuple[str, os.DirEntry, bool]]:
     """List (relative path, entry, whether a folder), so that the walk is in the order of the relative paths."""
     try:
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in entered:
             return []
-        entered.add((status.st_dev, status.st_ino))
+        entered[status.st_dev, status.st_ino] = path
         with os.scandir(path) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
@@ -110,6 +113,8 @@ class Survey(NamedTuple):
     """Changes when an audio file or a companion is added, removed, renamed, or has another size or time."""
     other_audio: int = 0
     """Of the other files, those whose names say that they are audio too."""
+    folders: Mapping[tuple[int, int], str] = MappingProxyType({})
+    """Device and inode of each folder below, and the path by which it was entered."""
 
 
 class AudioTree(NamedTuple):
@@ -142,7 +147,8 @@ class AudioTree(NamedTuple):
         """
         files = ignored = other_audio = 0
         digest = hashlib.blake2b(digest_size=16)
-        for relative, entry in walk_files(self.root):
+        folders: dict[tuple[int, int], str] = {}
+        for relative, entry in walk_files(self.root, folders):
             name = entry.name.lower()
             if name.endswith(self.suffixes):
                 files += 1
@@ -154,7 +160,7 @@ class AudioTree(NamedTuple):
                 continue
             status = _status(entry)
             digest.update(b"%b\0%d\0%d\n" % (os.fsencode(relative), status.st_size, status.st_mtime_ns))
-        return Survey(files, ignored, digest.hexdigest(), other_audio)
+        return Survey(files, ignored, digest.hexdigest(), other_audio, folders)
 
 
 def _status(entry: os.DirEntry) -> os.stat_result:
@@ -192,12 +198,15 @@ def probe_audio(path: str) -> Probe:
     Probe
     """
     try:
-        with soundfile.SoundFile(path) as audio:
+        with soundfile.SoundFile(os.fsencode(path)) as audio:  # a name may be no UTF-8
             frames, sample_rate, channels = audio.frames, audio.samplerate, audio.channels
             if frames == _UNKNOWN_LENGTH:
                 return Probe(0.0, sample_rate, channels, "its header does not say how long it is")
             if frames < SHORTEST * sample_rate:
                 return Probe(0.0, sample_rate, channels, f"{frames} samples at {sample_rate} Hz are too short")
+            if not audio.seekable():
+                problem = f"no stretch of {audio.subtype} can be looked up: convert it, as by ffmpeg -i a.wav b.flac"
+                return Probe(0.0, sample_rate, channels, problem)
             tail = min(frames, max(sample_rate // 10, 1))
             audio.seek(frames - tail)
             if len(audio.read(tail, dtype="float32")) != tail:

@@ -57,6 +57,33 @@ class Part:
         return self.manifest.with_name(self.manifest.name + ".unreadable.txt")
 
 
+def check_separate(extra_parts: Sequence[Part], parts: Sequence[Part]) -> None:
+    """Refuse extra folders in which a link leads to what is read anyway: the audio would be used twice.
+
+    Arguments
+    ---------
+    extra_parts : sequence of Part
+        Of the extra folders.
+    parts : sequence of Part
+        What is read besides.
+
+    Raises
+    ------
+    InputError
+        Naming a folder that belongs to two.
+    """
+    others = list(parts)
+    for extra in extra_parts:
+        for other in others:
+            if shared := extra.survey.folders.keys() & other.survey.folders.keys():
+                twice = min(shared, key=extra.survey.folders.__getitem__)
+                raise InputError(
+                    f"extra_folders: '{extra.survey.folders[twice]}' is '{other.survey.folders[twice]}', so audio "
+                    "would be used twice: remove the link, or give only what is not in the other."
+                )
+        others.append(extra)
+
+
 RowMaker = Callable[[str, str, float], dict[str, Any]]
 """Makes the row of a manifest out of relative path, absolute path and duration in seconds."""
 

@@ -19,6 +19,7 @@ from speechbrain_bestrq.corpora._options import (
 from speechbrain_bestrq.corpora._parts import (
     Part,
     check_readable,
+    check_separate,
     combine,
     log_outcome,
     place,
@@ -128,6 +129,7 @@ def prepare_folder(
     extras = [resolve_folder(folder, "extra_folders", "give folders of audio, or none") for folder in extra_folders]
     check_apart(extras, [root])
     parts = survey_folders([root, *extras], extensions, save_folder)
+    check_separate(parts[1:], parts[:1])
     make_save_folder(save_folder)
 
     prepared = [prepare_part(part, rules) for part in parts]
@@ -178,7 +180,7 @@ def _choose_validation(parts: Sequence[Part], share: float, max_hours: float, se
         chosen = _choose_units(seconds, share, min(3600.0 * max_hours, total / 2.0), seed)
         if chosen:
             break
-        if level == depth and files > 1:  # one recording of more than that, rather than none
+        if level == depth and len(seconds) > 1:  # one recording of more than that, rather than none
             chosen = [min(seconds, key=lambda unit: (seconds[unit], place(unit, seed)))]
             logger.warning(
                 "no file fits into a validation set of at most %s hours and half of all: the shortest is taken: %s",
@@ -186,6 +188,11 @@ def _choose_validation(parts: Sequence[Part], share: float, max_hours: float, se
                 chosen[0],
             )
             break
+        if level == depth and files > 1:
+            raise InputError(
+                f"no validation set can be split off: all {files} readable audio files are {next(iter(seconds))!r} of "
+                "their folders: give the folder that these are in, or other names."
+            )
         if level == depth:
             raise InputError(
                 f"no validation set can be split off '{parts[0].tree.root}', which has one readable audio file "

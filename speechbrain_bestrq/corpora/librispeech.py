@@ -17,7 +17,15 @@ from speechbrain_bestrq.corpora._options import (
     make_save_folder,
     resolve_folder,
 )
-from speechbrain_bestrq.corpora._parts import Part, check_readable, combine, log_outcome, prepare_part, survey_folders
+from speechbrain_bestrq.corpora._parts import (
+    Part,
+    check_readable,
+    check_separate,
+    combine,
+    log_outcome,
+    prepare_part,
+    survey_folders,
+)
 from speechbrain_bestrq.corpora.manifest import corpus_name, iterate_manifest
 from speechbrain_bestrq.errors import InputError
 
@@ -122,6 +130,7 @@ def prepare_librispeech(
         for split in splits
     }
     extra_parts = survey_folders(extras, AUDIO_EXTENSIONS, save_folder)
+    check_separate(extra_parts, list(split_parts.values()))
     save = make_save_folder(save_folder)
 
     prepared = [_prepare_split(part, rules) for part in split_parts.values()]

@@ -20,7 +20,15 @@ from speechbrain_bestrq.corpora._options import (
     normalize_extensions,
     resolve_folder,
 )
-from speechbrain_bestrq.corpora._parts import Part, check_readable, combine, log_outcome, place, prepare_part
+from speechbrain_bestrq.corpora._parts import (
+    Part,
+    check_readable,
+    check_separate,
+    combine,
+    log_outcome,
+    place,
+    prepare_part,
+)
 from speechbrain_bestrq.corpora._trials import (
     TRIAL_COLUMNS,
     Trial,
@@ -29,7 +37,13 @@ from speechbrain_bestrq.corpora._trials import (
     iterate_trials,
     speaker_of,
 )
-from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, iterate_manifest
+from speechbrain_bestrq.corpora.manifest import (
+    corpus_name,
+    file_digest,
+    forget_summary,
+    iterate_manifest,
+    read_summary,
+)
 from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -161,6 +175,7 @@ def prepare_voxceleb(
     corpus = corpus_name(root, "VoxCeleb")
     surveyor = _Surveyor(absolute_path(save_folder))
     parts = [surveyor(root, corpus), *(surveyor(folder, corpus_name(folder, folder.name)) for folder in extras)]
+    check_separate(parts[1:], parts[:1])
     named = _check_trials(lists, surveyor.identifiers)
     trial_speakers = frozenset(map(speaker_of, named))
     _check_speakers(surveyor.identifiers, trial_speakers, root)
@@ -384,6 +399,9 @@ def _test_rows(parts: Sequence[Part], named: frozenset[str]) -> Iterator[dict[st
         unread.discard(row["ID"])
         yield row
     if unread:
+        for part in parts:  # to be looked at again: new permissions change nothing in the tree
+            if read_summary(part.manifest)["unreadable"]:
+                forget_summary(part.manifest)
         raise InputError(
             f"{len(unread)} utterances that trials name cannot be read, first {min(unread)!r}, see the lists "
             f"'{parts[0].manifest.parent}/*.unreadable.txt': mend them, or give a trial list without them."

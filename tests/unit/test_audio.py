@@ -257,7 +257,7 @@ def test_samples_that_are_no_numbers_are_refused(tmp_path, rate, value):
     audio[rate + 100] = value
     soundfile.write(tmp_path / "a.wav", audio, rate, subtype="FLOAT")
     assert np.isfinite(read_segment(str(tmp_path / "a.wav"), 0, 8000, 16000)).all()
-    with pytest.raises(InputError, match="a.wav has samples that are no numbers, or infinite: restore it"):
+    with pytest.raises(InputError, match="a.wav has samples that are no numbers, or infinite; restore it"):
         read_segment(str(tmp_path / "a.wav"), 16000, 8000, 16000)
 
 

@@ -22,6 +22,7 @@ from speechbrain_bestrq.codebook_check import (
     loud_frames,
     use_statistics,
 )
+from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import LogMel
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
 
@@ -149,6 +150,18 @@ def test_audio_is_a_choice_of_the_seed_over_the_whole_corpus(table):
     seconds = [wavs.shape[1] / RATE for wavs, _ in choose_audio(table, 5 / 60)]
     assert sum(seconds) >= 5 > sum(seconds[:-1])
     assert max(chosen(5 / 60)) > 10, "not the head of the corpus"
+
+
+def test_damaged_files_are_passed_over_up_to_the_limit(table):
+    whole = [len(wavs[0]) for wavs, _ in choose_audio(table, 100)]
+    Path(table.path(3)).write_bytes(b"no audio")
+    with pytest.raises(InputError, match=r"3\.wav cannot be read"):
+        choose_audio(table, 100)
+    lengths = [len(wavs[0]) for wavs, _ in choose_audio(table, 100, max_unreadable=1)]
+    assert lengths == [length for length in whole if length != 8000 + 3 * 800]
+    Path(table.path(4)).write_bytes(b"no audio")
+    with pytest.raises(InputError, match="more than max_unreadable = 1 files"):
+        choose_audio(table, 100, max_unreadable=1)
 
 
 # ---------------------------------------------------------------- judging

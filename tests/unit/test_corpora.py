@@ -13,6 +13,7 @@ import pytest
 import soundfile
 from speechbrain.dataio.dataset import DynamicItemDataset
 
+from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.corpora import (
     _audio_files,
     corpus_name,
@@ -710,6 +711,26 @@ class TestExtraFolders:
             prepare(librispeech, save, extra_folders=folders)
         assert_one_line(error, *folders, "same name")
 
+    def test_a_link_to_what_is_read_anyway_is_refused(self, librispeech, folder, tmp_path, save):
+        everything = write_audio(tmp_path / "everything" / "a.wav").parent
+        (everything / "books").symlink_to(librispeech)
+        with pytest.raises(InputError) as error:
+            prepare(librispeech, save, extra_folders=[everything])
+        assert_one_line(error, f"'{everything}/books/train-clean-100'", "would be used twice: remove the link")
+        (everything / "books").unlink()
+        (everything / "voices").symlink_to(folder)
+        with pytest.raises(InputError) as error:
+            prepare_folder(folder, save, extra_folders=[everything])
+        assert_one_line(error, f"'{everything}/voices'", f"'{folder}'", "remove the link")
+        assert not save.exists()
+        prepare(librispeech, save, extra_folders=[everything])  # what is elsewhere may be linked to
+
+    def test_one_name_in_each_of_several_folders_leaves_nothing_to_split(self, tmp_path, save):
+        one, other = (write_audio(tmp_path / name / "audio.wav").parent for name in ("one", "other"))
+        with pytest.raises(InputError) as error:
+            prepare_folder(one, save, extra_folders=[other])
+        assert_one_line(error, "all 2 readable audio files are 'audio.wav' of their folders", "give the folder")
+
     def test_second_root_of_a_folder(self, folder, tmp_path, save):
         write_audio(tmp_path / "more" / "a.wav")
         alone = {key: set(read_manifest(path)) for key, path in prepare_folder(folder, save).items()}
@@ -721,6 +742,24 @@ class TestExtraFolders:
 
 
 class TestFolder:
+    def test_a_name_that_is_no_utf8_is_read(self, tmp_path, save):
+        for name in ("a", "b"):
+            write_audio(tmp_path / "audio" / f"{name}.wav")
+        strange = os.fsencode(tmp_path / "audio") + b"/caf\xe9.wav"
+        os.rename(tmp_path / "audio" / "a.wav", strange)
+        manifests = prepare_folder(tmp_path / "audio", save)
+        rows = [row for path in manifests.values() for row in read_manifest(path).values()]
+        assert os.fsdecode(strange) in {row["wav"] for row in rows} and len(rows) == 2
+        assert all(read_segment(row["wav"], 0, 1000).shape == (1000,) for row in rows)
+
+    def test_an_encoding_without_places_is_named(self, tmp_path, save):
+        for name in ("a", "b", "c"):
+            write_audio(tmp_path / "audio" / f"{name}.wav")
+        soundfile.write(tmp_path / "audio" / "phone.wav", np.zeros(16000), 8000, subtype="GSM610")
+        with pytest.raises(InputError) as error:
+            prepare_folder(tmp_path / "audio", save)
+        assert_one_line(error, "phone.wav", "no stretch of GSM610 can be looked up: convert it, as by ffmpeg")
+
     def test_any_tree(self, tmp_path, save, caplog):
         caplog.set_level(logging.INFO)
         root = tmp_path / "audio"

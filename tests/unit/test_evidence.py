@@ -586,4 +586,4 @@ def test_several_folders_without_evidence_are_refused(run, capsys):
     assert cli.main(["report", str(run), str(run)]) == 2
     assert "give one, or --evidence" in capsys.readouterr().err
     assert cli.main(["report", str(run), "--slurp", "."]) == 2
-    assert "--slurp is a corpus to probe encoders on: add --evidence" in capsys.readouterr().err
+    assert "--slurp is for probing encoders: add --evidence, or leave it out" in capsys.readouterr().err

@@ -161,6 +161,20 @@ def test_an_empty_folder_is_filled_and_a_new_one_made(encoder_folder, tmp_path):
         assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_link_to_an_empty_folder_is_followed_and_the_folder_one_is_in_is_refused(
+    encoder_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    to_speechbrain(encoder_folder, tmp_path / "link")
+    assert (tmp_path / "empty" / "hyperparams.yaml").is_file() and (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", tmp_path / "here"):
+        with pytest.raises(InputError, match="is the folder that you are in: give a new one"):
+            to_speechbrain(encoder_folder, out)
+
+
 def test_a_failure_while_writing_leaves_nothing(encoder_folder, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")

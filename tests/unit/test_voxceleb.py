@@ -12,6 +12,7 @@ import soundfile
 
 from speechbrain_bestrq.cli import main
 from speechbrain_bestrq.corpora import _audio_files, prepare_voxceleb, read_manifest, read_summary, read_trials
+from speechbrain_bestrq.corpora._audio_files import Probe
 from speechbrain_bestrq.corpora._trials import draw_trials
 from speechbrain_bestrq.errors import InputError
 
@@ -385,6 +386,16 @@ class TestUnreadable:
         (voxceleb / "wav" / "id10002" / "x6uYqmx31kE" / "00001.wav").write_bytes(b"")
         for _ in range(2):
             refuse(voxceleb, save, "1 utterances that trials name", "id10002/x6uYqmx31kE/00001", max_unreadable=1)
+
+    def test_one_that_a_trial_names_is_looked_at_again_once_it_can_be_read(self, voxceleb, save, monkeypatch):
+        probe = _audio_files.probe_audio
+        path = voxceleb / "wav" / "id10002" / "x6uYqmx31kE" / "00001.wav"
+        forbidden = Probe(0.0, 0, 0, "no permission to read it")
+        with monkeypatch.context() as patch:
+            patch.setattr(_audio_files, "probe_audio", lambda one: forbidden if one == str(path) else probe(one))
+            refuse(voxceleb, save, "1 utterances that trials name", max_unreadable=1)
+        # new permissions change neither size nor time
+        assert "id10002/x6uYqmx31kE/00001" in read(prepare_voxceleb(voxceleb, save, max_unreadable=1))["test"]
 
     def test_other_rate_is_refused_without_resampling(self, voxceleb, save):
         write_audio(voxceleb / "wav" / "id10005" / "x6uYqmx31kE" / "00001.wav", sample_rate=8000)
