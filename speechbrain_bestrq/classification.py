@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from speechbrain_bestrq.classification_scores import Answers
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.results import write_results
+from speechbrain_bestrq.results import describe_data, write_results
 from speechbrain_bestrq.task_brain import TaskBrain, check_metrics
 from speechbrain_bestrq.task_data import Rows, make_task_loaders, take_examples
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -247,6 +247,8 @@ def run_classification(
     column: str,
     labels: Sequence[str],
     hidden: Mapping[str, Tensor] | None = None,
+    *,
+    corpus: str,
     **facts: Any,
 ) -> ClassificationBrain:
     """Train on "train", choose by "valid", test on "test", and write what came of it into ``output_folder``.
@@ -267,6 +269,8 @@ def run_classification(
         The classes.
     hidden : mapping, optional
         Cached hidden states of all utterances.
+    corpus : str
+        Its name.
     **facts
         What else ``results.json`` is to say; plain JSON values.
 
@@ -290,6 +294,7 @@ def run_classification(
     if hparams["class_weights"] is not None:
         weights = balanced_weights((row[column] for row in train.values()), labels)
     brain = ClassificationBrain(modules, hparams, run_opts, hparams["checkpointer"], labels=labels, weights=weights)
+    brain.data = describe_data(corpus, train)
     if not hparams["test_only"]:
         brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
     metrics = brain.test(loaders[TEST_SET])
@@ -302,9 +307,9 @@ def run_classification(
         write_results(
             output_folder,
             {
+                "corpus": corpus,
                 **facts,
                 "labels": list(labels),
-                "label_hours": sum(float(row["duration"]) for row in train.values()) / 3600,
                 **brain.records(getattr(hidden, "seconds", None)),
                 "sets": {TEST_SET: told},
             },

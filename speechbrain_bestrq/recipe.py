@@ -42,6 +42,7 @@ _NUMBER = re.compile(r"[-+]?\d+[eE][-+]?\d+|0o[0-7]+")
 
 #: The home folder at the beginning of a path, which a shell leaves as it is behind an equals sign and elsewhere.
 _HOME = re.compile(r"^(random:)?~(?=/)")
+_NO_FP16 = "fp16 is for GPUs: give --precision bf16 or fp32, and --eval_precision too where it is given."
 
 #: Keys of the YAMLs whose values are paths.
 PATHS = ("cache_folder", "data_folder", "encoder", "language_model", "output_folder", "save_folder")
@@ -143,6 +144,8 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     if on_cpu and "distributed_backend" not in run_opts.overridden_args:
         named = {name: run_opts[name] for name in run_opts.overridden_args}
         run_opts = RunOptions.from_dictionary({**named, "distributed_backend": "gloo"})
+    if on_cpu and "fp16" in (run_opts["precision"], run_opts["eval_precision"]):
+        raise InputError(_NO_FP16)
     sb.utils.distributed.ddp_init_group(run_opts)
     if not Path(hparams_file).is_file():
         raise InputError(f"{hparams_file} does not exist: give the path of a YAML, such as hparams/bestrq.yaml.")
@@ -161,6 +164,8 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
         raise
     except (ValueError, TypeError) as error:  # a module's own refusal of a value, after HyperPyYAML's account of it
         raise InputError(f"{hparams_file}: {str(error).strip().splitlines()[-1]}") from error
+    if on_cpu and "fp16" in (hparams.get("precision"), hparams.get("eval_precision")):
+        raise InputError(_NO_FP16)
     for key in PATHS:
         if _HOME.search(str(hparams.get(key) or "")):
             raise InputError(f"{hparams_file}: {key} {hparams[key]}: write the path in full, without ~.")

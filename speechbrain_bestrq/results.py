@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,54 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
     return results
 
 
+def describe_data(corpus: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Say what a head is trained on, for ``results.json``.
+
+    Arguments
+    ---------
+    corpus : str
+        Its name.
+    rows : mapping
+        Those of training, with their "duration".
+
+    Returns
+    -------
+    dict
+
+    Example
+    -------
+    >>> describe_data("SLURP", {"a": {"duration": 36.0}})
+    {'trained_corpus': 'SLURP', 'label_hours': 0.01}
+    """
+    return {"trained_corpus": corpus, "label_hours": sum(float(row["duration"]) for row in rows.values()) / 3600}
+
+
+def check_tested_corpus(folder: str | os.PathLike, corpus: str) -> None:
+    """Refuse to test on another corpus where the results of one are: they would be lost.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The run's output folder.
+    corpus : str
+        Which is to be tested on.
+
+    Raises
+    ------
+    InputError
+        If there are results of another.
+    """
+    try:
+        earlier = read_results(folder)
+    except InputError:
+        return
+    if earlier.get("corpus") != corpus:
+        raise InputError(
+            f"{folder} has results of {earlier.get('corpus')}, and this is {corpus}: copy the run's folder, and test "
+            "in the copy (--output_folder)."
+        )
+
+
 def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> dict[str, Any]:
     """Add to what a test came to what the same weights were found to do before: other sets, and other scores.
 
@@ -139,9 +188,20 @@ def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> 
     for name, scores in results["sets"].items():
         known = before.get(name, {})
         compared = (key for key in known.keys() & scores.keys() if not key.endswith("seconds"))
-        kept = known if all(known[key] == now["sets"][name][key] for key in compared) else {}
+        kept = known if all(_alike(known[key], now["sets"][name][key]) for key in compared) else {}
+        if lost := sorted(known.keys() - scores.keys() - kept.keys() - {"test_command"}):
+            logger.warning("%s: the scores were others; what it said of %s is gone.", name, ", ".join(lost))
         own[name] = {**kept, **scores, **told}
     return {**results, "sets": {**before, **own}}
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values of results are the same, numbers but for the rounding of other batches or devices."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-4)
+    return one == other
 
 
 def write_errors(

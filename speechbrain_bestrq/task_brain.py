@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,9 @@ LAYER_WEIGHTS_PLOT = "layer_weights.png"
 #: Batches after which the mean loss is read back, for the progress bar and to see whether it is finite.
 READ_EVERY = 20
 
+
+#: Run options of SpeechBrain's that fail on these models, or do nothing to them.
+_WITHOUT_EFFECT = frozenset(("jit", "jit_module_keys", "data_parallel_count"))
 
 NOTHING_TRAINED = "{} has no checkpoint to test: train first, without --test_only."
 
@@ -125,6 +129,8 @@ class TaskBrain(sb.Brain):
         self._begun_with = self.encoder.identity()
         self._trains_on: str | None = None
         self._sums_before = [0.0] * 3
+        self.data: dict[str, Any] = {}
+        """What the results say of the labelled speech that is trained on; of a test, of that which was."""
         if checkpointer is not None:
             # before the modules: those trained on another encoder may not fit, or fit and be of no use
             checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
@@ -177,7 +183,7 @@ class TaskBrain(sb.Brain):
         return plain_values(composed)
 
     @classmethod
-    def check_run(cls, checkpointer: Checkpointer, hparams: dict[str, Any]) -> None:
+    def check_run(cls, checkpointer: Checkpointer, hparams: dict[str, Any], run_opts: Any = None) -> None:
         """Refuse to go on from a checkpoint of other settings, or to test what was not trained, before any work.
 
         Arguments
@@ -186,6 +192,8 @@ class TaskBrain(sb.Brain):
             Of the run.
         hparams : dict
             Of the YAML: with "test_only" and "speech_encoder".
+        run_opts : RunOptions, optional
+            SpeechBrain's, of the command line.
 
         Raises
         ------
@@ -193,6 +201,8 @@ class TaskBrain(sb.Brain):
             Naming what differs, an option that the task's optimisers do not heed, or a schedule that is none; or if an
             optimiser of a run that begins and its annealing begin with other rates.
         """
+        if run_opts is not None and (given := sorted(_WITHOUT_EFFECT & run_opts.overridden_args)):
+            raise InputError(f"--{given[0]} is not for this recipe: leave it out.")
         if hparams.get(GOVERNING, {}).get("remove_vector_weight_decay"):
             raise InputError(
                 "--remove_vector_weight_decay does nothing to the optimisers of this recipe: leave it out."
@@ -471,6 +481,11 @@ class TaskBrain(sb.Brain):
             self._book("train", elapsed)
             self._check_losses()
             self._train_loss = float(self._shown_loss)
+            if math.isnan(self._train_loss):
+                raise InputError(
+                    f"the loss of no batch of epoch {epoch} was finite: lower the learning rates, or train in fp32, "
+                    "and begin anew."
+                )
             self._stage = sb.Stage.VALID  # a checkpoint from here on is of the epoch's end, validated or not
             return
         # one answer for all ranks: rates that part would let the weights part
@@ -479,6 +494,12 @@ class TaskBrain(sb.Brain):
             self.test_metrics = metrics
             return
         self._book("validation", elapsed)
+        if unknown := [name for name in ("loss", self.metric) if math.isnan(metrics[name])]:
+            # before it takes the place of the best checkpoint
+            raise InputError(
+                f"the {unknown[0]} of epoch {epoch} on the validation set is no number: lower the learning rates, or "
+                "train in fp32, and begin anew."
+            )
         self._log_epoch(epoch, metrics)
         if self.checkpointer is not None:
             self.checkpointer.save_and_keep_only(meta={"epoch": epoch, **metrics}, min_keys=[self.metric])
@@ -516,6 +537,7 @@ class TaskBrain(sb.Brain):
                 "composed_settings": self.composed_settings,
                 **self._begun_with,
                 "trains_on": self._trains_on,
+                "data": self.data,
             }
             Path(path).write_text(json.dumps(progress), encoding="utf-8")
 
@@ -541,6 +563,8 @@ class TaskBrain(sb.Brain):
         before = sum(self.seconds.values()) * progress["world_size"]  # of an older run
         self.device_seconds = progress.get("device_seconds", before)
         self._sums_before = progress.get("train_sums", [0.0] * 3)
+        if not goes_on:
+            self.data = progress.get("data", self.data)  # of an older run
 
     # ---------------------------------------------------------------- evaluation
 
@@ -587,10 +611,10 @@ class TaskBrain(sb.Brain):
         Returns
         -------
         dict
-            Plain JSON values. "encoder_updates" are those that trained the encoder which was tested;
-            "device_hours" those of training and validation; the machine that is named is the last that trained, and so
-            is the command; "tested_on" says on which other one the tests were made, if that is so, and "test_command"
-            by which, if they were made later.
+            Plain JSON values, with those of :attr:`data`. "encoder_updates" are those that trained the encoder which
+            was tested; "device_hours" those of training and validation; the machine that is named is the last that
+            trained, and so is the command; "tested_on" says on which other one the tests were made, if that is so, and
+            "test_command" by which, if they were made later.
         """
         best = self.checkpointer.find_checkpoint(min_key=self.metric)
         newest = self.checkpointer.find_checkpoint()
@@ -602,6 +626,7 @@ class TaskBrain(sb.Brain):
         here = machine(self.device)
         there = trained.get("machine", here)
         return {
+            **self.data,
             "encoder": {
                 **self.encoder.describe(),
                 "frozen": self.encoder.freeze,

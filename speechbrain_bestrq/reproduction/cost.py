@@ -14,7 +14,6 @@ from typing import Any
 
 import soundfile
 import torch
-import yaml
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_bestrq.artefact import CONFIG_FILE, load_encoder
@@ -171,10 +170,15 @@ def estimate(stages: Sequence[Stage], done: Collection[str] = ()) -> dict[str, C
     return costs
 
 
+def _plain(text: str) -> Any:
+    """Read an option as a recipe does: 1e-05 is a number, which it is not to every reader of YAML."""
+    return load_hyperpyyaml(f"value: {text}")["value"]
+
+
 def _value(path: Path, options: dict[str, str], key: str) -> Any:
     """A plain value of a YAML, or what the command gives instead."""
     if f"--{key}" in options:
-        return yaml.safe_load(options[f"--{key}"])
+        return _plain(options[f"--{key}"])
     return yaml_value(path, key)
 
 
@@ -243,7 +247,7 @@ def warm_up(path: Path, options: dict[str, str]) -> Speed:
     -------
     Speed
     """
-    given = {key.removeprefix("--"): yaml.safe_load(value) for key, value in options.items()}
+    given = {key.removeprefix("--"): _plain(value) for key, value in options.items()}
     with (
         open(path, encoding="utf-8") as file,
         tempfile.TemporaryDirectory() as folder,
@@ -354,7 +358,7 @@ def warm_up_head(path: Path, options: dict[str, str], states: tuple[int, int], f
     float
         Audio-seconds a second.
     """
-    given = {key.removeprefix("--"): yaml.safe_load(value) for key, value in options.items()}
+    given = {key.removeprefix("--"): _plain(value) for key, value in options.items()}
     stand_in = f"speech_encoder: !new:types.SimpleNamespace\n    num_states: {states[0]}\n    output_dim: {states[1]}\n"
     text = re.sub(r"^speech_encoder: .*\n(?:    .*\n)*", stand_in, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():  # the YAML sets seeds and makes folders

@@ -1,6 +1,7 @@
 """Pre-trainings that were done elsewhere: a reproduction takes over their encoders and logs, and trains none anew."""
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ from speechbrain_bestrq.corpora.manifest import file_digest
 from speechbrain_bestrq.errors import USER_ERROR, InputError
 from speechbrain_bestrq.run_log import LOG_FILE, RUN_FILE, read_run
 from speechbrain_bestrq.safe_reading import read_json
-from speechbrain_bestrq.writing import replacing, sync_tree, unfinished
+from speechbrain_bestrq.writing import replacing, sync_tree, unfinished, write_text
 
 #: The program of a stage that takes a run over.
 PROGRAM = "speechbrain_bestrq.reproduction.elsewhere"
@@ -57,14 +58,18 @@ def read_finished_run(folder: Path) -> FinishedRun:
     """
     log = read_run(folder)
     encoders = {}
-    if (folder / "encoder" / CONFIG_FILE).is_file():
+    if _is_whole(folder / "encoder"):
         step = (read_json(folder / "encoder" / CONFIG_FILE).get("training") or {}).get("step")
         if isinstance(step, int):
             encoders[step] = folder / "encoder"
-    encoders |= encoders_at_steps(folder)
+    encoders |= {step: path for step, path in encoders_at_steps(folder).items() if _is_whole(path)}
     if not encoders:
         raise InputError(f"{folder} has no encoder yet: let its pre-training go on.")
     return FinishedRun(folder, log.run.get("model"), log.run.get("seed"), encoders)
+
+
+def _is_whole(encoder: Path) -> bool:
+    return all((encoder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 def assign_runs(
@@ -169,7 +174,7 @@ def encoder_of(command: Sequence[str]) -> Path | None:
 
 
 def take_over(run: FinishedRun, folder: Path, updates: Sequence[int]) -> None:
-    """Copy encoders and the log of a run.
+    """Copy encoders of a run, and its log up to the last of them: what came after, they have not cost.
 
     Arguments
     ---------
@@ -184,9 +189,11 @@ def take_over(run: FinishedRun, folder: Path, updates: Sequence[int]) -> None:
     OSError
         If the disk does not take them.
     """
-    for name in (RUN_FILE, LOG_FILE):
-        with replacing(folder / name) as beside:
-            shutil.copyfile(run.folder / name, beside)
+    with replacing(folder / RUN_FILE) as beside:
+        shutil.copyfile(run.folder / RUN_FILE, beside)
+    log = read_run(run.folder)
+    rows = sorted((row for row in (*log.train, *log.valid) if row["step"] <= max(updates)), key=lambda row: row["step"])
+    write_text(folder / LOG_FILE, "".join(json.dumps(row) + "\n" for row in rows))
     for number in updates:
         target = folder / f"encoder@{number}"
         beside = unfinished(target)

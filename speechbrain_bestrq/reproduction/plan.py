@@ -415,7 +415,7 @@ class _Plan:
         run = self.finished[name]
         command = command_of(run, self.folder / name, updates)
         products = tuple(f"encoder@{number}" for number in updates)
-        self.stages.append(Stage(name, command, products, same_as=tuple(run.mark(updates))))
+        self.stages.append(Stage(name, command, products, same_as=tuple(run.mark(updates)), is_brief=True))
 
     def _add_codebook_check(self, pretraining: str, settings: Mapping[str, Any]) -> None:
         """Nothing waits for it: what it finds is told, and the pre-training goes on."""

@@ -304,7 +304,23 @@ def _cost(found: Runs, runs: dict[str, RunLog]) -> list[Block]:
             rows.append(((name,), *((Text(cell, faint=True),) for cell in cells)))
     heads = ("", "parameters", "updates", "audio-hours", "device-hours", "audio-hours in a device-hour")
     blocks: list[Block] = [Grid((*heads, "of the datasheet's FLOP/s", "peak GB", "device"), tuple(rows))]
+    blocks += _amid_schedules(found.preset, runs)
     return [*blocks, *(_ratio(runs) if runs else [Paragraph("No pre-training has begun.")])]
+
+
+def _amid_schedules(preset: Mapping[str, Any], runs: Mapping[str, RunLog]) -> list[Block]:
+    """Of pre-trainings that were planned for more updates than are compared: their rates had not come down yet."""
+    longest = {
+        _title(method, seed): max(updates_of(preset, method)) for method, seed in pretraining_names(preset).values()
+    }
+    told = [
+        f"{name}: {planned:,.0f} updates"
+        for name, run in runs.items()
+        if name in longest and (planned := run.run.get("updates_planned") or 0) > longest[name]
+    ]
+    if not told:
+        return []
+    return [Paragraph(f"Looked at amid a longer pre-training, whose rates were still to come down: {'; '.join(told)}.")]
 
 
 def _device(run: Mapping[str, Any]) -> str:

@@ -72,7 +72,9 @@ class Stage:
         Names of stages that have to be over before, done or failed.
     same_as : tuple of str
         What the command comes to, whatever interpreter and launcher run it on however many devices, wherever its
-        program lies: a stage is done once for all commands that come to the same. The command itself if left out.
+        lies: a stage is done once for all commands that come to the same. The command itself if left out.
+    is_brief : bool
+        Whether it takes seconds, and tells nothing of how long others of its kind take.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Stage:
     devices: int = 1
     after: tuple[str, ...] = ()
     same_as: tuple[str, ...] = ()
+    is_brief: bool = False
 
     @property
     def kind(self) -> str:

@@ -47,6 +47,8 @@ def left_text(
     >>> left_text(stages, {"train/b": 60.0, "train/c": 0.0}, {"train/a": 600.0}, {}, 1)
     'about 19 minutes left'
     """
+    brief = {stage.name for stage in stages if stage.is_brief}
+    taken = {name: seconds for name, seconds in taken.items() if name not in brief}
     if not taken and not expected:
         return ""
     seconds = {name: max(whole - spent[name], 0.0) for name, whole in _whole(stages, spent, taken, expected).items()}

@@ -146,9 +146,10 @@ def test_another_target_in_the_same_folder_is_refused(train, slurp, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_on_two_devices_trains_and_tells_once(torchrun, slurp, encoder, tmp_path):
-    on_two = ("--precision=bf16", "--encoder_rest=0")
+    on_two = ("--precision=bf16", "--encoder_rest=0.4")
     torchrun(RECIPE / "train.py", arguments("bestrq_finetune", slurp, encoder, tmp_path / "run", *on_two))
     results = read_results(tmp_path / "run")
+    assert 0 < results["encoder_updates"] < results["updates"]
     assert results["world_size"] == 2 and results["sets"]["test"]["utterances"] == len(said(slurp, "test"))
     assert len((tmp_path / "run" / "train_log.txt").read_text().splitlines()) == 2
 

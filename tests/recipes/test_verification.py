@@ -277,7 +277,8 @@ BAD_INPUT = {
     "nothing to test": ("bestrq", ["--test_only"], "no checkpoint to test"),
     "cached and cut": ("bestrq", ["--cache_features=True"], "give --chunk_seconds null too"),
     "chunks of nothing": ("bestrq", ["--chunk_seconds=0.01"], "less than a frame"),
-    "a cohort of one": ("bestrq", ["--cohort_top=1"], "give at least 2"),
+    "a cohort of one": ("bestrq", ["--cohort_top=1"], "give a number of at least 2"),
+    "a cohort of nobody knows how many": ("bestrq", ["--cohort_top=null"], "give a number of at least 2"),
 }
 
 

@@ -276,7 +276,7 @@ def run(output, encoder, sets, labels=LABELS, hidden=None, **options):
     """Train and test; give the Brain."""
     hparams = make_hparams(output, encoder, **options)
     run_opts = {"device": "cpu", "noprogressbar": True, "distributed_backend": "gloo"}
-    return run_classification(hparams, run_opts, sets, "emo", labels, hidden, task="emotion recognition")
+    return run_classification(hparams, run_opts, sets, "emo", labels, hidden, corpus="Toy", task="emotion recognition")
 
 
 @pytest.fixture

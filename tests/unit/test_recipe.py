@@ -73,6 +73,16 @@ def test_several_gpus_are_started_by_torchrun_alone(options):
         options("--data_folder=a", "--data_parallel_backend")
 
 
+def test_fp16_without_a_gpu_is_refused_before_any_work(options, tmp_path):
+    for words in (["--precision=fp16"], ["--eval_precision", "fp16"], ["--device=cpu", "--precision=fp16"]):
+        with pytest.raises(InputError, match="fp16 is for GPUs: give --precision bf16 or fp32"):
+            options("--data_folder=a", *words)
+    yaml = tmp_path / "recipe.yaml"
+    yaml.write_text(f"{YAML}\nprecision: fp16\n")
+    with pytest.raises(InputError, match="fp16 is for GPUs"):
+        load_recipe([str(yaml), "--data_folder=a"])
+
+
 def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(options, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -13,8 +13,11 @@ from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
 from speechbrain_bestrq.reproduction import cost, elsewhere
-from speechbrain_bestrq.reproduction.plan import CORPORA, make_plan, read_preset
+from speechbrain_bestrq.reproduction.plan import CORPORA, RECIPES, make_plan, read_preset
+from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState, run_stages
+from speechbrain_bestrq.reproduction.tables import write_plan
+from speechbrain_bestrq.reproduction.time_left import left_text
 
 
 def write_run(folder, seed=1, steps=(2400, 7200), last=None, model="BestRQ"):
@@ -78,8 +81,7 @@ def test_encoders_and_the_log_are_taken_over_once(tmp_path):
     taken = out / "pretraining" / "bestrq"
     for name in ("config.json", "model.safetensors", "README.md"):
         assert (taken / "encoder@720" / name).read_bytes() == (run / "encoder" / name).read_bytes()
-    for name in ("run.json", "train_log.jsonl"):
-        assert (taken / name).read_bytes() == (run / name).read_bytes()
+    assert (taken / "run.json").read_bytes() == (run / "run.json").read_bytes()
     assert {path.name for path in taken.glob("encoder*")} == {"encoder@720"}
     # the same encoder at another place is the same stage; another one is another
     moved = tmp_path / "moved"
@@ -88,6 +90,41 @@ def test_encoders_and_the_log_are_taken_over_once(tmp_path):
     assert StageState(again, out).is_done("pretraining/bestrq")
     other = write_run(tmp_path / "other", 5, (), last=720)
     assert not StageState(plan_of("small", out, [f"bestrq={other}"], CORPORA), out).is_done("pretraining/bestrq")
+
+
+def test_of_a_longer_pre_training_the_cost_is_that_of_the_encoder_and_the_report_says_so(tmp_path):
+    run = write_run(tmp_path / "run", 5, (720,))
+    (run / "run.json").write_text(json.dumps({"model": "BestRQ", "seed": 5, "updates_planned": 24000}))
+    lines = [
+        {"event": "valid", "step": step, "loss": 5.0, "audio_hours": step / 100, "device_hours": step / 1000}
+        for step in (360, 720, 1440)
+    ]
+    (run / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, preset = tmp_path / "out", read_preset("small")
+    stages = plan_of("small", out, [f"bestrq={run}"], CORPORA)
+    assert run_stages([stage for stage in stages if stage.name == "pretraining/bestrq"], out, print) == {}
+    write_plan(out, "small", preset, list(CORPORA), "reproduce", StageState(stages, out).marks)
+    report = write_reproduction(out)["markdown"].read_text()
+    assert (
+        "Looked at amid a longer pre-training, whose rates were still to come down: BEST-RQ: 24,000 updates." in report
+    )
+    assert "| [BEST-RQ](pretraining/bestrq/train_log.jsonl) |  | 720 | 7.2 | 0.72 |" in report.replace("not known", "")
+
+
+def test_an_encoder_without_weights_is_none(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "encoder@7200" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no encoder of update 7200 but of 2400"):
+        plan_of("fine_tuned", tmp_path / "out", [f"bestrq={run}"])
+
+
+def test_how_long_a_copy_took_tells_nothing_of_trainings(tmp_path):
+    run = write_run(tmp_path / "run", 5, (720,))
+    stages = plan_of("small", tmp_path / "out", [f"bestrq={run}"], CORPORA)[:3]
+    names = [stage.name for stage in stages]
+    assert names == ["pretraining/bestrq", "pretraining/wav2vec2", "asr-frozen/fbank/1"]
+    waiting, expected = dict.fromkeys(names[1:], 0.0), {names[0]: 10.0, names[1]: 7200.0, names[2]: 3600.0}
+    assert left_text(stages, waiting, {names[0]: 2.5}, expected, 1) == "about 3.0 hours left"
 
 
 def test_what_a_killed_copy_left_is_not_taken_for_an_encoder(tmp_path):
@@ -155,6 +192,14 @@ def test_a_dry_run_tells_what_heads_cost_by_the_speed_of_the_encoder(tmp_path, t
         assert f"        0.00     0.02  pretraining/bestrq/{seed}\n" in printed
     # 12 epochs of an hour, there and back at 80 audio-seconds a second, and the head
     assert "        0.16     0.00  intent-fine-tuned-few/bestrq-7200/1\n" in printed
+
+
+def test_small_rates_are_numbers_to_the_estimate_too(tmp_path):
+    """Python writes 0.00001 as 1e-05, which not every reader of YAML takes for a number."""
+    path = RECIPES / "VoxCeleb" / "verification" / "hparams" / "bestrq_finetune.yaml"
+    options = {"--encoder": "e", "--final_encoder_learning_rate": str(0.00001), "--channels": "8"}
+    options |= {"--pooled_channels": "24", "--attention_channels": "4", "--embedding_size": "4"}
+    assert cost.warm_up_head(path, options, (2, 16), 25.0) > 0
 
 
 def test_an_encoder_is_tried_on_noise(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 
 from speechbrain_bestrq.classification_scores import Answers
 from speechbrain_bestrq.error_rates import ErrorRates
+from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.results import (
+    check_tested_corpus,
     compare_runs,
     compare_runs_over_seeds,
     read_results,
@@ -53,14 +55,27 @@ def test_sets_of_another_corpus_are_not_kept_and_a_later_test_is_told_by_its_set
         assert list(with_earlier_sets(tmp_path, {**later, **change})["sets"]) == ["dev-other"]
 
 
-def test_scores_of_an_earlier_test_stay_while_those_of_both_are_the_same(tmp_path):
+def test_scores_of_an_earlier_test_stay_while_those_of_both_are_the_same(tmp_path, caplog):
     run = {"seed": 1, "settings": {"betas": (0.9, 0.98)}, "validation": {"loss": 0.1}}
     searched = {"wer": 0.2, "wer_lm": 0.1, "evaluation_seconds": 3.0}
     write_results(tmp_path, {**run, "sets": {"test-clean": searched}})
     later = {"wer": 0.2, "evaluation_seconds": 4.0}
     assert with_earlier_sets(tmp_path, {**run, "sets": {"test-clean": later}})["sets"]["test-clean"] == searched | later
+    # other batches, or another device
+    rounded = {"wer": 0.2000001, "evaluation_seconds": 4.0}
+    told = with_earlier_sets(tmp_path, {**run, "sets": {"test-clean": rounded}})["sets"]["test-clean"]
+    assert told == searched | rounded
     other = {"wer": 0.3, "evaluation_seconds": 4.0}
     assert with_earlier_sets(tmp_path, {**run, "sets": {"test-clean": other}})["sets"]["test-clean"] == other
+    assert "test-clean: the scores were others; what it said of wer_lm is gone" in caplog.text
+
+
+def test_another_corpus_is_not_tested_over_the_results_of_one(tmp_path):
+    check_tested_corpus(tmp_path, "LibriSpeech")  # there are none yet
+    write_results(tmp_path, {"corpus": "LibriSpeech", "sets": {}})
+    check_tested_corpus(tmp_path, "LibriSpeech")
+    with pytest.raises(InputError, match="has results of LibriSpeech, and this is SLURP: copy the run's folder"):
+        check_tested_corpus(tmp_path, "SLURP")
 
 
 def test_columns_of_an_earlier_test_stay_while_the_answers_are_the_same(tmp_path, caplog):

@@ -518,6 +518,9 @@ def test_an_option_that_no_optimiser_heeds_is_refused(folder, tmp_path):
     hparams = {**build_hparams(YAML, "", options), "test_only": False, "speech_encoder": TaskEncoder(folder)}
     with pytest.raises(InputError, match="--remove_vector_weight_decay does nothing"):
         LoudnessBrain.check_run(AtomicCheckpointer(checkpoints_dir=tmp_path), hparams)
+    given = RunOptions.from_dictionary({"jit": True})
+    with pytest.raises(InputError, match="--jit is not for this recipe: leave it out"):
+        LoudnessBrain.check_run(AtomicCheckpointer(checkpoints_dir=tmp_path), {**hparams, GOVERNING: {}}, given)
 
 
 def test_what_may_not_go_on_is_said_before_any_work(rows, folder, tmp_path):
@@ -796,6 +799,41 @@ def test_losses_that_are_not_finite_end_the_training(rows, folder, tmp_path, mon
     with pytest.raises(InputError, match=r"the loss of \d batches of epoch 1 was not finite: lower the learning rates"):
         fit(brain, rows)
     assert not list((tmp_path / "run" / "save").glob("CKPT*"))
+
+
+@pytest.mark.parametrize(
+    ("spoilt_stage", "message"),
+    [
+        (sb.Stage.TRAIN, "no batch of epoch 2 was finite"),
+        (sb.Stage.VALID, "epoch 2 on the validation set is no number"),
+    ],
+)
+def test_a_model_that_is_lost_within_patience_does_not_take_the_best_ones_place(
+    spoilt_stage, message, rows, folder, tmp_path, monkeypatch
+):
+    fit(make_brain(tmp_path / "run", folder, epochs=1), rows)
+    before = sorted(path.name for path in (tmp_path / "run" / "save").glob("CKPT*"))
+    objectives = LoudnessBrain.compute_objectives
+
+    def spoilt(self, predictions, batch, stage):
+        return objectives(self, predictions, batch, stage) * (float("nan") if stage == spoilt_stage else 1.0)
+
+    monkeypatch.setattr(LoudnessBrain, "compute_objectives", spoilt)
+    again = make_brain(tmp_path / "run", folder, epochs=2, run_opts={"nonfinite_patience": 100})
+    with pytest.raises(InputError, match=f"{message}: lower the learning rates"):
+        fit(again, rows)
+    assert sorted(path.name for path in (tmp_path / "run" / "save").glob("CKPT*")) == before
+
+
+def test_what_a_run_was_trained_on_is_told_when_it_is_tested_on_something_else(rows, folder, tmp_path):
+    brain = make_brain(tmp_path / "run", folder, epochs=1)
+    brain.data = {"trained_corpus": "Noise", "label_hours": 0.5}
+    fit(brain, rows)
+    again = make_brain(tmp_path / "run", folder, epochs=1)
+    again.data = {"trained_corpus": "Other noise", "label_hours": 9.0}
+    again.test(loaders(rows)[1])
+    records = again.records()
+    assert (records["trained_corpus"], records["label_hours"]) == ("Noise", 0.5)
 
 
 def test_what_is_dropped_is_dropped_in_training_only(rows, folder, tmp_path):

@@ -47,7 +47,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.recipe import build_hparams, command_line, load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.results import RESULTS_FILE, read_results, write_results
+from speechbrain_bestrq.results import RESULTS_FILE, check_tested_corpus, read_results, write_results
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,10 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     check_folds(output_folder, str(hparams["folds"]))
     check_save_folder(hparams)
     for checkpointer in checkpointers_of(hparams, folds):
-        ClassificationBrain.check_run(checkpointer, hparams)
+        ClassificationBrain.check_run(checkpointer, hparams, run_opts)
+    if hparams["test_only"]:
+        for fold in {*folds, hparams["fold"]}:
+            check_tested_corpus(output_folder / fold, corpus_name(hparams["data_folder"], "IEMOCAP"))
     # an option is merged into the mapping of the YAML: null is how it takes a label out
     if not isinstance(hparams["classes"], dict):
         raise InputError(

@@ -41,7 +41,14 @@ from speechbrain_bestrq.error_rates import ErrorRates
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.results import interval, with_earlier_sets, write_errors, write_results
+from speechbrain_bestrq.results import (
+    check_tested_corpus,
+    describe_data,
+    interval,
+    with_earlier_sets,
+    write_errors,
+    write_results,
+)
 from speechbrain_bestrq.task_brain import TaskBrain, check_metrics
 from speechbrain_bestrq.task_data import make_task_loaders, take_hours
 from speechbrain_bestrq.text import check_lengths, check_texts, frames_needed
@@ -274,7 +281,10 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     """Prepare, train, test, with the output folder to ourselves."""
     check_options(hparams)
     output_folder = Path(hparams["output_folder"])
-    ASRBrain.check_run(hparams["checkpointer"], hparams)
+    ASRBrain.check_run(hparams["checkpointer"], hparams, run_opts)
+    corpus = corpus_name(hparams["data_folder"], "LibriSpeech")
+    if hparams["test_only"]:
+        check_tested_corpus(output_folder, corpus)
     manifests = run_on_main(
         prepare_librispeech,
         kwargs={
@@ -296,6 +306,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     if "mix" in hparams:
         modules["mix"] = hparams["mix"]
     brain = ASRBrain(modules, hparams, run_opts, hparams["checkpointer"])
+    brain.data = describe_data(corpus, rows["train"])
     if not hparams["test_only"]:
         brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
 
@@ -305,8 +316,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     if if_main_process():
         results = {
             "task": "speech recognition",
-            "corpus": corpus_name(hparams["data_folder"], "LibriSpeech"),
-            "label_hours": sum(row["duration"] for row in rows["train"].values()) / 3600,
+            "corpus": corpus,
             "units": hparams["tokenizer"].size,
             **brain.records(cache and cache.seconds),
             "sets": sets,

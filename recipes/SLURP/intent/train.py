@@ -37,6 +37,7 @@ from speechbrain_bestrq.corpora.slurp import TARGETS
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import open_cache
 from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
+from speechbrain_bestrq.results import check_tested_corpus
 
 #: What the preparation is told.
 PREPARATION = ("data_folder", "microphones", "synthetic", "sample_rate", "resample", "max_unreadable")
@@ -62,10 +63,13 @@ def main(arguments: list[str]) -> None:
 def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
     """Prepare, train, test, with the output folder to ourselves."""
     check_options(hparams)
-    ClassificationBrain.check_run(hparams["checkpointer"], hparams)
+    ClassificationBrain.check_run(hparams["checkpointer"], hparams, run_opts)
     if hparams["target"] not in TARGETS:
         raise InputError(f"target is one of {', '.join(TARGETS)}, not {hparams['target']!r}.")
     output_folder = Path(hparams["output_folder"])
+    corpus = corpus_name(hparams["data_folder"], "SLURP")
+    if hparams["test_only"]:
+        check_tested_corpus(output_folder, corpus)
     manifests = run_on_main(
         prepare_slurp,
         kwargs={"save_folder": output_folder / "manifests", **{name: hparams[name] for name in PREPARATION}},
@@ -82,7 +86,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
         labels,
         open_cache(hparams, sets, run_opts["device"]),
         task="intent classification",
-        corpus=corpus_name(hparams["data_folder"], "SLURP"),
+        corpus=corpus,
         target=hparams["target"],
         microphones=sorted(hparams["microphones"]),
         unreadable=count_unreadable(manifests["test"], "test"),

@@ -35,7 +35,14 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.metrics import equal_error_rate, minimum_detection_cost
 from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.results import interval, with_earlier_sets, write_errors, write_results
+from speechbrain_bestrq.results import (
+    check_tested_corpus,
+    describe_data,
+    interval,
+    with_earlier_sets,
+    write_errors,
+    write_results,
+)
 from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import make_task_loaders, repeat_for_chunks, take_classes, take_examples
 from speechbrain_bestrq.verification import SpeakerEmbeddings, normalize_scores, speaker_means, write_scores
@@ -141,11 +148,13 @@ def read_rows(hparams: dict, manifests: dict[str, Path]) -> dict[str, dict]:
 
 def check_settings(hparams: dict) -> None:
     """Refuse chunks and cohorts that cannot be, before any audio is read."""
-    if hparams["cohort_utterances"] is not None and hparams["cohort_top"] < 2:
-        raise InputError(
-            f"cohort_top: {hparams['cohort_top']} scores have no deviation: give at least 2, or leave score "
-            "normalisation out, --cohort_utterances null."
-        )
+    if hparams["cohort_utterances"] is not None:
+        top = hparams["cohort_top"]
+        if not isinstance(top, int) or top < 2:
+            raise InputError(
+                f"cohort_top: of {top} scores there is no deviation: give a number of at least 2, or leave score "
+                "normalisation out, --cohort_utterances null."
+            )
     seconds, rate = hparams["chunk_seconds"], hparams["sample_rate"]
     if seconds is None:
         return
@@ -234,8 +243,11 @@ def main(arguments: list[str]) -> None:
 def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
     """Prepare, train, test, with the output folder to ourselves."""
     check_settings(hparams)
-    VerificationBrain.check_run(hparams["checkpointer"], hparams)
+    VerificationBrain.check_run(hparams["checkpointer"], hparams, run_opts)
     output_folder = Path(hparams["output_folder"])
+    corpus = corpus_name(hparams["data_folder"], "VoxCeleb")
+    if hparams["test_only"]:
+        check_tested_corpus(output_folder, corpus)
     manifests = run_on_main(
         prepare_voxceleb,
         kwargs={
@@ -265,6 +277,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
         "classifier": hparams["classifier"](num_labels=len(speakers)),
     }
     brain = VerificationBrain(modules, hparams, run_opts, hparams["checkpointer"], trials=trials)
+    brain.data = describe_data(corpus, rows["train"])
     if not hparams["test_only"]:
         brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
 
@@ -272,8 +285,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     if if_main_process():
         results = {
             "task": "speaker verification",
-            "corpus": corpus_name(hparams["data_folder"], "VoxCeleb"),
-            "label_hours": sum(row["duration"] for row in rows["train"].values()) / 3600,
+            "corpus": corpus,
             "speakers": len(speakers),
             **brain.records(cache and cache.seconds),
             "sets": sets,
