@@ -369,7 +369,10 @@ class TaskBrain(sb.Brain):
 
     def update_average(self, loss: Tensor, avg_loss: float) -> float:
         """Give the mean loss of the epoch as far as it has been read; of other stages, the mean of the batches."""
-        return float(loss) if self._stage == sb.Stage.TRAIN else super().update_average(loss, avg_loss)
+        if self._stage == sb.Stage.TRAIN:
+            return float(loss)
+        # SpeechBrain leaves out what is not finite: a lost model would have the loss of what is left, or 0
+        return super().update_average(loss, avg_loss) if math.isfinite(float(loss)) else math.nan
 
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         """Make dropout and augmentation of a batch the same, whatever was drawn before."""
