@@ -195,20 +195,20 @@ class _Outputs:
         counts, places = np.unique(self.frames, return_inverse=True)
         headers = [len(file_header(file_format, (self.layers, int(count), self.d_model))) for count in counts]
         self.sizes = 4 * self.layers * self.d_model * self.frames + np.array(headers)[places]
+        # before any is read: of audio that is changed later, the states are those of before
+        self.identities = np.array([_identity(table.path(file)) for file in range(len(table))])
         self.encoded = EncodedAudio(folder)
-        self.pending = np.array([not self._is_done(file, int(size)) for file, size in enumerate(self.sizes)])
+        self.there = np.array([is_whole(folder / self._name(file), int(size)) for file, size in enumerate(self.sizes)])
+        self.pending = ~np.array([self.there[file] and self._is_of_its_audio(file) for file in range(len(table))])
 
     def _name(self, file: int) -> str:
         return f"{os.path.splitext(self.table.name(file))[0]}.{self.file_format}"
 
-    def _is_done(self, file: int, size: int) -> bool:
-        """Whether an output is there, whole, and of this very audio."""
-        if not is_whole(self.folder / self._name(file), size):
-            return False
-        return self.encoded.is_of(self._name(file), self.table.name(file), self._identity(file))
-
-    def _identity(self, file: int) -> tuple[int, int]:
-        return EncodedAudio.identity(self.table.path(file))
+    def _is_of_its_audio(self, file: int) -> bool:
+        size, changed = self.identities[file].tolist()
+        if self.encoded.is_new:  # written before there was a list: what is not older than its audio counts
+            return (self.folder / self._name(file)).stat().st_mtime_ns >= changed
+        return self.encoded.is_of(self._name(file), self.table.name(file), (size, changed))
 
     def open(self, file: int) -> HiddenStatesFile:
         """Begin an output."""
@@ -219,17 +219,33 @@ class _Outputs:
 
     def note(self, file: int) -> None:
         """An output is whole."""
-        self.encoded.add(self._name(file), self.table.name(file), self._identity(file))
+        self.encoded.add(self._name(file), self.table.name(file), tuple(self.identities[file].tolist()))
+
+    def note_earlier(self) -> None:
+        """What was there before there was a list is of the audio that is there."""
+        if self.encoded.is_new:
+            for file in np.flatnonzero(~self.pending):
+                self.note(int(file))
 
     def check_space(self) -> int:
         """Refuse a disk without room for what is to come; return its bytes."""
         needed, free = int(self.sizes[self.pending].sum()), shutil.disk_usage(self.folder).free
-        if needed > free:
+        # those that are written again take the place of what is there, one by one
+        if int(self.sizes[self.pending & ~self.there].sum()) > free:
             raise InputError(
                 f"'{self.folder}' needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: choose fewer "
                 "layers, or another disk."
             )
         return needed
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Size and time of the last change, which tell a file from one that took its place."""
+    try:
+        status = os.stat(path)
+    except OSError:  # reading it will say so
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 class _Progress:
@@ -379,6 +395,7 @@ def encode_folder(
     try:
         with sole_writer(folder), outputs.encoded:
             _write_settings(folder, settings)
+            outputs.note_earlier()
             lost = _encode_pending(speech_encoder, torch.tensor(numbers, device=target), files, outputs, batch_seconds)
     except OSError as error:
         raise InputError(

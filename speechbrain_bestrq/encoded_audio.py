@@ -1,7 +1,6 @@
 """Which audio the hidden states in a folder were made of, so that those of other audio are not taken for them."""
 
 import json
-import os
 from pathlib import Path
 
 #: In the output folder, a line for each file of hidden states.
@@ -19,22 +18,21 @@ class EncodedAudio:
     Example
     -------
     >>> folder = getfixture("tmp_path")
-    >>> audio = folder / "a.wav"
-    >>> _ = audio.write_bytes(b"sound")
     >>> with EncodedAudio(folder) as encoded:
-    ...     encoded.add("a", "a.wav", EncodedAudio.identity(audio))
-    >>> EncodedAudio(folder).is_of("a", "a.wav", EncodedAudio.identity(audio))
+    ...     encoded.add("a.npy", "a.wav", (32044, 1700000000000000000))
+    >>> EncodedAudio(folder).is_of("a.npy", "a.wav", (32044, 1700000000000000000))
     True
-    >>> EncodedAudio(folder).is_of("a", "a.flac", EncodedAudio.identity(audio))
+    >>> EncodedAudio(folder).is_of("a.npy", "a.flac", (32044, 1700000000000000000))
     False
     """
 
     def __init__(self, folder: Path):
         self.path = folder / AUDIO_FILE
         self._known: dict[str, int] = {}  # a hash each: there may be millions
-        self._torn = False
+        self._torn, self.is_new = False, not self.path.exists()
+        """Whether there is a list yet."""
         try:
-            with open(self.path, encoding="utf-8") as lines:
+            with open(self.path, encoding="utf-8", errors="replace") as lines:
                 for line in lines:
                     self._torn = not line.endswith("\n")
                     try:
@@ -46,14 +44,8 @@ class EncodedAudio:
             pass
         self._file = None
 
-    @staticmethod
-    def identity(path: str | os.PathLike) -> tuple[int, int]:
-        """What tells a file from one that took its place: size and time of the last change."""
-        status = os.stat(path)
-        return status.st_size, status.st_mtime_ns
-
     def is_of(self, output: str, name: str, identity: tuple[int, int]) -> bool:
-        """Whether an output was made of that audio file, as it is now."""
+        """Whether an output was made of an audio file of that name, size and time."""
         return self._known.get(output) == hash((name, *identity))
 
     def __enter__(self) -> "EncodedAudio":

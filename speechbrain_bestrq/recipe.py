@@ -144,7 +144,7 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
     if on_cpu and "distributed_backend" not in run_opts.overridden_args:
         named = {name: run_opts[name] for name in run_opts.overridden_args}
         run_opts = RunOptions.from_dictionary({**named, "distributed_backend": "gloo"})
-    if on_cpu and "fp16" in (run_opts["precision"], run_opts["eval_precision"]):
+    if on_cpu and (run_opts["auto_mix_prec"] or "fp16" in (run_opts["precision"], run_opts["eval_precision"])):
         raise InputError(_NO_FP16)
     sb.utils.distributed.ddp_init_group(run_opts)
     if not Path(hparams_file).is_file():

@@ -3,7 +3,6 @@
 import csv
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -145,8 +144,8 @@ def check_tested_corpus(folder: str | os.PathLike, corpus: str) -> None:
         return
     if earlier.get("corpus") != corpus:
         raise InputError(
-            f"{folder} has results of {earlier.get('corpus')}, and this is {corpus}: copy the run's folder, and test "
-            "in the copy (--output_folder)."
+            f"{folder} has results of {earlier.get('corpus')}, and this is {corpus}: copy the run's folder, delete "
+            "each results.json in the copy, and test there (--output_folder)."
         )
 
 
@@ -187,21 +186,13 @@ def with_earlier_sets(folder: str | os.PathLike, results: Mapping[str, Any]) -> 
     own = {}
     for name, scores in results["sets"].items():
         known = before.get(name, {})
-        compared = (key for key in known.keys() & scores.keys() if not key.endswith("seconds"))
-        kept = known if all(_alike(known[key], now["sets"][name][key]) for key in compared) else {}
+        # other batches round a loss otherwise
+        compared = (key for key in known.keys() & scores.keys() if key != "loss" and not key.endswith("seconds"))
+        kept = known if all(known[key] == now["sets"][name][key] for key in compared) else {}
         if lost := sorted(known.keys() - scores.keys() - kept.keys() - {"test_command"}):
             logger.warning("%s: the scores were others; what it said of %s is gone.", name, ", ".join(lost))
         own[name] = {**kept, **scores, **told}
     return {**results, "sets": {**before, **own}}
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two values of results are the same, numbers but for the rounding of other batches or devices."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-4)
-    return one == other
 
 
 def write_errors(

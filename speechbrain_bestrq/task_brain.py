@@ -347,10 +347,10 @@ class TaskBrain(sb.Brain):
 
     def _check_losses(self) -> None:
         """Read the losses of all batches so far, before a checkpoint takes the place of another; all ranks do."""
-        values = self._loss_values()
+        counts = self._train_sums[1:].clone()
         if self.world_size > 1:  # all give up, or none
-            torch.distributed.all_reduce(values["not_finite"], torch.distributed.ReduceOp.MAX)
-        self._reader.submit({}, values)
+            torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+        self._reader.submit({}, {**self._loss_values(), "finite": counts[0], "not_finite": counts[1]})
         self._read_losses(wait=True)
 
     def _loss_values(self) -> dict[str, Tensor]:
@@ -365,6 +365,11 @@ class TaskBrain(sb.Brain):
                 raise InputError(
                     f"the loss of {entry['not_finite']:.0f} batches of epoch {self.epoch} was not finite: lower the "
                     "learning rates, or train in fp32, and begin anew."
+                )
+            if entry["not_finite"] and entry.get("finite") == 0:
+                raise InputError(
+                    f"the loss of no batch of epoch {self.epoch} was finite: lower the learning rates, or train in "
+                    "fp32, and begin anew."
                 )
 
     def update_average(self, loss: Tensor, avg_loss: float) -> float:
@@ -484,11 +489,6 @@ class TaskBrain(sb.Brain):
             self._book("train", elapsed)
             self._check_losses()
             self._train_loss = float(self._shown_loss)
-            if math.isnan(self._train_loss):
-                raise InputError(
-                    f"the loss of no batch of epoch {epoch} was finite: lower the learning rates, or train in fp32, "
-                    "and begin anew."
-                )
             self._stage = sb.Stage.VALID  # a checkpoint from here on is of the epoch's end, validated or not
             return
         # one answer for all ranks: rates that part would let the weights part
@@ -567,7 +567,7 @@ class TaskBrain(sb.Brain):
         self.device_seconds = progress.get("device_seconds", before)
         self._sums_before = progress.get("train_sums", [0.0] * 3)
         if not goes_on:
-            self.data = progress.get("data", self.data)  # of an older run
+            self.data = progress.get("data", dict.fromkeys(self.data))  # an older run does not tell
 
     # ---------------------------------------------------------------- evaluation
 

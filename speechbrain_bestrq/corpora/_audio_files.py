@@ -114,7 +114,7 @@ class Survey(NamedTuple):
     other_audio: int = 0
     """Of the other files, those whose names say that they are audio too."""
     folders: Mapping[tuple[int, int], str] = MappingProxyType({})
-    """Device and inode of each folder below, and the path by which it was entered."""
+    """Device and inode of each folder with audio files, and the path by which it was entered."""
 
 
 class AudioTree(NamedTuple):
@@ -147,11 +147,13 @@ class AudioTree(NamedTuple):
         """
         files = ignored = other_audio = 0
         digest = hashlib.blake2b(digest_size=16)
-        folders: dict[tuple[int, int], str] = {}
-        for relative, entry in walk_files(self.root, folders):
+        entered: dict[tuple[int, int], str] = {}
+        with_audio = set()
+        for relative, entry in walk_files(self.root, entered):
             name = entry.name.lower()
             if name.endswith(self.suffixes):
                 files += 1
+                with_audio.add(os.path.dirname(entry.path))
                 if inspect is not None:
                     inspect(relative, entry.path)
             elif not self.companions or not name.endswith(self.companions):
@@ -160,6 +162,7 @@ class AudioTree(NamedTuple):
                 continue
             status = _status(entry)
             digest.update(b"%b\0%d\0%d\n" % (os.fsencode(relative), status.st_size, status.st_mtime_ns))
+        folders = {one: path for one, path in entered.items() if path in with_audio}
         return Survey(files, ignored, digest.hexdigest(), other_audio, folders)
 
 

@@ -6,13 +6,14 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from speechbrain_bestrq.artefact import CONFIG_FILE, WEIGHTS_FILE, encoders_at_steps
 from speechbrain_bestrq.corpora.manifest import file_digest
 from speechbrain_bestrq.errors import USER_ERROR, InputError
+from speechbrain_bestrq.reproduction.stages import STAGE_FILE
 from speechbrain_bestrq.run_log import LOG_FILE, RUN_FILE, read_run
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.writing import replacing, sync_tree, unfinished, write_text
@@ -72,8 +73,20 @@ def _is_whole(encoder: Path) -> bool:
     return all((encoder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
+def _is_copy(folder: Path, run: Path) -> bool:
+    """Whether a stage has taken a run over."""
+    try:
+        record = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "made" in record and [PROGRAM, str(run)] == record.get("command", [])[2:4]
+
+
 def assign_runs(
-    words: Sequence[str], names: Mapping[str, tuple[str, int | None]], updates: Mapping[str, Sequence[int]]
+    words: Sequence[str],
+    names: Mapping[str, tuple[str, int | None]],
+    updates: Mapping[str, Sequence[int]],
+    reproduction: Path,
 ) -> dict[str, FinishedRun]:
     """Tell which stages' place the runs of a command line take.
 
@@ -86,6 +99,8 @@ def assign_runs(
         the seed is None, a run of any takes the place.
     updates : mapping
         Of each method, after how many its encoders are compared.
+    reproduction : Path
+        Folder of the reproduction: what it has taken over of a run stays good when that run is gone.
 
     Returns
     -------
@@ -103,7 +118,12 @@ def assign_runs(
         if not equals or method not in updates:
             known = " or ".join(f"{one}=RUN" for one in updates)
             raise InputError(f"--pretrained {word}: give {known}, with the output folder of a pre-training.")
-        run = read_finished_run(Path(folder).expanduser().absolute())
+        path = Path(folder).expanduser().absolute()
+        copies = [name for name, (one, _) in names.items() if one == method and _is_copy(reproduction / name, path)]
+        if copies and not path.exists():
+            run = replace(read_finished_run(reproduction / copies[0]), folder=path)
+        else:
+            run = read_finished_run(path)
         places = [name for name, (one, seed) in names.items() if one == method and seed in (None, run.seed)]
         if not places:
             seeds = ", ".join(str(seed) for one, seed in names.values() if one == method)
@@ -192,8 +212,11 @@ def take_over(run: FinishedRun, folder: Path, updates: Sequence[int]) -> None:
     with replacing(folder / RUN_FILE) as beside:
         shutil.copyfile(run.folder / RUN_FILE, beside)
     log = read_run(run.folder)
-    rows = sorted((row for row in (*log.train, *log.valid) if row["step"] <= max(updates)), key=lambda row: row["step"])
-    write_text(folder / LOG_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+    rows = sorted((*log.train, *log.valid), key=lambda row: row["step"])
+    seen = [row for row in rows if row["step"] <= max(updates)] or rows[:1]
+    write_text(folder / LOG_FILE, "".join(json.dumps(row) + "\n" for row in seen))
+    if missing := [number for number in updates if number not in run.encoders]:
+        raise InputError(f"{run.folder} has no encoder of update {missing[0]} any more: give the command again.")
     for number in updates:
         target = folder / f"encoder@{number}"
         beside = unfinished(target)

@@ -354,7 +354,8 @@ def pretraining_names(preset: Mapping[str, Any]) -> dict[str, tuple[str, int | N
 def _take_runs(preset: Mapping[str, Any], folder: Path, words: Sequence[str]) -> dict[str, FinishedRun]:
     """Of the stages of pre-trainings, those that runs done elsewhere take the place of."""
     methods = preset["pretraining"]
-    found = assign_runs(words, pretraining_names(preset), {method: updates_of(preset, method) for method in methods})
+    updates = {method: updates_of(preset, method) for method in methods}
+    found = assign_runs(words, pretraining_names(preset), updates, folder)
     for name, run in found.items():
         if folder in run.folder.resolve().parents:
             raise InputError(f"{run.folder} lies in the reproduction itself: give another --output_folder.")
@@ -387,7 +388,7 @@ class _Plan:
     @property
     def trains(self) -> bool:
         """Whether anything is left to be pre-trained."""
-        return bool(pretraining_names(self.preset).keys() - self.finished.keys() or self.preset.get("masking"))
+        return bool(pretraining_names(self.preset).keys() - self.finished.keys())
 
     def add_synthetic(self) -> None:
         for corpus, hours in self.preset["synthetic"].items():
@@ -516,7 +517,7 @@ class _Plan:
     def add_masking(self) -> None:
         """Table 3: the same pre-training with other masks, each probed on the validation set without language model."""
         sweep, method = self.preset["masking"], self.preset["pretraining"]["bestrq"]
-        if not self.preset["tasks"].get("asr", {}).get(FROZEN):
+        if not self.preset["tasks"].get("asr", {}).get(FROZEN) or "librispeech" not in self.corpora:
             return
         for share, probability in sweep["mask_prob"].items():
             name = f"masking/{share}"

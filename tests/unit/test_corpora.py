@@ -716,13 +716,17 @@ class TestExtraFolders:
         (everything / "books").symlink_to(librispeech)
         with pytest.raises(InputError) as error:
             prepare(librispeech, save, extra_folders=[everything])
-        assert_one_line(error, f"'{everything}/books/train-clean-100'", "would be used twice: remove the link")
+        assert_one_line(error, f"'{everything}/books/train-clean-100/", "would be used twice: remove the link")
         (everything / "books").unlink()
         (everything / "voices").symlink_to(folder)
         with pytest.raises(InputError) as error:
             prepare_folder(folder, save, extra_folders=[everything])
-        assert_one_line(error, f"'{everything}/voices'", f"'{folder}'", "remove the link")
+        assert_one_line(error, f"'{everything}/voices/speaker0' is '{folder}/speaker0'", "remove the link")
         assert not save.exists()
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "notes" / "a.txt").touch()
+        for place in (everything, librispeech / "dev-clean"):
+            (place / "notes").symlink_to(tmp_path / "notes")  # without audio
         prepare(librispeech, save, extra_folders=[everything])  # what is elsewhere may be linked to
 
     def test_one_name_in_each_of_several_folders_leaves_nothing_to_split(self, tmp_path, save):

@@ -223,6 +223,41 @@ def test_audio_of_another_date_or_ending_is_not_taken_for_what_was_encoded(encod
     assert encode_folder(encoder, audio, out)["encoded"] == 0
 
 
+def test_a_folder_without_a_list_goes_on_by_dates(encoder, audio, tmp_path, monkeypatch):
+    """As those do that were begun before there was one."""
+    out = tmp_path / "out"
+    encode_folder(encoder, audio, out)
+    (out / "encoded.jsonl").unlink()
+    late = (out / "1.npy").stat().st_mtime_ns + 10**9
+    os.utime(audio / "1.wav", ns=(late, late))
+    # what is written again takes the place of what is there
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(10, 10, 0))
+    assert encode_folder(encoder, audio, out)["encoded"] == 1
+    monkeypatch.undo()
+    early = late - 10**14
+    os.utime(audio / "2.wav", ns=(early, early))
+    assert encode_folder(encoder, audio, out)["encoded"] == 1  # from now on by the list
+
+
+def test_audio_that_is_taken_away_after_it_was_read_ends_nothing(encoder, audio, tmp_path, monkeypatch):
+    write = HiddenStatesFile.write
+
+    def taken(file, first, values):
+        (audio / "1.wav").unlink(missing_ok=True)
+        write(file, first, values)
+
+    monkeypatch.setattr(HiddenStatesFile, "write", taken)
+    assert encode_folder(encoder, audio, tmp_path / "out")["encoded"] == 7
+
+
+def test_a_damaged_list_counts_as_far_as_it_can_be_read(encoder, audio, tmp_path):
+    out = tmp_path / "out"
+    encode_folder(encoder, audio, out)
+    record = out / "encoded.jsonl"
+    record.write_bytes(b"\xff\xfe\n" + record.read_bytes())
+    assert encode_folder(encoder, audio, out)["encoded"] == 0
+
+
 def test_a_line_that_a_kill_has_torn_costs_one_file(encoder, audio, tmp_path):
     out = tmp_path / "out"
     encode_folder(encoder, audio, out)

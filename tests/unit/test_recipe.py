@@ -74,7 +74,12 @@ def test_several_gpus_are_started_by_torchrun_alone(options):
 
 
 def test_fp16_without_a_gpu_is_refused_before_any_work(options, tmp_path):
-    for words in (["--precision=fp16"], ["--eval_precision", "fp16"], ["--device=cpu", "--precision=fp16"]):
+    for words in (
+        ["--precision=fp16"],
+        ["--eval_precision", "fp16"],
+        ["--auto_mix_prec"],
+        ["--device=cpu", "--precision=fp16"],
+    ):
         with pytest.raises(InputError, match="fp16 is for GPUs: give --precision bf16 or fp32"):
             options("--data_folder=a", *words)
     yaml = tmp_path / "recipe.yaml"

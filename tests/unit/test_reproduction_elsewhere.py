@@ -19,6 +19,8 @@ from speechbrain_bestrq.reproduction.stages import StageState, run_stages
 from speechbrain_bestrq.reproduction.tables import write_plan
 from speechbrain_bestrq.reproduction.time_left import left_text
 
+MODELS = (("bestrq", "BestRQ"), ("wav2vec2", "Wav2Vec2"))
+
 
 def write_run(folder, seed=1, steps=(2400, 7200), last=None, model="BestRQ"):
     """What a pre-training leaves, with an encoder at each of some steps, and that of the last."""
@@ -125,6 +127,24 @@ def test_how_long_a_copy_took_tells_nothing_of_trainings(tmp_path):
     assert names == ["pretraining/bestrq", "pretraining/wav2vec2", "asr-frozen/fbank/1"]
     waiting, expected = dict.fromkeys(names[1:], 0.0), {names[0]: 10.0, names[1]: 7200.0, names[2]: 3600.0}
     assert left_text(stages, waiting, {names[0]: 2.5}, expected, 1) == "about 3.0 hours left"
+
+
+def test_what_was_taken_over_stays_good_when_the_run_is_gone(tmp_path):
+    run, out = write_run(tmp_path / "run", 5, (720,)), tmp_path / "out"
+    words = [f"bestrq={run}"]
+    own = [stage for stage in plan_of("small", out, words, CORPORA) if stage.name == "pretraining/bestrq"]
+    assert run_stages(own, out, print) == {}
+    shutil.rmtree(run)
+    stages = plan_of("small", out, words, CORPORA)
+    assert StageState(stages, out).is_done("pretraining/bestrq")
+    with pytest.raises(InputError, match="does not exist"):
+        plan_of("small", tmp_path / "other", words, CORPORA)
+
+
+def test_without_its_corpus_the_sweep_of_masks_is_left_out_like_any_other_part(tmp_path):
+    words = [f"{method}={write_run(tmp_path / method, 5, (100000, 200000), model=model)}" for method, model in MODELS]
+    names = [stage.name for stage in plan_of("paper", tmp_path / "out", words)]
+    assert names and not [name for name in names if name.startswith("masking")]
 
 
 def test_what_a_killed_copy_left_is_not_taken_for_an_encoder(tmp_path):

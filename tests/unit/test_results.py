@@ -57,15 +57,15 @@ def test_sets_of_another_corpus_are_not_kept_and_a_later_test_is_told_by_its_set
 
 def test_scores_of_an_earlier_test_stay_while_those_of_both_are_the_same(tmp_path, caplog):
     run = {"seed": 1, "settings": {"betas": (0.9, 0.98)}, "validation": {"loss": 0.1}}
-    searched = {"wer": 0.2, "wer_lm": 0.1, "evaluation_seconds": 3.0}
+    searched = {"wer": 0.2, "wer_lm": 0.1, "loss": 1.5, "evaluation_seconds": 3.0}
     write_results(tmp_path, {**run, "sets": {"test-clean": searched}})
     later = {"wer": 0.2, "evaluation_seconds": 4.0}
     assert with_earlier_sets(tmp_path, {**run, "sets": {"test-clean": later}})["sets"]["test-clean"] == searched | later
     # other batches, or another device
-    rounded = {"wer": 0.2000001, "evaluation_seconds": 4.0}
+    rounded = {"wer": 0.2, "loss": 1.50001, "evaluation_seconds": 4.0}
     told = with_earlier_sets(tmp_path, {**run, "sets": {"test-clean": rounded}})["sets"]["test-clean"]
     assert told == searched | rounded
-    other = {"wer": 0.3, "evaluation_seconds": 4.0}
+    other = {"wer": 0.3, "loss": 1.5, "evaluation_seconds": 4.0}
     assert with_earlier_sets(tmp_path, {**run, "sets": {"test-clean": other}})["sets"]["test-clean"] == other
     assert "test-clean: the scores were others; what it said of wer_lm is gone" in caplog.text
 
@@ -76,6 +76,8 @@ def test_another_corpus_is_not_tested_over_the_results_of_one(tmp_path):
     check_tested_corpus(tmp_path, "LibriSpeech")
     with pytest.raises(InputError, match="has results of LibriSpeech, and this is SLURP: copy the run's folder"):
         check_tested_corpus(tmp_path, "SLURP")
+    (tmp_path / "results.json").unlink()  # in a copy, as it says
+    check_tested_corpus(tmp_path, "SLURP")
 
 
 def test_columns_of_an_earlier_test_stay_while_the_answers_are_the_same(tmp_path, caplog):

@@ -184,7 +184,9 @@ def pool(output_folder: Path, folds: list[str]) -> None:
         mean, deviation = (100 * spread[score][name] for name in ("mean", "deviation"))
         logger.info("%s: %.2f ± %.2f %% over %d folds; all turns: %s", score, mean, deviation, len(folds), value)
     answers.write(output_folder / ALL, TEST_SET)
-    seconds, mixes = ([results[key] for results in records] for key in ("seconds", "layer_weights"))
+    seconds, mixes, hours = (
+        [results[key] for results in records] for key in ("seconds", "layer_weights", "label_hours")
+    )
     evaluation = sum(one["evaluation_seconds"] for one in tested.values())
     write_results(
         output_folder / ALL,
@@ -193,7 +195,7 @@ def pool(output_folder: Path, folds: list[str]) -> None:
             **agreed(records),
             "fold": ALL,
             "encoder": agreed([results["encoder"] for results in records]),
-            "label_hours": float(np.mean([results["label_hours"] for results in records])),
+            "label_hours": None if None in hours else float(np.mean(hours)),
             "layer_weights": None if None in mixes else np.mean(mixes, axis=0).tolist(),
             "seconds": {stage: sum(one[stage] for one in seconds) for stage in seconds[0]},
             "device_hours": sum(results["device_hours"] for results in records),
