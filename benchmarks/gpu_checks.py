@@ -23,6 +23,7 @@ from noise_corpora import noise, write_corpus
 from torch import Tensor, nn
 
 from speechbrain_bestrq.accounting import JsonLines
+from speechbrain_bestrq.attention import attend
 from speechbrain_bestrq.bestrq import BestRQ
 from speechbrain_bestrq.contrastive import sample_negatives
 from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder
@@ -52,6 +53,8 @@ LEAST_EQUAL, NEAR_TIE = 0.9999, 1e-5
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 #: The same of hidden states under bf16, whose products have a precision of 2^-8.
 BF16_TOLERANCE = 0.05
+#: Of attention's weights in training, and how far a share may be off: 1/16 and 2/16 are further.
+DROPOUT, DROPOUT_TOLERANCE = 0.1, 0.015
 #: Seconds that a layer takes to be compiled and compared.
 COMPILE_SECONDS = 25
 UPDATES = 6
@@ -73,6 +76,7 @@ def equality(settings: Settings, findings: Findings, seconds: float) -> None:
             name: Ours(name, "cpu", "fp32", Path(folder), False, sizes(name, settings)).model for name in TOY_SIZES
         }
     compare_labels(models["bestrq"], settings, findings)
+    compare_attention(settings, findings)
     for name, model in models.items():
         compare_losses(name, model, settings, findings)
         compare_padded(name, model.speech_encoder, settings, findings)
@@ -167,6 +171,42 @@ def compare_losses(name: str, model: BestRQ | Wav2Vec2, settings: Settings, find
         f"{name}: fp32 loss as on a CPU",
         f"{losses[0]:.5f}, apart by {loss_difference:.1e} of it, gradients by {gradient_difference:.1e}",
         loss_difference <= LOSS_TOLERANCE and gradient_difference <= GRADIENT_TOLERANCE,
+    )
+
+
+def compare_attention(settings: Settings, findings: Findings) -> None:
+    """Attention as training computes it, in bfloat16: its dropout, and its gradients where kernels have failed.
+
+    Some of cuDNN's round dropout to a multiple of 1/16, and give gradients that are no numbers where 64 keys are left
+    over from blocks of 128 and all scores are low (PyTorch 174245 and 196678).
+    """
+    kind = torch.float32 if settings.toy else torch.bfloat16
+    there = {"device": settings.device, "dtype": kind}
+    batch, heads, keys = (2, 4, 64) if settings.toy else (16, 9, 64)
+    even = torch.zeros(batch, heads, keys, 64, **there)
+    weights = attend(even, even, torch.eye(keys, **there).expand_as(even), dropout_p=DROPOUT).float()
+    dropped, mean = float((weights == 0).double().mean()), float(weights.mean()) * keys
+    generator = torch.Generator().manual_seed(0)
+    frames = 192
+    query, key, value, given = (torch.randn(1, 2, frames, 64, generator=generator) for _ in range(4))
+    query[..., 0], key[..., 0] = 1.0, -120.0 * math.sqrt(64)  # scores near -120
+    apart = []
+    for mask in (None, torch.ones(1, 1, frames, frames, dtype=torch.bool).tril()):
+        gradients = []
+        for device, dtype in (("cpu", torch.float32), (settings.device, kind)):
+            *ones, gradient = (one.to(kind).to(device, dtype) for one in (query, key, value, given))
+            ones = [one.clone().requires_grad_() for one in ones]
+            output = attend(*ones, attn_mask=None if mask is None else mask.to(device))
+            output.backward(gradient)
+            gradients.append(torch.cat([one.grad.flatten().cpu().double() for one in ones]))
+        difference = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+        apart.append(difference if math.isfinite(difference) else math.inf)
+    findings.figures["attention in training"] = {"dropped": dropped, "mean_weight": mean, "gradients_apart": apart}
+    findings.row(
+        "attention under bf16 in training",
+        f"{dropped:.2%} of the weights dropped of {DROPOUT:.0%}, their mean {mean:.3f} of what it should be; gradients "
+        f"apart by {apart[0]:.1e}, with a mask {apart[1]:.1e}",
+        max(abs(dropped - DROPOUT), abs(mean - 1)) <= DROPOUT_TOLERANCE and max(apart) <= BF16_TOLERANCE,
     )
 
 

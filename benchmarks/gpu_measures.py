@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pretrain_step
@@ -23,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
+from speechbrain_bestrq.attention import attend
 from speechbrain_bestrq.convolution import FrameConvolution
 from speechbrain_bestrq.machine import device_name
 
@@ -146,6 +148,8 @@ def micro_batches(settings: Settings, findings: Findings, seconds: float) -> Non
                 traceback.print_exc()
                 told = " ".join(str(error).split())[:160]
                 findings.row(f"{name}, {micro_batch} s in a micro-batch", f"{type(error).__name__}: {told}", False)
+            # before memory is given back, which an error of the device would not let happen
+            findings.figures["micro_batches"] = [asdict(one) for one in (*measured, *found)]
             free_memory(settings)
         measured += found
         findings.figures["micro_batches"] = [asdict(one) for one in measured]
@@ -304,8 +308,12 @@ def kernels(settings: Settings, findings: Findings, seconds: float) -> None:
 
 def convolution(settings: Settings, findings: Findings) -> None:
     """Both ways of the encoder's depthwise convolution, at its sizes, forward and backward."""
+    for dtype in [torch.float32] if settings.toy else [torch.bfloat16, torch.float16]:
+        _convolution_in(dtype, settings, findings)
+
+
+def _convolution_in(dtype: torch.dtype, settings: Settings, findings: Findings) -> None:
     batch, frames, channels = (1, 50, 64) if settings.toy else (64, 312, 576)
-    dtype = torch.float32 if settings.toy else torch.bfloat16
     layer = FrameConvolution(channels, 31, groups=channels).to(settings.device, dtype)
     x = torch.randn(batch, frames, channels, device=settings.device, dtype=dtype, requires_grad=True)
     gradient = torch.randn_like(x)
@@ -318,11 +326,12 @@ def convolution(settings: Settings, findings: Findings) -> None:
         for name, convolve in ways.items()
     }
     chosen = _milliseconds(lambda: layer(x).backward(gradient), None, settings.device)
-    findings.figures["convolution"] = {**times, "chosen": chosen}
+    kind = str(dtype).removeprefix("torch.")
+    findings.figures[f"convolution in {kind}"] = {**times, "chosen": chosen}
     told = ", ".join(f"{name} {_told(one)}" for name, one in times.items())
-    findings.row("depthwise convolution, forward and backward", f"{told}; chosen {_told(chosen)}")
+    findings.row(f"depthwise convolution in {kind}, forward and backward", f"{told}; chosen {_told(chosen)}")
     findings.section(
-        "Depthwise convolution",
+        f"Depthwise convolution in {kind}",
         f"Forward and backward of {batch} x {frames} frames x {channels}, 31 wide, {dtype}: {told}; chosen "
         f"{_told(chosen)}.",
     )
@@ -348,11 +357,16 @@ def attention(settings: Settings, findings: Findings) -> None:
     rows, figures = [], {}
     for case, (mask, dropout) in cases.items():
 
-        def attend(mask: Tensor | None = mask, dropout: float = dropout) -> None:
-            output = scaled_dot_product_attention(query, key, value, mask, dropout)
+        def compute(attention: Callable[..., Tensor], mask: Tensor | None = mask, dropout: float = dropout) -> None:
+            output = attention(query, key, value, mask, dropout)
             torch.autograd.grad(output, [query, key, value] if mask is None else [query, key, value, mask], gradient)
 
-        times = {name: _milliseconds(attend, backend, settings.device) for name, backend in backends.items()}
+        times = {
+            name: _milliseconds(
+                partial(compute, attend if backend is None else scaled_dot_product_attention), backend, settings.device
+            )
+            for name, backend in backends.items()
+        }
         figures[case] = times
         rows.append((case, *("-" if one is None else f"{one:.3f}" for one in times.values())))
         ran = {name: one for name, one in times.items() if one is not None and name != "chosen"}

@@ -75,11 +75,12 @@ def quality(settings: Settings, findings: Findings, seconds: float) -> None:
             findings.row(f"{name}, pre-trained", outcome.failure(), False)
             continue
         findings.figures[f"quality {name}"] = {"last": told[-1], "updates_planned": updates}
+        loss = math.nan if told[-1]["loss"] is None else told[-1]["loss"]  # of a window of skipped updates
         how = "" if outcome.status == 0 else f"; {outcome.failure()}"
         findings.row(
             f"{name}, pre-trained",
             f"{told[-1]['step']} of {updates} updates, {told[-1]['audio_hours']:.1f} audio-hours in "
-            f"{60 * told[-1]['device_hours']:.1f} minutes, loss {told[-1]['loss']:.3f}{how}",
+            f"{60 * told[-1]['device_hours']:.1f} minutes, loss {loss:.3f}{how}",
             outcome.status == 0,
         )
         keep_half(folder / "encoder", Path(settings.output) / "encoders" / name)

@@ -1,9 +1,12 @@
 """Self-attention with positions: rotary, or relative as in Transformer-XL."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -12,6 +15,20 @@ from speechbrain_bestrq.tables import TableModule
 #: Up to so many frames, in bfloat16 or float16 on a CPU, attention is plain products: the fused kernel takes 1.5 to
 #: 3.7 times as long there (docs/LOG.md). Of longer sequences the weights would need much memory.
 LONGEST_PLAIN = 512
+#: On a GPU, all but cuDNN's: on an H100 or later PyTorch prefers those, of which some round a dropout of 0.1 to a
+#: multiple of 1/16 and some give gradients that are no numbers, and which plan anew for each shape (docs/LOG.md).
+GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@contextmanager
+def _not_by_cudnn() -> Iterator[None]:
+    """As ``sdpa_kernel(GPU_KERNELS)`` in a hundredth of its time, but nothing that can be compiled."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def attend(
@@ -22,7 +39,7 @@ def attend(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention, by the kernel that is the fastest.
+    """Scaled dot-product attention, by the fastest kernel that is right.
 
     Arguments
     ---------
@@ -47,6 +64,11 @@ def attend(
     torch.Size([1, 2, 5, 8])
     """
     plain = query.device.type == "cpu" and query.dtype.itemsize == 2 and key.shape[-2] <= LONGEST_PLAIN
+    if query.device.type == "cuda":
+        with sdpa_kernel(GPU_KERNELS) if torch.compiler.is_compiling() else _not_by_cudnn():
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale
+            )
     if not plain:
         return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from speechbrain_bestrq import PretrainedEncoder
 from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.attention import attend
 from speechbrain_bestrq.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -42,13 +43,13 @@ def test_a_part_runs_in_a_process_of_its_own_and_all_is_written(load, tmp_path, 
     session.main(["--toy", "--output", str(output), "--parts", "kernels", "--minutes", "600"])
     printed = capsys.readouterr().out
     assert "| kernels | attention, rotary |" in printed and "FAILED" not in printed
-    assert "| kernels | depthwise convolution, forward and backward | " in printed
+    assert "| kernels | depthwise convolution in float32, forward and backward | " in printed
     (markdown,) = output.glob("*.md")
     text, known = markdown.read_text(), json.loads(markdown.with_suffix(".json").read_text())
     assert "--parts kernels" in text and "## Attention kernels" in text and "## Depthwise convolution" in text
     figures = known["parts"]["kernels"]["figures"]
     assert figures["attention"]["rotary"]["math"] > 0 and figures["attention"]["rotary"]["cudnn"] is None
-    assert all(figures["convolution"][name] > 0 for name in ("channel by channel", "as images"))
+    assert all(figures["convolution in float32"][name] > 0 for name in ("channel by channel", "as images"))
     with pytest.raises(SystemExit):
         session.main(["--toy", "--output", str(output)])
     assert "holds files already" in capsys.readouterr().err
@@ -101,11 +102,39 @@ def test_parts_for_which_no_time_is_left_are_left_out(load, toys):
 def test_what_is_compared_with_a_cpu_is_equal_there(load, toys):
     settings, findings = toys
     load("gpu_checks").equality(settings, findings, 60)
-    names = ["labels as on a CPU", "bestrq: fp32 loss as on a CPU", "wav2vec2: fp32 loss as on a CPU"]
+    names = ["labels as on a CPU", "attention under bf16 in training"]
+    names += ["bestrq: fp32 loss as on a CPU", "wav2vec2: fp32 loss as on a CPU"]
     padded = ": a padded batch under bf16 as on a CPU"
     names += [f"{name}{padded}" for name in ("bestrq", "wav2vec2", "bestrq with relative positions")]
     assert rows(findings) == dict.fromkeys(names, True)
     assert findings.figures["labels"]["frames"] == 300
+
+
+@pytest.mark.parametrize("fault", ["rounded", "no number"])
+def test_attention_that_is_wrong_in_training_is_found(load, toys, monkeypatch, fault):
+    """As some of cuDNN's kernels are: dropout in sixteenths, gradients that are no numbers."""
+    checks = load("gpu_checks")
+    settings, findings = toys
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * float("nan")
+
+    def wrong(query, key, value, attn_mask=None, dropout_p=0.0):
+        query = Spoilt.apply(query) if fault == "no number" and attn_mask is not None else query
+        share = round(16 * dropout_p) / 16 if fault == "rounded" else dropout_p
+        return attend(query, key, value, attn_mask, share)
+
+    checks.compare_attention(settings, findings)
+    assert list(rows(findings).values()) == [True]
+    monkeypatch.setattr(checks, "attend", wrong)
+    checks.compare_attention(settings, findings)
+    assert list(rows(findings).values()) == [False]
 
 
 def test_a_compiled_layer_is_compared_with_the_eager_one(load, toys, monkeypatch):
@@ -120,6 +149,7 @@ def test_a_compiled_layer_is_compared_with_the_eager_one(load, toys, monkeypatch
         patch.setattr(checks, "compare_losses", lambda *arguments: None)
         patch.setattr(checks, "compare_padded", lambda *arguments: None)
         patch.setattr(checks, "compare_labels", lambda *arguments: None)
+        patch.setattr(checks, "compare_attention", lambda *arguments: None)
         patch.setattr(checks, "compare_compiled", lambda name, model, *_: models.update({name: model}))
         models = {}
         checks.equality(settings, findings, 60)
