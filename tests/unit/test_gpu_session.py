@@ -195,6 +195,7 @@ def test_labels_of_other_features_are_found(load, toys, monkeypatch):
 
     monkeypatch.setattr(checks, "_frames", off)
     monkeypatch.setattr(checks, "compare_padded", lambda *arguments: None)
+    monkeypatch.setattr(checks, "compare_attention", lambda *arguments: None)
     monkeypatch.setattr(checks, "compare_losses", lambda *arguments: None)
     checks.equality(settings, findings, 60)
     assert len(calls) == 2 and rows(findings) == {"labels as on a CPU": False}

@@ -103,7 +103,7 @@ def test_a_long_recording_is_opened_once_for_many_of_its_parts(tmp_path, monkeyp
     opened, init = [], soundfile.SoundFile.__init__
 
     def noted(file, path, *more, **options):
-        opened.append(Path(path).stem)
+        opened.append(Path(os.fsdecode(path)).stem)
         init(file, path, *more, **options)
 
     monkeypatch.setattr(soundfile.SoundFile, "__init__", noted)
