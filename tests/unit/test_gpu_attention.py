@@ -23,7 +23,6 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("make", [RotaryAttention, RelativeAttention, SelfAttention])
 def test_no_attention_is_computed_by_cudnn(make, seen, absent_gpu):
-    """Mutation: in attention.py, attend, ``if query.device.type == "cuda":`` -> ``if False:``."""
     layer = make(32, 2, dropout=0.1)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     assert before, "that is PyTorch's own choice"
