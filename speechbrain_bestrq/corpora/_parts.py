@@ -245,9 +245,7 @@ def check_readable(parts: Sequence[Part], summaries: Sequence[dict[str, Any]], r
     for part, summary in zip(parts, summaries, strict=True):
         if not summary["unreadable"] or (total <= rules.max_unreadable and summary["utterances"]):
             continue
-        for one, other in zip(parts, summaries, strict=True):
-            if other["unreadable"]:
-                forget_summary(one.manifest)
+        look_again(parts)
         path, problem = summary["first_unreadable"]
         if not summary["utterances"]:
             raise InputError(
@@ -259,6 +257,13 @@ def check_readable(parts: Sequence[Part], summaries: Sequence[dict[str, Any]], r
             f"{total} of {files} audio files cannot be read, first {path!r} ({problem}), see "
             f"'{part.unreadable_list}': mend or remove them, or set max_unreadable to at least {total}."
         )
+
+
+def look_again(parts: Sequence[Part]) -> None:
+    """Have parts with unreadable files prepared anew the next time: new permissions change nothing in a tree."""
+    for part in parts:
+        if read_summary(part.manifest)["unreadable"]:
+            forget_summary(part.manifest)
 
 
 def combine(

@@ -26,6 +26,7 @@ from speechbrain_bestrq.corpora._parts import (
     check_separate,
     combine,
     log_outcome,
+    look_again,
     place,
     prepare_part,
 )
@@ -37,13 +38,7 @@ from speechbrain_bestrq.corpora._trials import (
     iterate_trials,
     speaker_of,
 )
-from speechbrain_bestrq.corpora.manifest import (
-    corpus_name,
-    file_digest,
-    forget_summary,
-    iterate_manifest,
-    read_summary,
-)
+from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, iterate_manifest
 from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -399,9 +394,7 @@ def _test_rows(parts: Sequence[Part], named: frozenset[str]) -> Iterator[dict[st
         unread.discard(row["ID"])
         yield row
     if unread:
-        for part in parts:  # to be looked at again: new permissions change nothing in the tree
-            if read_summary(part.manifest)["unreadable"]:
-                forget_summary(part.manifest)
+        look_again(parts)
         raise InputError(
             f"{len(unread)} utterances that trials name cannot be read, first {min(unread)!r}, see the lists "
             f"'{parts[0].manifest.parent}/*.unreadable.txt': mend them, or give a trial list without them."

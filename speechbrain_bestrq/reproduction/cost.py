@@ -1,5 +1,6 @@
 """What the stages of a plan will cost, from a short warm-up of each pre-training and each head on noise."""
 
+import functools
 import json
 import math
 import random
@@ -170,6 +171,7 @@ def estimate(stages: Sequence[Stage], done: Collection[str] = ()) -> dict[str, C
     return costs
 
 
+@functools.cache
 def _plain(text: str) -> Any:
     """Read an option as a recipe does: 1e-05 is a number, which it is not to every reader of YAML."""
     return load_hyperpyyaml(f"value: {text}")["value"]

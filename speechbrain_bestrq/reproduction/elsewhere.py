@@ -13,8 +13,8 @@ from typing import Any
 from speechbrain_bestrq.artefact import CONFIG_FILE, WEIGHTS_FILE, encoders_at_steps
 from speechbrain_bestrq.corpora.manifest import file_digest
 from speechbrain_bestrq.errors import USER_ERROR, InputError
-from speechbrain_bestrq.reproduction.stages import STAGE_FILE
-from speechbrain_bestrq.run_log import LOG_FILE, RUN_FILE, read_run
+from speechbrain_bestrq.reproduction.stages import read_record
+from speechbrain_bestrq.run_log import LOG_FILE, RUN_FILE, RunLog, read_run
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.writing import replacing, sync_tree, unfinished, write_text
 
@@ -27,11 +27,19 @@ class FinishedRun:
     """A pre-training that has been done."""
 
     folder: Path
-    model: str | None
-    """The model's class: "BestRQ"; None if the run does not tell."""
-    seed: int | None
+    log: RunLog
     encoders: Mapping[int, Path]
     """Encoder folders by the updates that they have seen."""
+
+    @property
+    def model(self) -> str | None:
+        """The model's class: "BestRQ"; None if the run does not tell."""
+        return self.log.run.get("model")
+
+    @property
+    def seed(self) -> int | None:
+        """Of the run."""
+        return self.log.run.get("seed")
 
     def mark(self, updates: Sequence[int]) -> list[str]:
         """What the encoders of so many updates are recognised by, wherever they lie."""
@@ -57,16 +65,19 @@ def read_finished_run(folder: Path) -> FinishedRun:
     InputError
         If it is none of a pre-training, or has no encoder yet.
     """
-    log = read_run(folder)
+    log, encoders = read_run(folder), _encoders_of(folder)
+    if not encoders:
+        raise InputError(f"{folder} has no encoder yet: let its pre-training go on.")
+    return FinishedRun(folder, log, encoders)
+
+
+def _encoders_of(folder: Path) -> dict[int, Path]:
     encoders = {}
     if _is_whole(folder / "encoder"):
         step = (read_json(folder / "encoder" / CONFIG_FILE).get("training") or {}).get("step")
         if isinstance(step, int):
             encoders[step] = folder / "encoder"
-    encoders |= {step: path for step, path in encoders_at_steps(folder).items() if _is_whole(path)}
-    if not encoders:
-        raise InputError(f"{folder} has no encoder yet: let its pre-training go on.")
-    return FinishedRun(folder, log.run.get("model"), log.run.get("seed"), encoders)
+    return encoders | {step: path for step, path in encoders_at_steps(folder).items() if _is_whole(path)}
 
 
 def _is_whole(encoder: Path) -> bool:
@@ -75,10 +86,7 @@ def _is_whole(encoder: Path) -> bool:
 
 def _is_copy(folder: Path, run: Path) -> bool:
     """Whether a stage has taken a run over."""
-    try:
-        record = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    record = read_record(folder)
     return "made" in record and [PROGRAM, str(run)] == record.get("command", [])[2:4]
 
 
@@ -190,7 +198,8 @@ def encoder_of(command: Sequence[str]) -> Path | None:
     if PROGRAM not in command:
         return None
     given = _parser().parse_args(command[command.index(PROGRAM) + 1 :])
-    return read_finished_run(given.run).encoders[max(given.updates)]
+    known = _encoders_of(given.run) | _encoders_of(given.output_folder)  # what was taken over outlives the run
+    return known[max(given.updates)]
 
 
 def take_over(run: FinishedRun, folder: Path, updates: Sequence[int]) -> None:
@@ -211,8 +220,7 @@ def take_over(run: FinishedRun, folder: Path, updates: Sequence[int]) -> None:
     """
     with replacing(folder / RUN_FILE) as beside:
         shutil.copyfile(run.folder / RUN_FILE, beside)
-    log = read_run(run.folder)
-    rows = sorted((*log.train, *log.valid), key=lambda row: row["step"])
+    rows = sorted((*run.log.train, *run.log.valid), key=lambda row: row["step"])
     seen = [row for row in rows if row["step"] <= max(updates)] or rows[:1]
     write_text(folder / LOG_FILE, "".join(json.dumps(row) + "\n" for row in seen))
     if missing := [number for number in updates if number not in run.encoders]:

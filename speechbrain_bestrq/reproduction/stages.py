@@ -72,7 +72,7 @@ class Stage:
         Names of stages that have to be over before, done or failed.
     same_as : tuple of str
         What the command comes to, whatever interpreter and launcher run it on however many devices, wherever its
-        lies: a stage is done once for all commands that come to the same. The command itself if left out.
+        program lies: a stage is done once for all commands that come to the same. The command itself if left out.
     is_brief : bool
         Whether it takes seconds, and tells nothing of how long others of its kind take.
     """
@@ -173,9 +173,9 @@ class StageState:
             if self._is_own(self._record(name), name):
                 continue
             asides = folder.parent.glob(f"{glob.escape(folder.name)}{MOVED_ASIDE}*")
-            own = [aside for aside in asides if self._is_own(_read_record(aside), name)]
+            own = [aside for aside in asides if self._is_own(read_record(aside), name)]
             if own:
-                aside = max(own, key=lambda one: ("made" in _read_record(one), one.stat().st_mtime))
+                aside = max(own, key=lambda one: ("made" in read_record(one), one.stat().st_mtime))
                 if folder.exists():
                     _wait_until_free(folder)
                     self._move_aside(name)
@@ -249,7 +249,7 @@ class StageState:
         write_text(self.folder_of(name) / STAGE_FILE, json.dumps(record, indent=2) + "\n")
 
     def _record(self, name: str) -> dict:
-        return _read_record(self.folder_of(name))
+        return read_record(self.folder_of(name))
 
     def seconds(self, name: str) -> float | None:
         """How long a done stage took; None if it is not known."""
@@ -257,7 +257,8 @@ class StageState:
         return record["seconds"] if self.spent(name) is not None and "made" in record else None
 
 
-def _read_record(folder: Path) -> dict:
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a stage's folder says of it; nothing where it says nothing, or is damaged."""
     try:
         return json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -22,7 +22,7 @@ from speechbrain_bestrq.reproduction.plan import (
     probed_encoders,
     settings_of,
 )
-from speechbrain_bestrq.reproduction.stages import STAGE_FILE
+from speechbrain_bestrq.reproduction.stages import read_record
 from speechbrain_bestrq.results import read_results
 from speechbrain_bestrq.writing import write_text
 
@@ -222,10 +222,7 @@ class Runs:
 
     def record(self, run: str) -> dict[str, Any]:
         """What is known of a stage that was begun as planned; nothing of another."""
-        try:
-            record = json.loads((self.folder / run / STAGE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        record = read_record(self.folder / run)
         return record if record.get("mark") == self.plan["marks"].get(run) else {}
 
     def is_done(self, run: str) -> bool:

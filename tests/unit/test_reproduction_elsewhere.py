@@ -137,6 +137,8 @@ def test_what_was_taken_over_stays_good_when_the_run_is_gone(tmp_path):
     shutil.rmtree(run)
     stages = plan_of("small", out, words, CORPORA)
     assert StageState(stages, out).is_done("pretraining/bestrq")
+    command = next(stage.command for stage in stages if stage.name == "pretraining/bestrq")
+    assert elsewhere.encoder_of(command) == out / "pretraining" / "bestrq" / "encoder@720"
     with pytest.raises(InputError, match="does not exist"):
         plan_of("small", tmp_path / "other", words, CORPORA)
 
