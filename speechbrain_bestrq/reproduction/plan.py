@@ -289,7 +289,7 @@ def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     Example
     -------
     >>> encoder_names(read_preset("small"))
-    ['fbank', 'random', 'wav2vec2-720', 'bestrq-720']
+    ['fbank', 'random', 'wav2vec2-720', 'bestrq-2880']
     """
     methods = sorted(preset["pretraining"], reverse=True)
     trained = [f"{method}-{updates}" for method in methods for updates in updates_of(preset, method)]
@@ -324,7 +324,7 @@ def probed_encoders(preset: Mapping[str, Any], kind: str) -> list[str]:
     Example
     -------
     >>> probed_encoders(read_preset("small"), FINE_TUNED)
-    ['wav2vec2-720', 'bestrq-720']
+    ['wav2vec2-720', 'bestrq-2880']
     """
     names = encoder_names(preset)
     if kind == FROZEN:
@@ -341,7 +341,7 @@ def pretraining_names(preset: Mapping[str, Any]) -> dict[str, tuple[str, int | N
 
     Example
     -------
-    >>> pretraining_names(read_preset("small"))
+    >>> pretraining_names(read_preset("demo"))
     {'pretraining/bestrq': ('bestrq', None), 'pretraining/wav2vec2': ('wav2vec2', None)}
     """
     if not preset.get("pretrain_each_seed"):

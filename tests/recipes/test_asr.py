@@ -132,6 +132,32 @@ def test_error_rates_of_a_run_are_jiwers(train, small_yamls, librispeech, tmp_pa
         assert errors / total == pytest.approx(jiwer.wer(list(references), list(texts)))
 
 
+def test_it_learns_what_it_is_told(train, small_yamls, librispeech, tmp_path):
+    more = ["--number_of_epochs=30", "--learning_rate=0.01", "--valid_metric=loss"]
+    train.main(arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path, *more))
+    lines = (tmp_path / "train_log.txt").read_text().splitlines()
+    losses = [float(line.split("train loss: ")[1].split()[0]) for line in lines if "train loss: " in line]
+    assert len(losses) == 30 and 0 < losses[-1] < 0.8 * losses[0]
+
+
+def test_another_seed_of_the_labels_is_another_draw(train, small_yamls, librispeech, tmp_path, monkeypatch):
+    heard, compute_forward = set(), train.ASRBrain.compute_forward
+
+    def noting(brain, batch, stage):
+        if stage.name == "TRAIN":
+            heard.update(batch.id)
+        return compute_forward(brain, batch, stage)
+
+    monkeypatch.setattr(train.ASRBrain, "compute_forward", noting)
+    draws = set()
+    for seed in range(6):
+        heard.clear()
+        more = ["--number_of_epochs=1", "--label_hours=0.0015", f"--label_seed={seed}"]
+        train.main(arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path / str(seed), *more))
+        draws.add(frozenset(heard))
+    assert len(draws) > 1 and all(0 < len(one) < 5 for one in draws)
+
+
 @pytest.mark.parametrize("source", ["fbank", "random"])
 def test_baselines_are_encoders_like_any_other(source, train, small_yamls, librispeech, encoder, tmp_path):
     given = source if source == "fbank" else f"random:{encoder}"
@@ -208,7 +234,8 @@ def test_a_language_model_is_tuned_on_the_validation_set_and_counted_apart(
             *more,
         )
     )
-    assert len(tuned_on) == 5, "the five utterances of dev-clean"
+    told = (librispeech / "dev-clean" / "101" / "1" / "101-1.trans.txt").read_text().splitlines()
+    assert sorted(tuned_on) == sorted(line.split(maxsplit=1)[1] for line in told)
     results = read_results(tmp_path / "run")["sets"]
     for split, found in results.items():
         assert found["wer"] == plain[split]["wer"] and found["loss"] == plain[split]["loss"]

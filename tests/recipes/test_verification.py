@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from sklearn.metrics import roc_curve
 
 from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.corpora.manifest import read_manifest
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.results import read_results
@@ -113,6 +114,29 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, voxceleb, e
     for picture in ("layer_weights.png", "scores_veri_test.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     assert sum("valid eer" in line for line in (run / "train_log.txt").read_text().splitlines()) == 2
+
+
+def test_each_speaker_of_training_is_a_class_and_few_are_drawn_by_the_seed_of_the_labels(
+    train, small_yamls, voxceleb, tmp_path, monkeypatch
+):
+    heard, compute_forward = {}, train.VerificationBrain.compute_forward
+
+    def noting(brain, batch, stage):
+        if stage.name == "TRAIN":
+            heard.update(zip(batch.id, batch.label.tolist(), strict=True))
+        return compute_forward(brain, batch, stage)
+
+    monkeypatch.setattr(train.VerificationBrain, "compute_forward", noting)
+    draws = set()
+    for seed in range(6):
+        heard.clear()
+        more = ["--number_of_epochs=1", "--train_speakers=2", f"--label_seed={seed}"]
+        train.main(arguments(small_yamls, "probe_small", voxceleb, "fbank", tmp_path / str(seed), *more))
+        rows = read_manifest(tmp_path / str(seed) / "manifests" / "train.csv")
+        classes = sorted({(rows[name]["spk_id"], label) for name, label in heard.items()})
+        assert [label for _, label in classes] == [0, 1]  # of two speakers, in their order
+        draws.add(tuple(classes))
+    assert len(draws) > 1
 
 
 @pytest.mark.parametrize("name", names())

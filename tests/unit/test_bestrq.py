@@ -79,7 +79,7 @@ def naive(model, wavs, wav_lens, mask, noise):
 def test_loss_gradients_and_metrics_equal_a_naive_computation(
     attention, num_codebooks, states, normalize, utterance_norm, make_model, batch
 ):
-    model = make_model(num_codebooks, normalize, attention=attention, states=states)
+    model = make_model(num_codebooks, normalize, utterance_norm=utterance_norm, attention=attention, states=states)
     wavs, wav_lens, mask, noise = batch
     output = model(wavs, wav_lens, mask=mask, noise=noise)
     loss, correct, labels = naive(model, wavs, wav_lens, mask, noise)

@@ -312,6 +312,33 @@ def test_it_learns_what_is_to_be_learned_and_with_shuffled_labels_falls_to_chanc
     assert np.mean(shuffled) < 0.4  # chance is 0.25
 
 
+def test_each_stage_hears_its_own_set_and_the_seed_of_the_labels_draws_the_few(sets, encoder, tmp_path, monkeypatch):
+    heard, compute_forward = {}, ClassificationBrain.compute_forward
+
+    def noting(brain, batch, stage):
+        heard.setdefault(stage.name, set()).update(batch.id)
+        return compute_forward(brain, batch, stage)
+
+    monkeypatch.setattr(ClassificationBrain, "compute_forward", noting)
+    drawn = {}
+    for seed in (1, 2):
+        heard.clear()
+        run(tmp_path / str(seed), encoder, sets, epochs=1, examples_per_class=3, label_seed=seed)
+        assert heard["VALID"] == sets["valid"].keys() and heard["TEST"] == sets["test"].keys()
+        assert len(heard["TRAIN"]) == 3 * len(LABELS) and heard["TRAIN"] < sets["train"].keys()
+        drawn[seed] = heard["TRAIN"]
+    assert drawn[1] != drawn[2]
+
+
+def test_classes_count_alike_where_that_is_asked_for(sets, encoder, tmp_path):
+    rare = list(sets["train"])[:-5]
+    few = {**sets, "train": {name: sets["train"][name] for name in rare}}
+    assert run(tmp_path / "plain", encoder, few, epochs=1).weights.tolist() == [1.0] * 4
+    weights = run(tmp_path / "balanced", encoder, few, epochs=1, class_weights="balanced").weights
+    assert torch.equal(weights, balanced_weights((row["emo"] for row in few["train"].values()), LABELS))
+    assert weights.unique().numel() > 1
+
+
 def test_results_say_what_was_done(sets, encoder, tmp_path):
     run(tmp_path, encoder, sets, examples_per_class=3)
     results = json.loads((tmp_path / "results.json").read_text())

@@ -256,6 +256,19 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on(toy, tmp_path, corpus):
     assert same_run(toy, tmp_path / "unbroken", tmp_path / "resumed")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_it_trains_and_validates_in_the_precision_that_is_asked_for(toy, tmp_path, corpus, monkeypatch, precision):
+    lowered, compute_forward = set(), pretraining.PretrainingBrain.compute_forward
+
+    def noting(brain, batch, stage):
+        lowered.add((stage.name, torch.is_autocast_enabled("cpu")))
+        return compute_forward(brain, batch, stage)
+
+    monkeypatch.setattr(pretraining.PretrainingBrain, "compute_forward", noting)
+    toy.train(tmp_path, **corpus, updates=2, precision=precision, eval_precision=precision)
+    assert lowered == {(stage, precision == "bf16") for stage in ("TRAIN", "VALID")}
+
+
 def test_a_run_that_goes_on_in_another_precision_says_so(toy, tmp_path, corpus, caplog):
     settings = {**corpus, "updates": 4, "checkpoint_every": 1}
     toy.train(tmp_path, **settings, precision="bf16", stop_after=2)

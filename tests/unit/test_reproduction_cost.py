@@ -17,6 +17,8 @@ from speechbrain_bestrq.reproduction.cost import Speed
 from speechbrain_bestrq.reproduction.plan import RECIPES, make_plan, read_preset
 from speechbrain_bestrq.reproduction.stages import device_environment
 
+#: A preset of one pre-training for each method.
+TWO_SEEDS = str(Path(__file__).parents[1] / "helpers" / "two_seeds.yaml")
 SPEED = Speed(60.0, 240.0, 80.0, 5_000_000, (10, 100))
 
 
@@ -42,7 +44,7 @@ def test_what_stages_cost_follows_from_the_warm_up_and_the_audio(tmp_path, toy, 
     monkeypatch.setattr(cost, "warm_up", lambda path, options: SPEED)
     monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
     noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
-    preset = {**read_preset("small"), "updates": [600]}
+    preset = {**read_preset(TWO_SEEDS), "updates": [600]}
     preset["tasks"] = {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}
     preset["tasks"]["asr"] = {"frozen": {"yaml": "bestrq", "options": {"number_of_epochs": 5}}}
     preset["tasks"]["asr"]["fine-tuned"] = {"yaml": "bestrq_finetune", "options": {"number_of_epochs": 5}}
@@ -84,7 +86,7 @@ def test_audio_that_a_recipe_leaves_out_costs_nothing_and_what_is_decoded_takes_
     toy.write_noise(tmp_path / "SLURP" / "audio" / "slurp_synth", [60.0])
     toy.write_noise(tmp_path / "LibriSpeech" / "train-clean-100", [20.0])
     extra = toy.write_noise(tmp_path / "extra", [10.0])
-    preset = {**read_preset("small"), "tasks": {"intent": {"frozen": {"yaml": "bestrq", "options": {}}}}}
+    preset = {**read_preset(TWO_SEEDS), "tasks": {"intent": {"frozen": {"yaml": "bestrq", "options": {}}}}}
     corpora = {"librispeech": tmp_path / "LibriSpeech", "slurp": tmp_path / "SLURP"}
     sizes = {}
     for cache in ("null", "memory"):
@@ -105,7 +107,7 @@ def test_what_is_done_costs_nothing_and_its_encoder_is_known_still(tmp_path, toy
     monkeypatch.setattr(cost, "warm_up", warm_up)
     monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
     noise = toy.write_noise(tmp_path / "audio", [3.0, 1.0])
-    preset = {**read_preset("small"), "tasks": {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}}
+    preset = {**read_preset(TWO_SEEDS), "tasks": {"intent": {"frozen": {"yaml": "probe_small", "options": {}}}}}
     stages = make_plan(preset, {"librispeech": noise, "slurp": noise}, tmp_path / "out")
     before = cost.estimate(stages)
     done = {stage.name for stage in stages if stage.kind == "pretraining" or stage.name.startswith("intent-frozen/w")}
@@ -174,7 +176,7 @@ def children(pid):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_pre_training_costs_the_same_device_hours_on_any_number_of_devices(tmp_path, monkeypatch, devices):
     monkeypatch.setattr(cost, "warm_up", lambda path, options: SPEED)
-    preset = {**read_preset("small"), "tasks": {}}
+    preset = {**read_preset(TWO_SEEDS), "tasks": {}}
     stages = make_plan(preset, {"librispeech": tmp_path}, tmp_path, pretraining_devices=devices)
     found = cost.estimate(stages)
     assert found["pretraining/bestrq"].device_hours == pytest.approx(720 * 100 / 60 / 3600)

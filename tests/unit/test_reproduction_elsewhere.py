@@ -19,6 +19,8 @@ from speechbrain_bestrq.reproduction.stages import StageState, run_stages
 from speechbrain_bestrq.reproduction.tables import write_plan
 from speechbrain_bestrq.reproduction.time_left import left_text
 
+#: A preset of one pre-training for each method.
+TWO_SEEDS = str(Path(__file__).parents[1] / "helpers" / "two_seeds.yaml")
 MODELS = (("bestrq", "BestRQ"), ("wav2vec2", "Wav2Vec2"))
 
 
@@ -68,7 +70,7 @@ def test_runs_take_the_places_of_their_seeds_and_without_training_no_corpus_is_n
 
 def test_one_pre_training_for_all_seeds_may_be_of_any(tmp_path):
     words = [f"bestrq={write_run(tmp_path / 'run', 77, (), last=720)}"]
-    stages = {stage.name: stage for stage in plan_of("small", tmp_path / "out", words, CORPORA)}
+    stages = {stage.name: stage for stage in plan_of(TWO_SEEDS, tmp_path / "out", words, CORPORA)}
     assert "train.py" in "".join(stages["pretraining/wav2vec2"].command)
     assert stages["pretraining/bestrq"].products == ("encoder@720",)  # that of the best validation has an update, too
     assert stages["intent-frozen/bestrq-720/2"].needs == ("pretraining/bestrq",)
@@ -77,7 +79,7 @@ def test_one_pre_training_for_all_seeds_may_be_of_any(tmp_path):
 def test_encoders_and_the_log_are_taken_over_once(tmp_path):
     run = write_run(tmp_path / "run", 5, (2400,), last=720)
     out = tmp_path / "out"
-    stages = plan_of("small", out, [f"bestrq={run}"], CORPORA)
+    stages = plan_of(TWO_SEEDS, out, [f"bestrq={run}"], CORPORA)
     own = [stage for stage in stages if stage.name == "pretraining/bestrq"]
     assert run_stages(own, out, print) == {}
     taken = out / "pretraining" / "bestrq"
@@ -88,10 +90,10 @@ def test_encoders_and_the_log_are_taken_over_once(tmp_path):
     # the same encoder at another place is the same stage; another one is another
     moved = tmp_path / "moved"
     shutil.move(run, moved)
-    again = plan_of("small", out, [f"bestrq={moved}"], CORPORA)
+    again = plan_of(TWO_SEEDS, out, [f"bestrq={moved}"], CORPORA)
     assert StageState(again, out).is_done("pretraining/bestrq")
     other = write_run(tmp_path / "other", 5, (), last=720)
-    assert not StageState(plan_of("small", out, [f"bestrq={other}"], CORPORA), out).is_done("pretraining/bestrq")
+    assert not StageState(plan_of(TWO_SEEDS, out, [f"bestrq={other}"], CORPORA), out).is_done("pretraining/bestrq")
 
 
 def test_of_a_longer_pre_training_the_cost_is_that_of_the_encoder_and_the_report_says_so(tmp_path):
@@ -102,8 +104,8 @@ def test_of_a_longer_pre_training_the_cost_is_that_of_the_encoder_and_the_report
         for step in (360, 720, 1440)
     ]
     (run / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out, preset = tmp_path / "out", read_preset("small")
-    stages = plan_of("small", out, [f"bestrq={run}"], CORPORA)
+    out, preset = tmp_path / "out", read_preset(TWO_SEEDS)
+    stages = plan_of(TWO_SEEDS, out, [f"bestrq={run}"], CORPORA)
     assert run_stages([stage for stage in stages if stage.name == "pretraining/bestrq"], out, print) == {}
     write_plan(out, "small", preset, list(CORPORA), "reproduce", StageState(stages, out).marks)
     report = write_reproduction(out)["markdown"].read_text()
@@ -122,7 +124,7 @@ def test_an_encoder_without_weights_is_none(tmp_path):
 
 def test_how_long_a_copy_took_tells_nothing_of_trainings(tmp_path):
     run = write_run(tmp_path / "run", 5, (720,))
-    stages = plan_of("small", tmp_path / "out", [f"bestrq={run}"], CORPORA)[:3]
+    stages = plan_of(TWO_SEEDS, tmp_path / "out", [f"bestrq={run}"], CORPORA)[:3]
     names = [stage.name for stage in stages]
     assert names == ["pretraining/bestrq", "pretraining/wav2vec2", "asr-frozen/fbank/1"]
     waiting, expected = dict.fromkeys(names[1:], 0.0), {names[0]: 10.0, names[1]: 7200.0, names[2]: 3600.0}
@@ -132,15 +134,15 @@ def test_how_long_a_copy_took_tells_nothing_of_trainings(tmp_path):
 def test_what_was_taken_over_stays_good_when_the_run_is_gone(tmp_path):
     run, out = write_run(tmp_path / "run", 5, (720,)), tmp_path / "out"
     words = [f"bestrq={run}"]
-    own = [stage for stage in plan_of("small", out, words, CORPORA) if stage.name == "pretraining/bestrq"]
+    own = [stage for stage in plan_of(TWO_SEEDS, out, words, CORPORA) if stage.name == "pretraining/bestrq"]
     assert run_stages(own, out, print) == {}
     shutil.rmtree(run)
-    stages = plan_of("small", out, words, CORPORA)
+    stages = plan_of(TWO_SEEDS, out, words, CORPORA)
     assert StageState(stages, out).is_done("pretraining/bestrq")
     command = next(stage.command for stage in stages if stage.name == "pretraining/bestrq")
     assert elsewhere.encoder_of(command) == out / "pretraining" / "bestrq" / "encoder@720"
     with pytest.raises(InputError, match="does not exist"):
-        plan_of("small", tmp_path / "other", words, CORPORA)
+        plan_of(TWO_SEEDS, tmp_path / "other", words, CORPORA)
 
 
 def test_without_its_corpus_the_sweep_of_masks_is_left_out_like_any_other_part(tmp_path):
@@ -166,8 +168,8 @@ def test_what_a_killed_copy_left_is_not_taken_for_an_encoder(tmp_path):
         ("fine_tuned", {"seed": 4}, "bestrq={}", "it is of seed 4, and the preset has 1, 2, 3"),
         ("fine_tuned", {"steps": (2400,), "last": 9000}, "bestrq={}", "no encoder of update 7200 but of 2400, 9000"),
         ("fine_tuned", {"steps": (), "last": 0}, "bestrq={}/nowhere", "nowhere' does not exist"),
-        ("small", {"steps": (720,)}, "wav2vec2={}", "that is a BestRQ, and wav2vec2 is a Wav2Vec2"),
-        ("small", {"steps": (720,), "model": "Wav2Vec2"}, "bestrq={}", "that is a Wav2Vec2, and bestrq is a BestRQ"),
+        (TWO_SEEDS, {"steps": (720,)}, "wav2vec2={}", "that is a BestRQ, and wav2vec2 is a Wav2Vec2"),
+        (TWO_SEEDS, {"steps": (720,), "model": "Wav2Vec2"}, "bestrq={}", "that is a Wav2Vec2, and bestrq is a BestRQ"),
     ],
 )
 def test_a_run_that_is_of_no_use_is_refused(name, make, word, message, tmp_path, capsys):

@@ -1,11 +1,15 @@
 """A preset that cannot be carried through is refused when it is read, in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction.plan import PRESETS, make_plan, read_preset
+
+#: A preset of one pre-training for each method.
+TWO_SEEDS = str(Path(__file__).parents[1] / "helpers" / "two_seeds.yaml")
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,7 @@ from speechbrain_bestrq.reproduction.plan import PRESETS, make_plan, read_preset
 )
 def test_presets_that_would_fail_later_are_refused(tmp_path, change, said):
     path = tmp_path / "own.yaml"
-    path.write_text(json.dumps({**read_preset("small"), **change}))
+    path.write_text(json.dumps({**read_preset(TWO_SEEDS), **change}))
     with pytest.raises(InputError, match=said):
         read_preset(str(path))
 
@@ -92,7 +96,7 @@ def test_presets_that_are_none_are_refused(tmp_path):
     with pytest.raises(InputError, match="not translation"):
         read_preset(str(path))
     with pytest.raises(InputError, match="give --librispeech"):
-        make_plan(read_preset("small"), {"slurp": tmp_path}, tmp_path)
+        make_plan(read_preset(TWO_SEEDS), {"slurp": tmp_path}, tmp_path)
     with pytest.raises(InputError, match="makes its own speech: leave out --slurp"):
         make_plan(read_preset("demo"), {"slurp": tmp_path}, tmp_path)
     path.write_text(small.replace("updates: [720]", "updates: [720, 2000]"))

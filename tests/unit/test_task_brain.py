@@ -733,12 +733,36 @@ def test_nothing_is_tested_that_was_not_trained(rows, folder, tmp_path):
         brain.test(loaders(rows)[1])
 
 
-def test_bf16_trains(rows, folder, tmp_path):
-    brain = make_brain(tmp_path / "run", folder, freeze=False, run_opts={"precision": "bf16"})
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_it_trains_in_the_precision_that_is_asked_for(rows, folder, tmp_path, monkeypatch, precision):
+    lowered, compute_forward = set(), LoudnessBrain.compute_forward
+
+    def noting(brain, batch, stage):
+        scores = compute_forward(brain, batch, stage)
+        lowered.add((stage.name, torch.is_autocast_enabled("cpu"), scores.dtype))
+        return scores
+
+    monkeypatch.setattr(LoudnessBrain, "compute_forward", noting)
+    options = {"precision": precision, "eval_precision": precision}
+    brain = make_brain(tmp_path / "run", folder, freeze=False, run_opts=options)
     before = copied(brain.modules.head)
     fit(brain, rows)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert lowered == {(stage, precision == "bf16", dtype) for stage in ("TRAIN", "VALID")}
     assert changed(before, brain.modules.head)
     assert all(torch.isfinite(value).all() for value in brain.encoder.state_dict().values())
+
+
+def test_the_rates_may_go_by_another_metric_than_the_checkpoint(rows, folder, tmp_path, monkeypatch):
+    # the error stands still, as with a recogniser that says nothing yet, while the loss falls
+    monkeypatch.setattr(LoudnessBrain, "stage_metrics", lambda brain, stage: {"error": 1.0})
+    rates = {}
+    for metric in ("error", "loss"):
+        annealing = NewBobScheduler(1e-2, annealing_factor=0.5)
+        options = {"annealing_metric": metric, "head_annealing": annealing, "epochs": 4}
+        brain = fit(make_brain(tmp_path / metric, folder, **options), rows)
+        rates[metric] = brain.optimizers_dict["head"].param_groups[0]["lr"]
+    assert rates["error"] < rates["loss"] == 1e-2
 
 
 class Plain(LoudnessBrain):
