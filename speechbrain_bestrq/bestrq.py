@@ -211,21 +211,25 @@ class BestRQ(PretrainingModel):
         if not self.speech_encoder.frontend.measured:
             self.speech_encoder.frontend.measure(batches)
         if not self.quantizer.measured:
-            self.quantizer.fit(self._stacked_frames(batches))
+            stacked = self._stacked_frames(batches)
+            self.quantizer.fit(frames if real is None else frames[real] for frames, real in stacked)
         counts = torch.ones_like(self.head.bias).view(self.quantizer.num_codebooks, -1)  # none is impossible
-        for frames in self._stacked_frames(batches):
-            labels = self.quantizer.label(frames).flatten(0, -2)
+        for frames, real in self._stacked_frames(batches):
+            labels = self.quantizer.label(frames)
+            labels = labels.flatten(0, -2) if real is None else labels[real]
             counts.scatter_add_(1, labels.t(), torch.ones_like(labels.t(), dtype=counts.dtype))
         self.head.bias.copy_((counts / counts.sum(1, keepdim=True)).log().flatten())
 
-    def _stacked_frames(self, batches: Sequence[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
-        """What the quantizer labels, shape (..., frames, input_dim), without the padding of padded batches."""
+    def _stacked_frames(
+        self, batches: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What the quantizer labels, shape (B, T, input_dim), and where that is no padding, (B, T), or None."""
         frontend = self.speech_encoder.frontend
         for wavs, wav_lens in batches:
             features, lengths = frontend(wavs.to(self.head.weight.device), wav_lens)
             lengths = None if lengths is None else lengths // frontend.stack
             stacked = self.quantizer.prepare(features.unflatten(1, (-1, frontend.stack)).flatten(2), lengths)
-            yield stacked if lengths is None else stacked[valid_frames(lengths, stacked.shape[1])]
+            yield stacked, None if lengths is None else valid_frames(lengths, stacked.shape[1])
 
     def statistics(self, loss: Tensor, label_counts: Tensor) -> dict[str, Tensor]:
         """Use of the codes, and the gain: how far the loss is below the labels' unigram cross-entropy, nats."""

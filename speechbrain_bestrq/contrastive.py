@@ -62,6 +62,11 @@ class ContrastiveOutput(NamedTuple):
     """Sum over the masked frames, a scalar with its graph."""
     correct: Tensor
     """Masked frames whose target beats all distractors, of which there must be one: a scalar."""
+    information: Tensor
+    """Nats that the predictions tell of the targets, summed over the masked frames: a scalar. For n distractors ln(1 +
+    n) less the loss with all of them, those with the target's codes too, which is a bound of their mutual information
+    (van den Oord and others, arXiv 1807.03748): it is 0 where all codes are the same, which loss and accuracy are
+    not."""
 
 
 def contrastive_loss(
@@ -120,7 +125,10 @@ def contrastive_loss(
     with torch.no_grad():
         best = logits[:, 1:].max(-1).values
         correct = ((logits[:, 0] > best) & (best > -torch.inf) & real).sum()
-    return ContrastiveOutput(loss, correct)
+        every = torch.cat((positive, cosines.masked_fill(negatives < 0, -torch.inf)), dim=1) / temperature
+        told = (1 + (negatives >= 0).sum(1)).log() + every[:, 0] - every.logsumexp(1)
+        information = told.masked_fill(~real, 0.0).sum()
+    return ContrastiveOutput(loss, correct, information)
 
 
 def _place(vectors: Tensor, masked: MaskedFrames) -> Tensor:

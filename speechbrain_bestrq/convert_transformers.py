@@ -214,6 +214,8 @@ def _encoder_settings(speech_encoder: SpeechEncoder) -> dict[str, Any]:
 
 def _pretraining_settings(model: Wav2Vec2) -> dict[str, Any]:
     """What transformers calls the settings of pre-training."""
+    if model.masking.grid:
+        raise InputError("transformers has no masks on a grid: export the encoder alone, or train without grid.")
     return {
         "feat_quantizer_dropout": model.quantizer_dropout.p,
         "mask_time_prob": model.masking.prob * model.masking.span,

@@ -11,6 +11,7 @@ from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
 
 from speechbrain_bestrq.frontend import absolute_lengths, normalize_utterances
+from speechbrain_bestrq.precision import full_precision
 from speechbrain_bestrq.pretrained import PretrainedEncoder
 from speechbrain_bestrq.writing import replacing, write_text
 
@@ -82,7 +83,7 @@ class LayerMix(nn.Module):
         """
         if len(hidden) != self.num_layers:
             raise ValueError(f"the mix is of {self.num_layers} hidden states, not of {len(hidden)}.")
-        with torch.autocast(hidden.device.type, enabled=False):  # a matrix product would round the weights to bf16
+        with full_precision(hidden.device.type):  # a matrix product would round the weights, to bf16 or to TF32
             hidden = hidden.float()
             if self.layernorm:
                 hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:])

@@ -110,7 +110,9 @@ class GumbelQuantizer(nn.Module):
         -------
         Quantized
         """
-        scores = self.projection(frames).float().unflatten(-1, (self.num_groups, self.codebook_size))
+        # which code is nearest depends on small differences of large scores: in bf16 one target in a hundred is another
+        with full_precision(frames.device.type):
+            scores = self.projection(frames.float()).unflatten(-1, (self.num_groups, self.codebook_size))
         probabilities = scores.softmax(-1)
         if not self.training:
             codes = scores.argmax(-1)
@@ -130,7 +132,10 @@ def _look_up(codebooks: Tensor, codes: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Look the codes up; the gradient is that of the product of the choice (K, G, V) with the codebooks."""
+    """Look the codes up; the gradient is that of the product of the choice (K, G, V) with the codebooks.
+
+    The product of the backward pass is one of TF32 where that is switched on.
+    """
 
     @staticmethod
     def forward(ctx, choice: Tensor, codebooks: Tensor, codes: Tensor) -> Tensor:

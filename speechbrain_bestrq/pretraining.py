@@ -34,7 +34,7 @@ from speechbrain_bestrq.resuming import (
     save_state,
     warn_of_changes,
 )
-from speechbrain_bestrq.run_log import RUN_FILE
+from speechbrain_bestrq.run_log import RUN_FILE, validation_error
 from speechbrain_bestrq.run_options import whole_number
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.tally import Tally
@@ -96,12 +96,12 @@ class PretrainingBrain(sb.Brain):
         self.model: PretrainingModel = self.modules["model"]
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.run_facts = {**run_facts, **self._machine_facts()}
+        self.run_facts = {**run_facts, **self._machine_facts(), "chosen_by": self.model.chosen_by}
         self.folder = Path(self.hparams.output_folder)
         self.log = ProgressLog(self.folder)
         self.reader = LateReader()
         self.generator = torch.Generator(device=self.device)
-        self.best_valid_loss, self.withheld, self.validation_due = float("inf"), False, False
+        self.best_error, self.withheld, self.validation_due = math.inf, False, False
         self.valid_interval: int | None = getattr(self.hparams, "valid_interval", None)
         self.has_validated = False  # in this process
         self.last_epoch = float("inf")
@@ -557,11 +557,12 @@ class PretrainingBrain(sb.Brain):
         entry |= {"device_hours": self.device_hours, "seconds": time.perf_counter() - self.stage_started}
         self.log.write(entry)
         # before the checkpoint, which says that it is written
-        if values["loss"] < self.best_valid_loss:
+        error = validation_error(values, self.model.chosen_by)
+        if error < self.best_error:
             self._save_encoder("encoder", entry)
-            self.best_valid_loss = values["loss"]
-        # the best has the least: a loss that is no number has no place in that order
-        meta = {"valid_loss": values["loss"]} if math.isfinite(values["loss"]) else {}
+            self.best_error = error
+        # a loss that is no number has no place in their order
+        meta = {self._error_name: error} if math.isfinite(error) else {}
         meta["valid_set"] = self._valid_content()
         # a run that ends amid an epoch can be continued there
         self._save_checkpoint(end_of_epoch=self.sampler.position == len(self.sampler), **meta)
@@ -618,7 +619,7 @@ class PretrainingBrain(sb.Brain):
             # two of the newest, for one may be damaged, and the best of those validated on the same audio
             here = self._valid_content()
             self.checkpointer.keep_newest_and_best(
-                2, "valid_loss", comparable=lambda checkpoint: checkpoint.meta.get("valid_set", here) == here
+                2, self._error_name, comparable=lambda checkpoint: checkpoint.meta.get("valid_set", here) == here
             )
 
     def _train_on_unsaved(self, error: SaveError) -> None:
@@ -638,7 +639,7 @@ class PretrainingBrain(sb.Brain):
             "window_sums": self.window_sums,
             "histogram": self.shared_histogram,
             "device_seconds": self.device_hours * 3600,
-            "best_valid_loss": self.best_valid_loss,
+            f"best_{self._error_name}": self.best_error,
             "valid_set": self._valid_content(),
             "rate_scale": self.rate_scale,
             "rewinds": self.rewinds,
@@ -655,16 +656,21 @@ class PretrainingBrain(sb.Brain):
         self.tally.histogram = state["histogram"] * (self.rank == 0)
         self.device_seconds_before = max(self.device_seconds_rewound, state["device_seconds"])
         here = self._valid_content()
-        self.best_valid_loss = state["best_valid_loss"]
+        self.best_error = state.get(f"best_{self._error_name}", math.inf)  # it may have been chosen by another before
         if None not in (here, state.get("valid_set")) and state["valid_set"] != here:
             logger.warning("The validation set is another than before: the best loss so far does not count any more.")
-            self.best_valid_loss = float("inf")
+            self.best_error = math.inf
         # a run that went back here with a lower rate keeps it
         self.rate_scale = min(self.rate_scale, state["rate_scale"])
         self.rewinds = max(self.rewinds, state["rewinds"])
         self.log.best_perplexity = state["best_perplexity"]
         self.guard.load(state)
         self.validation_due, self.saved_update = state["validation_due"], None
+
+    @property
+    def _error_name(self) -> str:
+        """What checkpoints call what the best validation has the least of."""
+        return "valid_loss" if self.model.chosen_by == "loss" else "valid_error"
 
     def _save_encoder(self, name: str, entry: dict[str, Any] | None = None) -> None:
         """Write the artefact of this step."""

@@ -46,8 +46,10 @@ class PretrainingModel(nn.Module):
         Draws the masks that ``forward`` is not given.
     """
 
-    #: Metrics that are means over the masked frames: parts of the loss, for the log.
+    #: Metrics that are means over the masked frames, for the log: parts of the loss, and what goes with them.
     loss_terms: tuple[str, ...] = ()
+    #: What the best validation has: the least "loss", or the most of another of its averages.
+    chosen_by: str = "loss"
     #: Labels of a masked frame.
     labels_per_target: int = 1
     #: Whether all statistics of the training audio are there.

@@ -27,6 +27,7 @@ from speechbrain_bestrq.run_log import (
     last_number,
     number,
     read_run,
+    validation_error,
 )
 from speechbrain_bestrq.writing import replacing, write_text
 
@@ -65,9 +66,10 @@ def summarise(log: RunLog) -> dict[str, Any]:
         Ready for JSON; what was not logged is None. The fields of ``run.json``;
         ``updates``, ``audio_hours``, ``device_hours``, ``audio_hours_per_device_hour``,
         ``skipped_updates`` and ``rewinds`` (of the whole run), ``peak_memory_gb``; ``best_valid`` (the
-        validation of least loss) and ``last_valid``, each with step, loss, gain (nats),
-        accuracy, the commonest label's share and their difference; ``encoder``, the
-        folder of the pre-trained encoder, and ``encoders_at_steps``.
+        validation of least loss, or of most of what ``chosen_by`` names) and ``last_valid``,
+        each with step, loss, gain (nats), accuracy, the commonest label's share and their
+        difference; ``encoder``, the folder of the pre-trained encoder, and
+        ``encoders_at_steps``.
 
     Example
     -------
@@ -79,7 +81,8 @@ def summarise(log: RunLog) -> dict[str, Any]:
     both = sorted(log.train + log.valid, key=lambda row: row["step"])
     audio_hours, device_hours = last_number(both, "audio_hours"), last_number(both, "device_hours")
     memory = [value for row in log.train if (value := number(row, "peak_memory_gb")) is not None]
-    scored = [row for row in log.valid if number(row, "loss") is not None]
+    chosen_by = log.run.get("chosen_by") or "loss"  # as those of before were
+    scored = [row for row in log.valid if number(row, "loss") is not None and number(row, chosen_by) is not None]
     at_steps = {step: str(folder) for step, folder in encoders_at_steps(log.folder).items()}
     encoder = log.folder / "encoder"
     return {
@@ -92,7 +95,7 @@ def summarise(log: RunLog) -> dict[str, Any]:
         "skipped_updates": last_number(log.train, "skipped_updates"),
         "rewinds": last_number(log.train, "rewinds"),
         "peak_memory_gb": max(memory, default=None),
-        "best_valid": _validation(min(scored, key=lambda row: row["loss"], default=None)),
+        "best_valid": _validation(min(scored, key=lambda row: validation_error(row, chosen_by), default=None)),
         "last_valid": _validation(log.valid[-1] if log.valid else None),
         "encoder": str(encoder) if encoder.is_dir() else None,
         "encoders_at_steps": {str(step): at_steps[step] for step in sorted(at_steps)},

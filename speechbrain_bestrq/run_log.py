@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ TRAINING_FIELDS = (
     "contrastive_loss",
     "diversity_loss",
     "feature_penalty",
+    "information",
     "probability_perplexity",
     "temperature",
     "learning_rate",
@@ -53,8 +54,33 @@ RUN_NUMBERS = (
     "updates_planned",
 )
 """The numbers of ``run.json``."""
-RUN_TEXTS = ("model", "corpus", "device", "precision", "command")
+RUN_TEXTS = ("model", "chosen_by", "corpus", "device", "precision", "command")
 """The texts of ``run.json``."""
+
+
+def validation_error(values: Mapping[str, Any], chosen_by: str) -> float:
+    """Say how bad a validation is: the best has the least.
+
+    Arguments
+    ---------
+    values : mapping
+        Averages of the validation set.
+    chosen_by : str
+        ``chosen_by`` of :class:`speechbrain_bestrq.pretraining_model.PretrainingModel`.
+
+    Returns
+    -------
+    float
+        The loss, or the other one negated; infinity where either is no finite number.
+
+    Example
+    -------
+    >>> validation_error({"loss": 3.5, "information": 0.25}, "information")
+    -0.25
+    """
+    if not (math.isfinite(values["loss"]) and math.isfinite(values[chosen_by])):
+        return math.inf
+    return values["loss"] if chosen_by == "loss" else -values[chosen_by]
 
 
 @dataclass(frozen=True)

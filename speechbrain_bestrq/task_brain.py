@@ -66,7 +66,8 @@ class TaskBrain(sb.Brain):
       goes by the epoch, such as ``LinearScheduler``; the rate stays where there is none;
     - ``annealing_metric``: what NewBob goes by, if not :attr:`metric`;
     - ``encoder_rest``, ``encoder_warmup``: shares of all updates, 0 if left out
-      (:class:`~speechbrain_bestrq.encoder_schedule.EncoderSchedule`). An encoder that rests runs without gradients;
+      (:class:`~speechbrain_bestrq.encoder_schedule.EncoderSchedule`). An encoder that rests runs without gradients,
+      in train mode: with its dropout and SpecAugment, as it will when it is trained;
     - ``valid_interval``: epochs from validation to validation, 1 if left out; the last one is validated anyway.
       Between, nothing is chosen or annealed by a metric;
     - ``speed_perturb``, ``drop_freq``, ``drop_chunk``: applied to the waveforms in training, those that are there;

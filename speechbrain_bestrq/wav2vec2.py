@@ -79,7 +79,9 @@ class Wav2Vec2(PretrainingModel):
     torch.Size([3, 2, 49, 32])
     """
 
-    loss_terms = ("contrastive_loss", "diversity_loss", "feature_penalty")
+    loss_terms = ("contrastive_loss", "diversity_loss", "feature_penalty", "information")
+    #: Neither the loss nor the accuracy: the fewer codes are in use, the easier both get.
+    chosen_by = "information"
 
     def __init__(
         self,
@@ -197,6 +199,7 @@ class Wav2Vec2(PretrainingModel):
                 "contrastive_loss": mean.detach(),
                 "diversity_loss": diversity.detach(),
                 "feature_penalty": penalty.detach(),
+                "information": contrastive.information / max(masked.count, 1),
             }
         return PretrainingOutput(loss, masked.count, (batch, frames), metrics)
 

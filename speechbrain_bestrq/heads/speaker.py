@@ -10,6 +10,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.heads.pooling import LEAST_VARIANCE, statistics_pool
 from speechbrain_bestrq.heads.tdnn import MaskedBatchNorm, TDNNLayer
+from speechbrain_bestrq.precision import full_precision
 
 #: Groups of channels in a Res2Net; dilations of ECAPA's blocks (its first layer has 1).
 RES2NET_SCALE, DILATIONS = 8, (2, 3, 4)
@@ -352,7 +353,7 @@ class AAMSoftmax(nn.Module):
         logits : Tensor
             Scaled cosines, without the margin; float32, shape (B, num_labels).
         """
-        with torch.autocast(embeddings.device.type, enabled=False):  # near 1, bf16 cannot tell one cosine from the next
+        with full_precision(embeddings.device.type):  # near 1, bf16 cannot tell one cosine from the next
             cosines = linear(normalize(embeddings.float()), normalize(self.weight.float()))
             right = cosines.gather(1, labels[:, None]).clamp(-1 + COSINE_MARGIN, 1 - COSINE_MARGIN)
             beyond = right * math.cos(self.margin) - (1 - right.square()).sqrt() * math.sin(self.margin)

@@ -279,6 +279,16 @@ def test_measuring_sets_the_statistics_of_front_end_and_whitening(make_speech_en
     assert torch.allclose(quantizer.offset, alone.offset, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("normalize", ["feature", "time"])
+def test_the_labels_whose_frequencies_are_measured_are_those_of_each_utterance(make_model, padded_with_junk, normalize):
+    utterances, wavs, wav_lens = padded_with_junk([40000, 30000, 10000])
+    together, apart = (make_model(normalize=normalize) for _ in range(2))
+    together.measure([(wavs, wav_lens)])
+    apart.measure([(utterance[None], None) for utterance in utterances])
+    assert together.head.bias.unique().numel() > 3
+    assert torch.allclose(together.head.bias, apart.head.bias, atol=1e-5)
+
+
 def test_the_signature_is_json_and_tells_models_apart(make_model):
     signature = make_model().signature()
     assert json.loads(json.dumps(signature)) == signature

@@ -50,6 +50,20 @@ def test_no_product_of_frames_codes_and_dimensions_is_built(training):
     assert 30 * 2 * 20 <= seen.elements < 30 * 2 * 20 * 32
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_changes_no_code(training):
+    quantizer = GumbelQuantizer(512).train(training)
+    frames = torch.nn.functional.layer_norm(torch.randn(1500, 512), (512,))
+    gumbel = quantizer.draw_noise(len(frames))
+    codes = quantizer(frames, gumbel).codes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer(frames, gumbel).codes, codes)
+        # a product in bf16 would
+        rough = quantizer.projection(frames).unflatten(-1, (2, 320)).argmax(-1)
+    exact = quantizer.projection(frames).unflatten(-1, (2, 320)).argmax(-1)
+    assert (rough != exact).double().mean() > 0.002
+
+
 def test_without_training_the_likeliest_code_is_taken_without_noise():
     quantizer = GumbelQuantizer(8, code_dim=4, codebook_size=5).eval()
     frames = torch.randn(40, 8)

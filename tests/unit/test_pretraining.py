@@ -16,7 +16,10 @@ from speechbrain_bestrq import pretraining
 from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.pretraining_model import PretrainingModel
+from speechbrain_bestrq.report import summarise
 from speechbrain_bestrq.resuming import load_state, save_state
+from speechbrain_bestrq.run_log import read_run
 from speechbrain_bestrq.run_options import check_counts, check_run_options
 
 RATE = 16000
@@ -330,7 +333,7 @@ def test_what_a_run_has_learned_of_itself_outlives_it(toy, tmp_path, corpus):
     settings = {**corpus, "updates": 6, "checkpoint_every": 2}
     first = toy.train(tmp_path, **settings, stop_after=4).brain
     first.guard.usual_norm, first.rewinds, first.rate_scale = torch.tensor(3.5), 2, 0.25
-    first.guard.skipped_row, first.log.best_perplexity, first.best_valid_loss = torch.tensor(7), 12.5, 0.75
+    first.guard.skipped_row, first.log.best_perplexity, first.best_error = torch.tensor(7), 12.5, 0.75
     hours = first.device_hours
     first.checkpointer.save_checkpoint(meta={"step": 4, "signature": json.dumps(first.model.signature())})
     again = toy.make_brain(tmp_path, toy.make_model(), updates=6)
@@ -339,7 +342,7 @@ def test_what_a_run_has_learned_of_itself_outlives_it(toy, tmp_path, corpus):
     again.init_optimizers()
     again.checkpointer.recover_if_possible()
     assert (float(again.guard.usual_norm), again.rewinds, again.rate_scale) == (3.5, 2, 0.25)
-    assert (int(again.guard.skipped_row), again.log.best_perplexity, again.best_valid_loss) == (7, 12.5, 0.75)
+    assert (int(again.guard.skipped_row), again.log.best_perplexity, again.best_error) == (7, 12.5, 0.75)
     assert again.device_hours >= hours and torch.equal(again.totals, first.totals)
 
 
@@ -493,6 +496,31 @@ def test_a_validation_without_a_finite_loss_is_never_the_best(toy, tmp_path, cor
     metas = {one.meta["step"]: one.meta for one in result.brain.checkpointer.list_checkpoints()}
     assert "valid_loss" not in metas[6]
     assert result.brain.checkpointer.find_checkpoint(min_key="valid_loss").meta["step"] in (2, 5)
+
+
+def test_a_model_may_name_what_its_best_validation_has(toy, tmp_path, corpus, monkeypatch):
+    """As wav2vec 2.0 does, whose loss is lowest when its codes are all the same, and nothing is told from anything."""
+    settings = {**corpus, "updates": 6, "valid_interval": 2, "checkpoint_every": 1}
+    compute_forward = toy.PretrainingBrain.compute_forward
+    losses, accuracies = {2: 3.0, 4: 2.0, 6: 1.0, 7: 4.0}, {2: 0.0, 4: 1.0, 6: 0.5, 7: 0.5}
+
+    def collapse(self, batch, stage):
+        output = compute_forward(self, batch, stage)
+        if stage == sb.Stage.VALID:
+            output.loss = torch.full_like(output.loss, losses[self.optimizer_step])
+            output.metrics["correct"] = torch.tensor(float(output.num_targets * accuracies[self.optimizer_step]))
+        return output
+
+    monkeypatch.setattr(toy.ToyBrain, "compute_forward", collapse)
+    for chosen_by, key, best in (("loss", "valid_loss", 6), ("accuracy", "valid_error", 4)):
+        monkeypatch.setattr(PretrainingModel, "chosen_by", chosen_by)
+        folder = tmp_path / chosen_by
+        result = toy.train(folder, **settings)
+        assert result.brain.checkpointer.find_checkpoint(min_key=key).meta["step"] == best
+        assert json.loads((folder / "encoder" / "config.json").read_text())["training"]["step"] == best
+        assert summarise(read_run(folder))["best_valid"]["step"] == best
+        # one that goes on remembers
+        assert toy.train(folder, **{**settings, "updates": 7}).brain.best_error == result.brain.best_error
 
 
 def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path, monkeypatch):
@@ -696,7 +724,7 @@ def test_losses_of_another_validation_set_are_not_compared(toy, tmp_path, corpus
     assert "The validation set is another than before" in caplog.text
     later = [line for line in toy.log_lines(tmp_path / "run", "valid") if line["step"] > 3]
     best = min(later, key=lambda line: line["loss"])
-    assert done.brain.best_valid_loss == best["loss"] > before
+    assert done.brain.best_error == best["loss"] > before
     config = json.loads((tmp_path / "run" / "encoder" / "config.json").read_text())
     assert config["training"]["step"] == best["step"]
 

@@ -15,8 +15,9 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer
-from speechbrain_bestrq.masking import MaskedFrames
+from speechbrain_bestrq.masking import MaskedFrames, SpanMasking
 from speechbrain_bestrq.pretrained import PretrainedEncoder
+from speechbrain_bestrq.run_log import validation_error
 from speechbrain_bestrq.transformer import TransformerEncoder
 
 KINDS = pytest.mark.parametrize("extractor_norm, normalize_input", [("group", False), ("layer", True)])
@@ -57,6 +58,29 @@ def outcome(model, wavs, wav_lens, masked, negatives, gumbel):
     output = model(wavs, wav_lens, mask=masked, negatives=negatives, gumbel=gumbel)
     output.loss.backward()
     return output, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_collapsed_codebook_has_the_lowest_loss_and_is_not_chosen(make_model, batch):
+    model = make_model().eval()
+    before = model(*batch[:2], mask=batch[2], negatives=batch[3])
+    with torch.no_grad():
+        model.quantizer.projection.bias.view(2, -1)[:, 0] += 1e4  # the same code for all frames
+    after = model(*batch[:2], mask=batch[2], negatives=batch[3])
+    assert after.metrics["contrastive_loss"] == 0 < before.metrics["contrastive_loss"]
+    assert after.metrics["correct"] == 0 < before.metrics["correct"]
+    values = [{"loss": float(one.loss), "information": float(one.metrics["information"])} for one in (before, after)]
+    assert validation_error(values[1], model.chosen_by) == pytest.approx(0, abs=1e-6)
+    assert values[1]["loss"] < values[0]["loss"]
+
+
+def test_few_codes_are_told_apart_with_ease_and_tell_little():
+    masked = MaskedFrames.from_mask(torch.ones(4, 50, dtype=torch.bool))
+    negatives = sample_negatives(masked, 100, torch.Generator().manual_seed(0))
+    codes = torch.arange(masked.count) % 4
+    vectors = torch.nn.functional.one_hot(codes, 8).float()
+    found = contrastive_loss(vectors, vectors, codes[:, None], negatives, masked, temperature=0.05)
+    assert found.correct == masked.count and float(found.loss) < 0.01
+    assert float(found.information) / masked.count == pytest.approx(np.log(4), abs=0.05)
 
 
 # ---------------------------------------------------------------- convolutions
@@ -169,7 +193,7 @@ def test_the_contrastive_loss_equals_a_naive_one(batch):
     codes = torch.randint(3, (masked.count, 2), generator=generator)
     negatives[3] = -1
     found = contrastive_loss(predictions, targets, codes, negatives, masked, temperature=0.2)
-    total, hits, left_out = 0.0, 0, 0
+    total, hits, left_out, told = 0.0, 0, 0, 0.0
     for row in range(masked.count):
         logits = [float(torch.cosine_similarity(predictions[row], targets[row], dim=0)) / 0.2]
         for other in negatives[row].tolist():
@@ -178,10 +202,14 @@ def test_the_contrastive_loss_equals_a_naive_one(batch):
                 continue
             logits.append(float(torch.cosine_similarity(predictions[row], targets[other], dim=0)) / 0.2)
         total -= float(torch.tensor(logits).log_softmax(0)[0])
+        every = [place for place in negatives[row].tolist() if place >= 0]
+        all_logits = torch.cosine_similarity(predictions[row], targets[[row, *every]], dim=-1) / 0.2
+        told += np.log(1 + len(every)) + float(all_logits.log_softmax(0)[0])
         hits += len(logits) > 1 and logits[0] > max(logits[1:])
     assert left_out > 6 and 0 < hits < masked.count
     assert float(found.loss) == pytest.approx(total, rel=1e-5)
     assert int(found.correct) == hits
+    assert float(found.information) == pytest.approx(told, rel=1e-5)
 
 
 def test_when_all_frames_have_one_code_nothing_counts_as_found(batch):
@@ -401,6 +429,10 @@ def test_what_transformers_does_not_have_or_we_do_not_is_refused(make_model, mak
     folder = to_transformers(make_model(), tmp_path / "there")
     with pytest.raises(InputError, match="is there already"):
         to_transformers(make_model(), folder)
+    on_a_grid = make_model()
+    on_a_grid.masking = SpanMasking(0.06, 10, grid=True)
+    with pytest.raises(InputError, match="no masks on a grid"):
+        to_transformers(on_a_grid, tmp_path / "grid")
     path = folder / "config.json"
     good = json.loads(path.read_text())
     for change, message in (
