@@ -11,8 +11,10 @@ import jiwer
 import numpy as np
 import pytest
 import soundfile
+from speechbrain.augment.time_domain import DropFreq, SpeedPerturb
 
 from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.augmentation import DropChunks
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.ngram import train_ngram
 from speechbrain_bestrq.results import read_results
@@ -83,7 +85,15 @@ def names():
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, librispeech, encoder, tmp_path):
+def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, librispeech, encoder, tmp_path, monkeypatch):
+    changed = set()
+    for kind in (SpeedPerturb, DropFreq, DropChunks):
+
+        def noting(module, *arguments, kind=kind, forward=kind.forward):
+            changed.add(kind)
+            return forward(module, *arguments)
+
+        monkeypatch.setattr(kind, "forward", noting)
     header = (RECIPE / "hparams" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert f"train.py hparams/{name}.yaml --data_folder" in header, "the header lacks its launch command"
     train.main(arguments(small_yamls, name, librispeech, encoder, tmp_path / "run"))
@@ -98,6 +108,7 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, librispeech
         assert results["sets"][split]["evaluation_seconds"] > 0
         assert "ALIGNMENTS" in (tmp_path / "run" / f"wer_{split}.txt").read_text()
     assert (tmp_path / "run" / "layer_weights.png").exists() == (name != "bestrq_finetune")
+    assert changed == ({SpeedPerturb, DropFreq, DropChunks} if name == "bestrq_finetune" else set())
 
 
 @pytest.mark.parametrize("name", names())
@@ -175,11 +186,15 @@ def test_a_frozen_encoder_keeps_its_digest_and_a_fine_tuned_one_does_not(
     assert digests["bestrq"] == digests["probe_small"] != digests["bestrq_finetune"]
 
 
-def test_without_a_device_named_it_trains_on_the_one_there_is(train, small_yamls, librispeech, tmp_path):
+def test_without_options_it_trains_on_the_device_there_is_and_shows_a_bar(
+    train, small_yamls, librispeech, tmp_path, capfd
+):
     given = arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path)
     given.remove("--device=cpu")
+    given.remove("--noprogressbar")
     train.main(given)
     assert read_results(tmp_path)["epochs"] == 2
+    assert "train_loss" in capfd.readouterr().err
 
 
 def test_a_run_goes_on_from_its_last_epoch_and_can_be_tested_again(train, small_yamls, librispeech, encoder, tmp_path):

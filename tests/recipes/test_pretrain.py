@@ -100,6 +100,14 @@ def file_header(name):
     return (RECIPE / "hparams" / f"{name}.yaml").read_text().split("\n\n")[0]
 
 
+def test_a_bar_shows_the_progress_of_who_does_not_decline_it(train, librispeech, tmp_path, capfd):
+    given = arguments("bestrq_small", librispeech, tmp_path)
+    given.remove("--noprogressbar")
+    train.main(given)
+    shown = capfd.readouterr().err
+    assert "2/2" in shown and "audio=" in shown and "loss=" in shown
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_two_steps_at_toy_size_leave_logs_checkpoint_and_encoder(name, train, librispeech, tmp_path):
     train.main(arguments(name, librispeech, tmp_path))

@@ -102,11 +102,11 @@ def test_rungs_are_the_least_audio_of_their_encoder_frames_in_a_large_corpus():
 
 def test_ladder_of_librispeech_has_at_most_forty_shapes_and_half_the_cut_to_spare():
     lengths = librispeech_like(281_000)
-    started = time.perf_counter()
+    started = time.process_time()  # not the wall's: the machine may be busy
     sampler = LadderBatchSampler(lengths, 100 * RATE)
     sampler.set_epoch(1)
     plans = list(sampler)
-    assert time.perf_counter() - started < 4  # 0.6 s on a free core
+    assert time.process_time() - started < 4  # 0.6 s is usual
     shapes = Counter((len(plan.indices), plan.samples) for plan in plans)
     assert len(sampler.rungs) <= 37 and len(shapes) <= 40
     assert sum(count for (size, samples), count in shapes.items() if size == 1_600_000 // samples) >= len(plans) - 3

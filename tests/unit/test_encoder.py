@@ -230,6 +230,19 @@ def test_the_convolution_of_frames_is_pytorchs_and_transposes_nothing(
     assert inputs[0].grad.is_contiguous()
 
 
+@pytest.mark.parametrize(("channels", "groups", "as_image"), [(24, 24, False), (24, 3, True), (32, 32, True)])
+def test_a_narrow_depthwise_convolution_keeps_off_the_layout_that_can_hang(channels, groups, as_image, monkeypatch):
+    called, convolve_image = [], FrameConvolution.convolve_image
+
+    def noting(convolution, x):
+        called.append(x.shape)
+        return convolve_image(convolution, x)
+
+    monkeypatch.setattr(FrameConvolution, "convolve_image", noting)
+    FrameConvolution(channels, 31, groups)(torch.randn(1, 20, channels))
+    assert bool(called) == as_image
+
+
 @pytest.mark.parametrize("channels", [8, 16, 24])
 def test_a_narrow_depthwise_convolution_ends_in_bfloat16(channels):
     """With AVX512_BF16, oneDNN's never does when the channels lie innermost."""

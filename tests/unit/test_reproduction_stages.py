@@ -20,12 +20,13 @@ from speechbrain_bestrq.reproduction.stages import LOG_FILE, STAGE_FILE, Stage, 
 
 #: Writes its product and notes that it ran; "fail" in its words makes it fail.
 WORK = """
-import sys, pathlib, time
+import os, sys, pathlib, time
 folder, seconds, *words = sys.argv[1:]
 folder = pathlib.Path(folder)
+(folder / "pid").write_text(str(os.getpid()))
 with open(folder.parent.parent / "ran.txt", "a") as file:
     file.write("/".join(folder.parts[-2:]) + "\\n")
-time.sleep(float(seconds))
+time.sleep(min(float(seconds), float(os.environ.get("SECONDS_AT_MOST", seconds))))
 if "fail" in words:
     print("this is why")
     sys.exit(3)
@@ -46,6 +47,18 @@ def stage(folder, name, *words, needs=(), seconds=0.0):
 def ran(folder):
     path = folder / "ran.txt"
     return path.read_text().split() if path.exists() else []
+
+
+def ends(folder, seconds=20):
+    """Whether a stage's process, if it has been there, ends soon; one that nobody has waited for has no command."""
+    if not (folder / "pid").exists():
+        return True
+    command, deadline = Path("/proc", (folder / "pid").read_text(), "cmdline"), time.monotonic() + seconds
+    while command.exists() and command.read_bytes():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def test_a_stage_after_one_that_failed_runs_and_one_that_needs_it_does_not(tmp_path):
@@ -295,12 +308,20 @@ def test_what_is_expected_is_told_from_the_first_second(tmp_path):
 
 
 def test_on_several_devices_stages_run_at_once(tmp_path):
-    code = "import os, sys, pathlib, time; time.sleep(0.5); seen = os.environ['CUDA_VISIBLE_DEVICES']; "
-    code += "pathlib.Path(sys.argv[1], 'device').write_text(seen)"
+    code = "import os, sys, pathlib, time; begun = time.time(); time.sleep(0.5); "
+    code += "pathlib.Path(sys.argv[1], 'device').write_text(os.environ['CUDA_VISIBLE_DEVICES']); "
+    code += "pathlib.Path(sys.argv[1], 'times').write_text(f'{begun} {time.time()}')"
     names = [f"train/{number}" for number in range(4)]
     stages = [Stage(name, (sys.executable, "-c", code, str(tmp_path / name)), ("device",)) for name in names]
     assert run_stages(stages, tmp_path, print, devices=["4", "7"]) == {}
-    assert sorted((tmp_path / name / "device").read_text() for name in names) == ["4", "4", "7", "7"]
+    seen = [(tmp_path / name / "device").read_text() for name in names]
+    assert set(seen) == {"4", "7"}
+    times = [[float(time) for time in (tmp_path / name / "times").read_text().split()] for name in names]
+    for device in ("4", "7"):  # one stage after the other
+        (_, ended), *others = sorted(own for own, where in zip(times, seen, strict=True) if where == device)
+        for begun, later in others:
+            assert begun > ended
+            ended = later
     both = Stage("train/4", (sys.executable, "-c", code, str(tmp_path / "train" / "4")), ("device",), devices=2)
     assert run_stages([*stages, both], tmp_path, print, devices=["4", "7"]) == {}
     assert sorted((tmp_path / "train" / "4" / "device").read_text().split(",")) == ["4", "7"]
@@ -334,13 +355,13 @@ def test_a_damaged_record_means_not_done(tmp_path):
     assert not StageState(stages, tmp_path).is_done("train/a")
 
 
-#: Runs three stages that take a second each, as the command does.
+#: Runs three stages as the command does, of which the second takes a minute, if the environment lets it.
 RUN = """
 import sys, pathlib
 sys.path.insert(0, sys.argv[2])
 import test_reproduction_stages as here
 folder = pathlib.Path(sys.argv[1])
-stages = [here.stage(folder, f"train/{letter}", seconds=1.0) for letter in "abc"]
+stages = [here.stage(folder, f"train/{letter}", seconds=60.0 * (letter == "b")) for letter in "abc"]
 here.run_stages(stages, folder, lambda line: print(line, flush=True))
 """
 
@@ -355,9 +376,9 @@ def test_stopped_or_killed_it_takes_its_stages_along_and_goes_on_later(tmp_path,
         time.sleep(0.02)
     process.send_signal(number)
     assert process.wait(30) != 0
-    time.sleep(1.5)  # more than the rest of the stage would take
-    assert not (tmp_path / "train" / "b" / "results.json").exists(), "the stage went on without anybody waiting"
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ends(tmp_path / "train" / "b"), "the stage went on without anybody waiting"
+    brief = {**os.environ, "SECONDS_AT_MOST": "0"}
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60, env=brief)
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[0] == "1 of 3 stages are done already"
     assert ran(tmp_path) == ["train/a", "train/b", "train/b", "train/c"]
@@ -382,8 +403,8 @@ def test_an_interrupt_while_a_stage_is_started_is_not_lost(tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), os.path.dirname(__file__)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr and "[3/3]" not in done.stdout
-    time.sleep(1.5)
-    assert not (tmp_path / "train" / "b" / "results.json").exists(), "the stage went on without anybody waiting"
+    assert ends(tmp_path / "train" / "b"), "the stage went on without anybody waiting"
+    assert not (tmp_path / "train" / "b" / "results.json").exists()
 
 
 def test_a_stage_that_was_begun_on_other_devices_is_refused_until_it_is_done(tmp_path):
