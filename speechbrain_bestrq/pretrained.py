@@ -74,8 +74,8 @@ class PretrainedEncoder(nn.Module):
     Arguments
     ---------
     source : str or Path
-        An encoder folder; a pre-training run's output folder; a Hugging Face hub id; or
-        "random:" and one of these: the same architecture and the same front-end
+        An encoder folder; a pre-training run's output folder; a folder of the transformers
+        library's (wav2vec 2.0); a Hugging Face hub id; or "random:" and one of these: the same architecture and the same front-end
         statistics with fresh weights, drawn by PyTorch's global generator (so by the
         recipe's seed).
     save_path : str or Path, optional

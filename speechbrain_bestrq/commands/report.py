@@ -112,8 +112,8 @@ COMMAND = Command(
 
 Writes RUN/report/curves.png and RUN/report/summary.md, also while the run goes on; of a reproduction
 RUN/report.md, RUN/report.html and the tables as CSV. With --evidence, linear probes on each hidden state of each
-encoder@<step> (encoder_at_steps of the YAML), of untrained encoders and of filter banks, in minutes: RUN/evidence has
-tables, curves, CSV and JSON. What was measured is not measured again.""",
+encoder@<step> (encoder_at_steps of the YAML), of untrained encoders and of filter banks, in minutes, on a GPU where
+there is one: RUN/evidence has tables, curves, CSV and JSON. What was measured is not measured again.""",
     _add_report_arguments,
     _report,
 )

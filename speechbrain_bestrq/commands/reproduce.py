@@ -190,8 +190,8 @@ DEMO = Command(
   sb-bestrq demo
   sb-bestrq demo --dry_run
 
-It is sb-bestrq reproduce --preset demo: tables, curves and costs of the whole in a quarter of an hour or so, in
-demo/report.html. Called again, it goes on.""",
+It is sb-bestrq reproduce --preset demo --output_folder demo: tables, curves and costs of the whole in a quarter of an
+hour or so, in demo/report.html. Called again, it goes on.""",
     _add_demo_arguments,
     _demo,
 )
@@ -205,8 +205,8 @@ COMMAND = Command(
   sb-bestrq reproduce --preset paper --librispeech data/LibriSpeech --voxceleb data/VoxCeleb --iemocap data/IEMOCAP \\
       --slurp data/SLURP --language_model 4-gram.arpa.gz --devices 0,1,2,3
 
-  sb-bestrq reproduce --preset small --slurp data/SLURP --pretrained bestrq=results/bestrq_small/1000 \\
-      wav2vec2=results/wav2vec2_small/1000
+  sb-bestrq reproduce --preset paper --librispeech data/LibriSpeech --pretrained bestrq=results/bestrq_paper/1000 \\
+      wav2vec2=results/wav2vec2_paper/1000
 
 Tasks whose corpus is not given are left out. Called again, it goes on; what is done is not done again. The report is
 FOLDER/report.html, and sb-bestrq report FOLDER writes it anew.""",

@@ -243,7 +243,10 @@ def make_plan(
         If there is no corpus to pre-train on, or the recipes are not there, or one of ``pretrained`` is of no use.
     """
     if not (RECIPES / PRETRAINING / "train.py").is_file():
-        raise InputError(f"{RECIPES} does not exist: run this in a checkout of the repository.")
+        raise InputError(
+            f"{RECIPES} does not exist: install the package where its recipes are, with pip install --editable . in a "
+            "checkout of the repository."
+        )
     plan = _Plan(
         preset,
         dict(corpora),

@@ -9,8 +9,8 @@
 A run that was stopped goes on when the same command is given again: finished folds are passed over, the one that was
 begun goes on where it was; after a kill, from its last epoch. What governs what:
 
-    the encoder                 --encoder: an encoder folder, a pre-training run, a hub id, random:<one of these>,
-                                fbank; frozen or not, which layers: `speech_encoder` of the YAML
+    the encoder                 --encoder: an encoder folder, a pre-training run, a folder of transformers, a hub id,
+                                random:<one of these>, fbank; frozen or not, which layers: `speech_encoder` of the YAML
     its hidden states on disk   --cache_features True, --cache_folder; once for all folds
     the data                    --data_folder, --classes "{sad: null}", --kinds, --examples_per_class; --class_weights
     the cross-validation        --folds speaker or session; --fold: all, or the name of its test speaker or session

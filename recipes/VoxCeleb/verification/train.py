@@ -8,8 +8,8 @@
 A run that was stopped goes on where it was when the same command is given again; after a kill, from its last epoch.
 What governs what:
 
-    the encoder                 --encoder: an encoder folder, a pre-training run, a hub id, random:<one of these>,
-                                fbank; frozen or not, which layers: `speech_encoder` of the YAML
+    the encoder                 --encoder: an encoder folder, a pre-training run, a folder of transformers, a hub id,
+                                random:<one of these>, fbank; frozen or not, which layers: `speech_encoder` of the YAML
     its hidden states on disk   --cache_features True (with --chunk_seconds null), --cache_folder
     the data                    --data_folder, --extra_folders, --trials; validation: --valid_share, --valid_trials;
                                 few labels: --train_speakers
