@@ -18,6 +18,7 @@ _GAIN_COLUMNS = (
 #: Of models that learn their codes.
 _CODE_COLUMNS = (
     *_COLUMNS,
+    ("information", "information", ".3f"),
     ("accuracy", "accuracy", ".4f"),
     ("code perplexity", "code_perplexity", ".1f"),
     ("probability perplexity", "probability_perplexity", ".1f"),
@@ -80,15 +81,21 @@ def write_card(facts: dict[str, Any], validations: Sequence[dict[str, Any]]) -> 
     if validations:
         columns, note = _GAIN_COLUMNS, "Gain: the unigram cross-entropy of the set's own labels minus the loss, nats."
         if "gain" not in validations[-1]:
-            columns, note = _CODE_COLUMNS, "Perplexities: of the codes chosen, and of their mean probabilities."
+            columns, note = (
+                _CODE_COLUMNS,
+                (
+                    "Information: what predictions tell of their targets, nats. Perplexities: of the codes chosen, "
+                    "and of their mean probabilities."
+                ),
+            )
         lines += ["## Validation", "", note, ""]
         lines += [f"| {' | '.join(title for title, _, _ in columns)} |", "|---" * len(columns) + "|"]
         # a card shows the course, not every epoch of a long run
         shown = validations[:: -(-len(validations) // 40)]
         if shown[-1] is not validations[-1]:
             shown = [*shown, validations[-1]]
-        for line in shown:  # a value that was not finite is null in the log
-            cells = ["-" if line[name] is None else format(line[name], form) for _, name, form in columns]
+        for line in shown:  # a value that was not finite is null in the log, and one of before may not be there
+            cells = ["-" if line.get(name) is None else format(line[name], form) for _, name, form in columns]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -75,9 +75,9 @@ class PretrainedEncoder(nn.Module):
     ---------
     source : str or Path
         An encoder folder; a pre-training run's output folder; a folder of the transformers
-        library's (wav2vec 2.0); a Hugging Face hub id; or "random:" and one of these: the same architecture and the same front-end
-        statistics with fresh weights, drawn by PyTorch's global generator (so by the
-        recipe's seed).
+        library's (wav2vec 2.0); a Hugging Face hub id; or "random:" and one of these: the
+        same architecture and the same front-end statistics with fresh weights, drawn by
+        PyTorch's global generator (so by the recipe's seed).
     save_path : str or Path, optional
         Where downloads from the hub are kept; the hub's own cache if left out.
     output_norm : bool

@@ -14,7 +14,7 @@ from speechbrain_bestrq.accounting import JsonLines, format_line
 logger = logging.getLogger(__name__)
 
 #: Of an entry, what the bar shows.
-SHOWN = ("loss", "accuracy", "gain")
+SHOWN = ("loss", "accuracy", "gain", "information")
 
 
 class ProgressLog:

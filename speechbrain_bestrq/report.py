@@ -114,7 +114,9 @@ def _validation_text(values: dict[str, Any] | None) -> str:
     parts = [f"update {values['step']:,}", f"loss {_text(values['loss'], '.3f')}"]
     if values["gain"] is not None:
         parts.append(f"gain over the unigram cross-entropy {values['gain']:.3f} nats")
-    if values["accuracy_over_commonest"] is not None:
+    if values["information"] is not None:  # of a model that finds targets, no labels, among others
+        parts += [f"information {values['information']:.3f} nats", f"accuracy {_text(values['accuracy'], '.2%')}"]
+    elif values["accuracy_over_commonest"] is not None:
         parts.append(
             f"accuracy {values['accuracy']:.2%} against {values['commonest_share']:.2%} of the commonest label "
             f"({100 * values['accuracy_over_commonest']:+.2f} points)"
@@ -249,9 +251,8 @@ def _panels(log: RunLog) -> list[_Panel]:
 def _second_panel(log: RunLog, pair: Callable[..., list[_Line]]) -> _Panel:
     """The gain of a model that predicts labels; the terms of the loss of one that learns its codes."""
     if any("diversity_loss" in row for row in (*log.train, *log.valid)):
-        return _Panel(
-            "diversity and penalty", pair("diversity_loss", "diversity") + pair("feature_penalty", "penalty", "--")
-        )
+        terms = pair("diversity_loss", "diversity", "--") + pair("feature_penalty", "penalty", ":")
+        return _Panel("information (nats), diversity, penalty", pair("information", "information") + terms)
     return _Panel("gain over unigram (nats)", pair("gain"))
 
 

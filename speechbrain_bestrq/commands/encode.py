@@ -9,7 +9,8 @@ from speechbrain_bestrq.commands import Command
 
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     given = {"default": argparse.SUPPRESS}
-    parser.add_argument("encoder", metavar="ENCODER", help="encoder folder, output folder of a pre-training run, folder of transformers, or hub id")
+    sources = "encoder folder, output folder of a pre-training run, folder of transformers, or hub id"
+    parser.add_argument("encoder", metavar="ENCODER", help=sources)
     parser.add_argument("audio_folder", metavar="AUDIO_FOLDER", help="any tree of audio files; only read")
     parser.add_argument("output_folder", metavar="OUTPUT_FOLDER", type=Path, help="where the same tree is made")
     parser.add_argument(

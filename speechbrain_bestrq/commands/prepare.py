@@ -151,8 +151,8 @@ COMMAND = Command(
   sb-bestrq prepare --corpus iemocap --data_folder /data/IEMOCAP_full_release --save_folder manifests --folds session
   sb-bestrq prepare --corpus slurp --data_folder /data/slurp --save_folder manifests --microphones headset
 
-Called again with nothing changed, it does nothing. train.py prepares by itself, into the manifests of its output
-folder: what has been prepared there with the same options (for a folder of audio the seed among them) is not done again.""",
+Called again with nothing changed, it does nothing. train.py prepares by itself, into manifests/
+of its output folder, and leaves what was prepared there with the same options (for a folder of audio, the seed too).""",
     _add_prepare_arguments,
     _prepare,
 )

@@ -500,9 +500,14 @@ def test_a_resumed_run_goes_on_as_if_unbroken(toy, tmp_path, corpus):
     resumed = toy.train(tmp_path / "resumed", **settings)
     for event in ("train", "valid"):
         lines = [toy.log_lines(tmp_path / name, event) for name in ("unbroken", "resumed")]
-        for name in ("loss", "diversity_loss", "code_perplexity", "probability_perplexity", "temperature", "accuracy"):
+        terms = ("loss", "diversity_loss", "code_perplexity", "probability_perplexity", "temperature", "accuracy")
+        for name in (*terms, "information"):
             values = [[line[name] for line in run] for run in lines]
             assert values[0] == values[1], name
+    best = max(toy.log_lines(tmp_path / "resumed", "valid"), key=lambda line: line["information"])
+    config = json.loads((tmp_path / "resumed" / "encoder" / "config.json").read_text())
+    assert config["training"]["step"] == best["step"]
+    assert f"| {best['information']:.3f} |" in (tmp_path / "resumed" / "encoder" / "README.md").read_text()
     temperatures = [line["temperature"] for line in toy.log_lines(tmp_path / "resumed")]
     np.testing.assert_allclose(temperatures, [2.0 * 0.9**number for number in range(4)])
     for name, tensor in whole.model.state_dict().items():
