@@ -15,6 +15,7 @@ _GAIN_COLUMNS = (
     ("accuracy", "accuracy", ".4f"),
     ("commonest label", "commonest_share", ".4f"),
 )
+_GAIN_NOTE = "Gain: the unigram cross-entropy of the set's own labels minus the loss, nats."
 #: Of models that learn their codes.
 _CODE_COLUMNS = (
     *_COLUMNS,
@@ -22,6 +23,10 @@ _CODE_COLUMNS = (
     ("accuracy", "accuracy", ".4f"),
     ("code perplexity", "code_perplexity", ".1f"),
     ("probability perplexity", "probability_perplexity", ".1f"),
+)
+_CODE_NOTE = (
+    "Information: what predictions tell of their targets, nats. Perplexities: of the codes chosen, and of their mean "
+    "probabilities."
 )
 
 
@@ -79,15 +84,8 @@ def write_card(facts: dict[str, Any], validations: Sequence[dict[str, Any]]) -> 
         "",
     ]
     if validations:
-        columns, note = _GAIN_COLUMNS, "Gain: the unigram cross-entropy of the set's own labels minus the loss, nats."
-        if "gain" not in validations[-1]:
-            columns, note = (
-                _CODE_COLUMNS,
-                (
-                    "Information: what predictions tell of their targets, nats. Perplexities: of the codes chosen, "
-                    "and of their mean probabilities."
-                ),
-            )
+        predicts = "gain" in validations[-1]
+        columns, note = (_GAIN_COLUMNS, _GAIN_NOTE) if predicts else (_CODE_COLUMNS, _CODE_NOTE)
         lines += ["## Validation", "", note, ""]
         lines += [f"| {' | '.join(title for title, _, _ in columns)} |", "|---" * len(columns) + "|"]
         # a card shows the course, not every epoch of a long run

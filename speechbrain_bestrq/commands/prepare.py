@@ -152,7 +152,7 @@ COMMAND = Command(
   sb-bestrq prepare --corpus slurp --data_folder /data/slurp --save_folder manifests --microphones headset
 
 Called again with nothing changed, it does nothing. train.py prepares by itself, into manifests/
-of its output folder, and leaves what was prepared there with the same options (for a folder of audio, the seed too).""",
+of its output folder, and leaves what was prepared there with the same options (of a folder, the seed too).""",
     _add_prepare_arguments,
     _prepare,
 )
