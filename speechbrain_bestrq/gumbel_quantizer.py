@@ -110,7 +110,7 @@ class GumbelQuantizer(nn.Module):
         -------
         Quantized
         """
-        # which code is nearest depends on small differences of large scores: in bf16 one target in a hundred is another
+        # which code is nearest depends on small differences of large scores: in bf16 one in a hundred is another
         with full_precision(frames.device.type):
             scores = self.projection(frames.float()).unflatten(-1, (self.num_groups, self.codebook_size))
         probabilities = scores.softmax(-1)

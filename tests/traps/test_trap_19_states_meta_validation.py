@@ -30,8 +30,8 @@ def test_hidden_states_are_as_many_in_training_and_end_with_the_norm(toy):
 def test_a_checkpoints_meta_holds_plain_types(toy, tmp_path):
     """Trap: a tensor or a NumPy number in the meta cannot be read back.
 
-    Mutation: in pretraining.py, PretrainingBrain.on_stage_end, ``{"valid_loss": values["loss"]}`` -> ``{"valid_loss":
-    torch.tensor(values["loss"])}``.
+    Mutation: in pretraining.py, PretrainingBrain.on_stage_end, ``{self._error_name: error}`` -> ``{self._error_name:
+    torch.tensor(error)}``.
     """
     folder = toy.write_noise(tmp_path / "audio", [0.6, 0.7])
     toy.train(tmp_path / "run", folder, folder, epochs=1)

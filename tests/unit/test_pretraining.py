@@ -523,6 +523,25 @@ def test_a_model_may_name_what_its_best_validation_has(toy, tmp_path, corpus, mo
         assert toy.train(folder, **{**settings, "updates": 7}).brain.best_error == result.brain.best_error
 
 
+def test_a_run_from_before_something_was_logged_or_chosen_by_goes_on(toy, tmp_path, corpus, caplog, monkeypatch):
+    settings = {**corpus, "valid_interval": 2, "checkpoint_every": 1, "model": {"method": "wav2vec2"}}
+    save_progress = pretraining.PretrainingBrain._save_progress
+
+    def save_as_before(brain, _brain, path):
+        save_progress(brain, _brain, path)
+        state = torch.load(path, weights_only=True)
+        state["window_sums"] = state["window_sums"][:-1]
+        state["best_valid_loss"] = state.pop("best_valid_error")
+        torch.save(state, path)
+
+    with monkeypatch.context() as before:
+        before.setattr(pretraining.PretrainingBrain, "_save_progress", save_as_before)
+        toy.train(tmp_path, **settings, updates=3)
+    assert toy.train(tmp_path, **settings, updates=6).brain.optimizer_step == 6
+    assert "was chosen by its loss, and from here on is by its information" in caplog.text
+    assert json.loads((tmp_path / "encoder" / "config.json").read_text())["training"]["step"] > 3
+
+
 def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path, monkeypatch):
     optimizers_step, norms = toy.ToyBrain.optimizers_step, []
 

@@ -99,6 +99,6 @@ def test_presets_that_are_none_are_refused(tmp_path):
         make_plan(read_preset(TWO_SEEDS), {"slurp": tmp_path}, tmp_path)
     with pytest.raises(InputError, match="makes its own speech: leave out --slurp"):
         make_plan(read_preset("demo"), {"slurp": tmp_path}, tmp_path)
-    path.write_text(small.replace("updates: [720]", "updates: [720, 2000]"))
+    path.write_text(Path(TWO_SEEDS).read_text().replace("updates: [720]", "updates: [720, 2000]"))
     with pytest.raises(InputError, match="updates go to 2000, and bestrq is trained for 720"):
         read_preset(str(path))
