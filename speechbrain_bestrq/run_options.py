@@ -1,14 +1,14 @@
-"""Run options of SpeechBrain's that a pre-training does not heed, and numbers that it cannot."""
+"""Run options of SpeechBrain's that a training does not heed, and numbers that it cannot."""
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_bestrq.errors import InputError
 
-#: They are for what the Brain of pre-training does in its own way; what to give instead.
-WITHOUT_EFFECT = {
+#: Of a pre-training, whose Brain does in its own way what they are for; what to give instead.
+OF_PRETRAINING = {
     "jit": "give --compile",
     "jit_module_keys": "give --compile",
     "compile_module_keys": "--compile takes each layer of the encoder",
@@ -18,15 +18,23 @@ WITHOUT_EFFECT = {
     "nonfinite_patience": "set max_skipped_updates in the YAML",
     "skip_nonfinite_grads": "updates that are not finite are skipped in any case",
 }
+#: Of a task.
+OF_TASKS = {
+    "jit": "leave it out",
+    "jit_module_keys": "leave it out",
+    "data_parallel_count": "start it by torchrun",
+}
 
 
-def check_run_options(run_opts: RunOptions) -> None:
+def check_run_options(run_opts: RunOptions, without_effect: Mapping[str, str]) -> None:
     """Refuse run options that would do nothing.
 
     Arguments
     ---------
     run_opts : RunOptions
         Of the command line.
+    without_effect : mapping
+        :data:`OF_PRETRAINING` or :data:`OF_TASKS`.
 
     Raises
     ------
@@ -35,12 +43,12 @@ def check_run_options(run_opts: RunOptions) -> None:
 
     Example
     -------
-    >>> check_run_options(RunOptions.from_dictionary({"jit": True}))
+    >>> check_run_options(RunOptions.from_dictionary({"jit": True}), OF_PRETRAINING)
     Traceback (most recent call last):
-    speechbrain_bestrq.errors.InputError: --jit has no effect on a pre-training: give --compile.
+    speechbrain_bestrq.errors.InputError: --jit has no effect here: give --compile.
     """
-    for name in sorted(WITHOUT_EFFECT.keys() & run_opts.overridden_args):
-        raise InputError(f"--{name} has no effect on a pre-training: {WITHOUT_EFFECT[name]}.")
+    for name in sorted(without_effect.keys() & run_opts.overridden_args):
+        raise InputError(f"--{name} has no effect here: {without_effect[name]}.")
 
 
 def check_counts(hparams: MutableMapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from speechbrain_bestrq.precision import full_precision
 from speechbrain_bestrq.recipe import GOVERNING, command_line
 from speechbrain_bestrq.results import machine
 from speechbrain_bestrq.resuming import check_ranks_agree
-from speechbrain_bestrq.run_options import whole_number
+from speechbrain_bestrq.run_options import OF_TASKS, check_run_options, whole_number
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -38,10 +38,6 @@ LAYER_WEIGHTS_PLOT = "layer_weights.png"
 
 #: Batches after which the mean loss is read back, for the progress bar and to see whether it is finite.
 READ_EVERY = 20
-
-
-#: Run options of SpeechBrain's that fail on these models, or do nothing to them.
-_WITHOUT_EFFECT = frozenset(("jit", "jit_module_keys", "data_parallel_count"))
 
 NOTHING_TRAINED = "{} has no checkpoint to test: train first, without --test_only."
 
@@ -202,8 +198,8 @@ class TaskBrain(sb.Brain):
             Naming what differs, an option that the task's optimisers do not heed, or a schedule that is none; or if an
             optimiser of a run that begins and its annealing begin with other rates.
         """
-        if run_opts is not None and (given := sorted(_WITHOUT_EFFECT & run_opts.overridden_args)):
-            raise InputError(f"--{given[0]} is not for this recipe: leave it out.")
+        if run_opts is not None:
+            check_run_options(run_opts, OF_TASKS)
         if hparams.get(GOVERNING, {}).get("remove_vector_weight_decay"):
             raise InputError(
                 "--remove_vector_weight_decay does nothing to the optimisers of this recipe: leave it out."

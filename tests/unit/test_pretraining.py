@@ -20,7 +20,7 @@ from speechbrain_bestrq.pretraining_model import PretrainingModel
 from speechbrain_bestrq.report import summarise
 from speechbrain_bestrq.resuming import load_state, save_state
 from speechbrain_bestrq.run_log import read_run
-from speechbrain_bestrq.run_options import check_counts, check_run_options
+from speechbrain_bestrq.run_options import OF_PRETRAINING, check_counts, check_run_options
 
 RATE = 16000
 
@@ -564,9 +564,9 @@ def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path,
     [("skip_nonfinite_grads", "skipped in any case"), ("jit", "--compile"), ("test_only", "--evidence")],
 )
 def test_run_options_without_effect_are_refused(option, instead):
-    check_run_options(RunOptions.from_dictionary({"device": "cpu", "compile": True}))
-    with pytest.raises(InputError, match=f"--{option} has no effect on a pre-training: .*{instead}"):
-        check_run_options(RunOptions.from_dictionary({"device": "cpu", option: True}))
+    check_run_options(RunOptions.from_dictionary({"device": "cpu", "compile": True}), OF_PRETRAINING)
+    with pytest.raises(InputError, match=f"--{option} has no effect here: .*{instead}"):
+        check_run_options(RunOptions.from_dictionary({"device": "cpu", option: True}), OF_PRETRAINING)
 
 
 def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkeypatch):

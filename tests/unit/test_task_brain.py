@@ -519,7 +519,7 @@ def test_an_option_that_no_optimiser_heeds_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="--remove_vector_weight_decay does nothing"):
         LoudnessBrain.check_run(AtomicCheckpointer(checkpoints_dir=tmp_path), hparams)
     given = RunOptions.from_dictionary({"jit": True})
-    with pytest.raises(InputError, match="--jit is not for this recipe: leave it out"):
+    with pytest.raises(InputError, match="--jit has no effect here: leave it out"):
         LoudnessBrain.check_run(AtomicCheckpointer(checkpoints_dir=tmp_path), {**hparams, GOVERNING: {}}, given)
 
 

@@ -40,7 +40,7 @@ from speechbrain_bestrq.pcm_cache import cache_audio
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
 from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.run_options import check_counts, check_run_options
+from speechbrain_bestrq.run_options import OF_PRETRAINING, check_counts, check_run_options
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> None:
 
 def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any]) -> None:
     """Prepare and train, with the output folder to ourselves."""
-    check_run_options(run_opts)
+    check_run_options(run_opts, OF_PRETRAINING)
     check_counts(hparams)
     manifests = run_on_main(prepare_corpus, args=[hparams])
     ranks = (0, 1)
