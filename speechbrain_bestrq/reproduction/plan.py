@@ -304,7 +304,7 @@ def settings_of(preset: Mapping[str, Any], labels: str, task: str, kind: str) ->
 
     Example
     -------
-    >>> settings_of(read_preset("small"), ALL_LABELS, "intent", FROZEN)
+    >>> settings_of(read_preset("three_seeds"), ALL_LABELS, "intent", FROZEN)
     {'yaml': 'probe_small', 'options': {'number_of_epochs': 10}}
     """
     return (preset.get(labels) or {}).get(task, {}).get(kind)

@@ -68,7 +68,7 @@ def test_a_collapsed_codebook_has_the_lowest_loss_and_is_not_chosen(make_model, 
     after = model(*batch[:2], mask=batch[2], negatives=batch[3])
     assert after.metrics["contrastive_loss"] == 0 < before.metrics["contrastive_loss"]
     assert after.metrics["correct"] == 0 < before.metrics["correct"]
-    values = [{"loss": float(one.loss), "information": float(one.metrics["information"])} for one in (before, after)]
+    values = [{"loss": one.loss.item(), "information": float(one.metrics["information"])} for one in (before, after)]
     assert validation_error(values[1], model.chosen_by) == pytest.approx(0, abs=1e-6)
     assert values[1]["loss"] < values[0]["loss"]
 
