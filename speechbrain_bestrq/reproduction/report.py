@@ -331,17 +331,20 @@ def _device(run: Mapping[str, Any]) -> str:
 
 
 def _ratio(runs: Mapping[str, RunLog]) -> list[Block]:
-    """How much more audio BEST-RQ hears in a device-hour."""
+    """How much more audio BEST-RQ hears in a device-hour, all pre-trainings of a method together."""
     ours, other = (METHOD_NAMES[method] for method in ("bestrq", "wav2vec2"))
     pairs = [(name, name.replace(ours, other)) for name in runs if name.startswith(ours)]
-    pair = next((pair for pair in pairs if pair[1] in runs), None)
-    if pair is None:
+    both = [[runs[name] for name in names] for names in zip(*(pair for pair in pairs if pair[1] in runs), strict=True)]
+    if not both:
         return []
-    last = [next((row for row in reversed(runs[name].valid) if row.get("device_hours")), None) for name in pair]
-    if None in last:
+    last = [
+        [row for log in logs if (row := next((row for row in reversed(log.valid) if row.get("device_hours")), None))]
+        for logs in both
+    ]
+    if not all(last):
         return [Paragraph("Not both methods have been validated yet: no ratio.")]
-    speeds = [row["audio_hours"] / row["device_hours"] for row in last]
-    steps = " and ".join(dict.fromkeys(f"{row['step']:,}" for row in last))
+    speeds = [sum(row["audio_hours"] for row in rows) / sum(row["device_hours"] for row in rows) for rows in last]
+    steps = " and ".join(dict.fromkeys(f"{max(row['step'] for row in rows):,}" for rows in last))
     return [
         Paragraph(
             f"After {steps} updates BEST-RQ has heard {speeds[0] / speeds[1]:.2f} times the audio of wav2vec 2.0 in a "

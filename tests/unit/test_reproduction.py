@@ -662,6 +662,16 @@ def test_seeds_may_be_those_of_the_pre_trainings_too(tmp_path):
     assert "| [BEST-RQ, seed 3](pretraining/bestrq/3/train_log.jsonl) | 5.0 M | 2,000 | 20.0 | 1.00 | 20.0 |" in text
 
 
+def test_the_ratio_of_speeds_is_that_of_all_pre_trainings(tmp_path):
+    preset, corpora = read_preset("small"), ["librispeech"]
+    write_plan(tmp_path, "small", preset, corpora, "reproduce", marks_of(preset, tmp_path, corpora))
+    for seed, speed in ((1, 30.0), (2, 15.0), (3, 30.0)):
+        write_pretraining(tmp_path, f"bestrq/{seed}", speed)
+        write_pretraining(tmp_path, f"wav2vec2/{seed}", 10.0)
+    # 60 hours in 2.67 device-hours, and in 6
+    assert "BEST-RQ has heard 2.25 times the audio" in write_reproduction(tmp_path)["markdown"].read_text()
+
+
 def test_the_tables_are_the_same_bytes_elsewhere(reproduction, tmp_path_factory):
     files = write_reproduction(reproduction)
     copy = tmp_path_factory.mktemp("copy") / "reproduction"
