@@ -115,3 +115,20 @@ def load_helper(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def after_forward(monkeypatch):
+    """Return a function that has another one called after each ``compute_forward`` of a kind of Brain."""
+
+    def watch(kind, note):
+        compute_forward = kind.compute_forward
+
+        def noting(brain, batch, stage):
+            outcome = compute_forward(brain, batch, stage)
+            note(batch, stage.name, outcome)
+            return outcome
+
+        monkeypatch.setattr(kind, "compute_forward", noting)
+
+    return watch

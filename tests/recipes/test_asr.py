@@ -151,16 +151,9 @@ def test_it_learns_what_it_is_told(train, small_yamls, librispeech, tmp_path):
     assert len(losses) == 30 and 0 < losses[-1] < 0.8 * losses[0]
 
 
-def test_another_seed_of_the_labels_is_another_draw(train, small_yamls, librispeech, tmp_path, monkeypatch):
-    heard, compute_forward = set(), train.ASRBrain.compute_forward
-
-    def noting(brain, batch, stage):
-        if stage.name == "TRAIN":
-            heard.update(batch.id)
-        return compute_forward(brain, batch, stage)
-
-    monkeypatch.setattr(train.ASRBrain, "compute_forward", noting)
-    draws = set()
+def test_another_seed_of_the_labels_is_another_draw(train, small_yamls, librispeech, tmp_path, after_forward):
+    heard, draws = set(), set()
+    after_forward(train.ASRBrain, lambda batch, stage, _: heard.update(batch.id if stage == "TRAIN" else ()))
     for seed in range(6):
         heard.clear()
         more = ["--number_of_epochs=1", "--label_hours=0.0015", f"--label_seed={seed}"]

@@ -117,17 +117,15 @@ def test_every_yaml_trains_tests_and_tells(name, train, small_yamls, voxceleb, e
 
 
 def test_each_speaker_of_training_is_a_class_and_few_are_drawn_by_the_seed_of_the_labels(
-    train, small_yamls, voxceleb, tmp_path, monkeypatch
+    train, small_yamls, voxceleb, tmp_path, after_forward
 ):
-    heard, compute_forward = {}, train.VerificationBrain.compute_forward
+    heard, draws = {}, set()
 
-    def noting(brain, batch, stage):
-        if stage.name == "TRAIN":
+    def note(batch, stage, _):
+        if stage == "TRAIN":
             heard.update(zip(batch.id, batch.label.tolist(), strict=True))
-        return compute_forward(brain, batch, stage)
 
-    monkeypatch.setattr(train.VerificationBrain, "compute_forward", noting)
-    draws = set()
+    after_forward(train.VerificationBrain, note)
     for seed in range(6):
         heard.clear()
         more = ["--number_of_epochs=1", "--train_speakers=2", f"--label_seed={seed}"]

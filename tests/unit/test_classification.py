@@ -312,15 +312,9 @@ def test_it_learns_what_is_to_be_learned_and_with_shuffled_labels_falls_to_chanc
     assert np.mean(shuffled) < 0.4  # chance is 0.25
 
 
-def test_each_stage_hears_its_own_set_and_the_seed_of_the_labels_draws_the_few(sets, encoder, tmp_path, monkeypatch):
-    heard, compute_forward = {}, ClassificationBrain.compute_forward
-
-    def noting(brain, batch, stage):
-        heard.setdefault(stage.name, set()).update(batch.id)
-        return compute_forward(brain, batch, stage)
-
-    monkeypatch.setattr(ClassificationBrain, "compute_forward", noting)
-    drawn = {}
+def test_each_stage_hears_its_own_set_and_the_seed_of_the_labels_draws_the_few(sets, encoder, tmp_path, after_forward):
+    heard, drawn = {}, {}
+    after_forward(ClassificationBrain, lambda batch, stage, _: heard.setdefault(stage, set()).update(batch.id))
     for seed in (1, 2):
         heard.clear()
         run(tmp_path / str(seed), encoder, sets, epochs=1, examples_per_class=3, label_seed=seed)

@@ -260,14 +260,12 @@ def test_a_run_stopped_at_the_end_of_an_epoch_goes_on(toy, tmp_path, corpus):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_it_trains_and_validates_in_the_precision_that_is_asked_for(toy, tmp_path, corpus, monkeypatch, precision):
-    lowered, compute_forward = set(), pretraining.PretrainingBrain.compute_forward
-
-    def noting(brain, batch, stage):
-        lowered.add((stage.name, torch.is_autocast_enabled("cpu")))
-        return compute_forward(brain, batch, stage)
-
-    monkeypatch.setattr(pretraining.PretrainingBrain, "compute_forward", noting)
+def test_it_trains_and_validates_in_the_precision_that_is_asked_for(toy, tmp_path, corpus, after_forward, precision):
+    lowered = set()
+    after_forward(
+        pretraining.PretrainingBrain,
+        lambda _, stage, __: lowered.add((stage, torch.is_autocast_enabled("cpu"))),
+    )
     toy.train(tmp_path, **corpus, updates=2, precision=precision, eval_precision=precision)
     assert lowered == {(stage, precision == "bf16") for stage in ("TRAIN", "VALID")}
 

@@ -734,15 +734,13 @@ def test_nothing_is_tested_that_was_not_trained(rows, folder, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_it_trains_in_the_precision_that_is_asked_for(rows, folder, tmp_path, monkeypatch, precision):
-    lowered, compute_forward = set(), LoudnessBrain.compute_forward
+def test_it_trains_in_the_precision_that_is_asked_for(rows, folder, tmp_path, after_forward, precision):
+    lowered = set()
 
-    def noting(brain, batch, stage):
-        scores = compute_forward(brain, batch, stage)
-        lowered.add((stage.name, torch.is_autocast_enabled("cpu"), scores.dtype))
-        return scores
+    def note(_, stage, scores):
+        lowered.add((stage, torch.is_autocast_enabled("cpu"), scores.dtype))
 
-    monkeypatch.setattr(LoudnessBrain, "compute_forward", noting)
+    after_forward(LoudnessBrain, note)
     options = {"precision": precision, "eval_precision": precision}
     brain = make_brain(tmp_path / "run", folder, freeze=False, run_opts=options)
     before = copied(brain.modules.head)
