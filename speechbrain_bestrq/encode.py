@@ -136,7 +136,7 @@ class _Files:
     def __init__(self, root: Path, suffixes: tuple[str, ...], speech_encoder: SpeechEncoder, most_unreadable: int):
         self.root, self.most_unreadable = root, most_unreadable
         self.unreadable: list[str] = []
-        self.count_unreadable = 0
+        self.left_out: list[str] = []
         tree = AudioTree(root, suffixes)
         total = sum(1 for _ in tree.files())
         if not total:
@@ -165,16 +165,17 @@ class _Files:
         self.table = AudioTable(names, paths, seconds, rate)
 
     def _note(self, relative: str, problem: str) -> None:
-        self.count_unreadable += 1
+        self.left_out.append(relative)
         if len(self.unreadable) < MOST_NAMED:
             self.unreadable.append(f"{relative}: {problem}")
             logger.warning("left out: %s", self.unreadable[-1])
 
     def _check(self) -> None:
-        if self.count_unreadable > self.most_unreadable:
+        count = len(self.left_out)
+        if count > self.most_unreadable:
             raise InputError(
-                f"{self.count_unreadable} audio files in '{self.root}' cannot be read, first {self.unreadable[0]}: "
-                f"mend or remove them, or give --max_unreadable {self.count_unreadable} or more."
+                f"{count} audio files in '{self.root}' cannot be read, first {self.unreadable[0]}: "
+                f"mend or remove them, or give --max_unreadable {count} or more."
             )
 
     def found_unreadable(self, file: int, problem: str) -> None:
@@ -191,35 +192,63 @@ class _Outputs:
     ):
         self.folder, self.file_format, self.table = folder, file_format, table
         self.layers, self.d_model = sizes
-        self.frames = speech_encoder.num_frames(table.lengths)
+        self.frames = speech_encoder.num_frames(torch.from_numpy(table.lengths)).numpy()
         counts, places = np.unique(self.frames, return_inverse=True)
         headers = [len(file_header(file_format, (self.layers, int(count), self.d_model))) for count in counts]
         self.sizes = 4 * self.layers * self.d_model * self.frames + np.array(headers)[places]
         # before any is read: of audio that is changed later, the states are those of before
         self.identities = np.array([_identity(table.path(file)) for file in range(len(table))])
         self.encoded = EncodedAudio(folder)
-        self.there = np.array([is_whole(folder / self._name(file), int(size)) for file, size in enumerate(self.sizes)])
+        self.names = [self._output_of(table.name(file)) for file in range(len(table))]
+        self._check_names(os.pathconf(folder, "PC_NAME_MAX"))
+        self.there = np.array(
+            [is_whole(folder / name, size) for name, size in zip(self.names, self.sizes, strict=True)]
+        )
         self.pending = ~np.array([self.there[file] and self._is_of_its_audio(file) for file in range(len(table))])
 
-    def _name(self, file: int) -> str:
-        return f"{os.path.splitext(self.table.name(file))[0]}.{self.file_format}"
+    def _output_of(self, relative: str) -> str:
+        return f"{os.path.splitext(relative)[0]}.{self.file_format}"
+
+    def _check_names(self, longest: int) -> None:
+        """Refuse an output whose name, with another ending than the audio's, the disk would not take."""
+        for file, name in enumerate(self.names):
+            if len(os.fsencode(os.path.basename(name))) > longest:
+                raise InputError(
+                    f"the output of '{self.table.name(file)}' would have a name of more than the {longest} bytes that "
+                    f"'{self.folder}' takes: give the audio a shorter one."
+                )
+
+    def withdraw(self, left_out: list[str]) -> None:
+        """Remove the states of audio whose place was taken by a file that cannot be read."""
+        names = {self._output_of(relative) for relative in left_out}
+        for name in sorted(names.difference(self.names)):  # not those of a file of that stem that can be read
+            self._withdraw(name)
+
+    def lose(self, file: int) -> None:
+        """The same of a file whose header could be read."""
+        self._withdraw(self.names[file])
+
+    def _withdraw(self, name: str) -> None:
+        if self.encoded.has(name):
+            self.encoded.begin(name)
+            (self.folder / name).unlink(missing_ok=True)
 
     def _is_of_its_audio(self, file: int) -> bool:
         size, changed = self.identities[file].tolist()
         if self.encoded.is_new:  # written before there was a list: what is not older than its audio counts
-            return (self.folder / self._name(file)).stat().st_mtime_ns >= changed
-        return self.encoded.is_of(self._name(file), self.table.name(file), (size, changed))
+            return (self.folder / self.names[file]).stat().st_mtime_ns >= changed
+        return self.encoded.is_of(self.names[file], self.table.name(file), (size, changed))
 
     def open(self, file: int) -> HiddenStatesFile:
         """Begin an output."""
-        name = self._name(file)
+        name = self.names[file]
         self.encoded.begin(name)
         shape = (self.layers, int(self.frames[file]), self.d_model)
         return HiddenStatesFile(self.folder / name, self.file_format, shape)
 
     def note(self, file: int) -> None:
         """An output is whole."""
-        self.encoded.add(self._name(file), self.table.name(file), tuple(self.identities[file].tolist()))
+        self.encoded.add(self.names[file], self.table.name(file), tuple(self.identities[file].tolist()))
 
     def note_earlier(self) -> None:
         """What was there before there was a list is of the audio that is there."""
@@ -394,8 +423,11 @@ def encode_folder(
     )
     try:
         with sole_writer(folder), outputs.encoded:
+            if (folder / SETTINGS_FILE).exists():  # once more: another call may have come between
+                _check_settings(folder, settings)
             _write_settings(folder, settings)
             outputs.note_earlier()
+            outputs.withdraw(files.left_out)
             lost = _encode_pending(speech_encoder, torch.tensor(numbers, device=target), files, outputs, batch_seconds)
     except OSError as error:
         raise InputError(
@@ -412,7 +444,7 @@ def encode_folder(
         "encoded": len(files.table) - there - len(lost),
         "skipped": there,
         "hours": hours - float(files.table.lengths[lost].sum()) / files.table.sample_rate / 3600,
-        "unreadable": files.count_unreadable,
+        "unreadable": len(files.left_out),
         "unreadable_files": files.unreadable,
         "seconds": time.monotonic() - started,
     }
@@ -443,6 +475,7 @@ def _encode_pending(
                     if window.file not in lost:
                         lost.add(window.file)
                         files.found_unreadable(window.file, str(error))
+                        outputs.lose(window.file)
             readable = [(window, wave) for window, wave in readable if window.file not in lost]
             for file in lost & under_way.keys():
                 under_way.pop(file).discard()

@@ -44,6 +44,10 @@ class EncodedAudio:
             pass
         self._file = None
 
+    def has(self, output: str) -> bool:
+        """Whether an output is there, of whatever audio."""
+        return output in self._known
+
     def is_of(self, output: str, name: str, identity: tuple[int, int]) -> bool:
         """Whether an output was made of an audio file of that name, size and time."""
         return self._known.get(output) == hash((name, *identity))

@@ -109,9 +109,20 @@ def absent_gpu():
     return load_helper("absent_gpu")
 
 
+@pytest.fixture(scope="session")
+def load_script():
+    """Return the function that loads a file of the checkout that is no module of the package, from its path."""
+    return load_file
+
+
 def load_helper(name):
-    """A module of tests/helpers, from its path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "helpers" / f"{name}.py")
+    """A module of tests/helpers."""
+    return load_file(Path(__file__).parent / "helpers" / f"{name}.py")
+
+
+def load_file(path):
+    """A module, from its path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,7 +1,6 @@
 """The speech recognition recipe as a user runs it: every YAML, any encoder, resumed, on two ranks, with bad input."""
 
 import csv
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -26,12 +25,9 @@ TOY = "--num_workers=0 --max_batch_seconds=8 --number_of_epochs=2 --noprogressba
 
 
 @pytest.fixture(scope="module")
-def train():
+def train(load_script):
     """The recipe's train.py as a module."""
-    spec = importlib.util.spec_from_file_location("asr_train", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RECIPE / "train.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The emotion recipe as a user runs it: every YAML, all folds of a cross-validation, resumed, with bad input."""
 
 import csv
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -26,12 +25,9 @@ LABELS = ["ang", "hap", "neu", "sad"]
 
 
 @pytest.fixture(scope="module")
-def train():
+def train(load_script):
     """The recipe's train.py as a module."""
-    spec = importlib.util.spec_from_file_location("emotion_train", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RECIPE / "train.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The intent recipe as a user runs it: every YAML, any target and microphone, resumed, on two ranks, with bad input."""
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -24,12 +23,9 @@ TOY = "--num_workers=0 --number_of_epochs=2 --max_batch_size=8 --noprogressbar -
 
 
 @pytest.fixture(scope="module")
-def train():
+def train(load_script):
     """The recipe's train.py as a module."""
-    spec = importlib.util.spec_from_file_location("intent_train", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RECIPE / "train.py")
 
 
 @pytest.fixture(scope="module")

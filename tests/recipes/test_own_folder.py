@@ -1,6 +1,5 @@
 """A run's folder is its own while it lives: the downstream recipes (test_pretrain.py has the pre-training)."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
         ("IEMOCAP/emotion", ["--fold=Ses01F"], "run"),
     ],
 )
-def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(recipe, options, locked, tmp_path):
-    spec = importlib.util.spec_from_file_location("recipe_train", RECIPES / recipe / "train.py")
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(recipe, options, locked, load_script, tmp_path):
+    train = load_script(RECIPES / recipe / "train.py")
     yaml = str(RECIPES / recipe / "hparams" / "probe_small.yaml")
     given = [f"--data_folder={tmp_path}", "--encoder=fbank", f"--output_folder={tmp_path / 'run'}", "--device=cpu"]
     with (

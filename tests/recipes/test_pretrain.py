@@ -1,6 +1,5 @@
 """The pre-training recipe as a user runs it: every YAML, on one device and two, and with bad input."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -61,12 +60,9 @@ def librispeech(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def train():
+def train(load_script):
     """The recipe's train.py as a module."""
-    spec = importlib.util.spec_from_file_location("pretrain_train", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RECIPE / "train.py")
 
 
 def arguments(name, librispeech, output_folder, *more):

@@ -1,6 +1,5 @@
 """The pre-trained encoder in Brains built as SpeechBrain's wav2vec2 recipes build theirs, frozen and not."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,9 @@ RECIPES = ["CTC", "IEMOCAP", "SLURP"]
 
 
 @pytest.fixture(scope="module")
-def swapped():
-    """The module tests/helpers/swapped.py, loaded from its path."""
-    path = Path(__file__).parents[1] / "helpers" / "swapped.py"
-    spec = importlib.util.spec_from_file_location("swapped", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def swapped(load_script):
+    """The module tests/helpers/swapped.py."""
+    return load_script(Path(__file__).parents[1] / "helpers" / "swapped.py")
 
 
 @pytest.fixture

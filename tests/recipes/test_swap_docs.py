@@ -1,6 +1,5 @@
 """What docs/swap.md says to write into a recipe does what it says: its YAML and its diffs are built and run here."""
 
-import importlib.util
 import json
 import re
 import textwrap
@@ -68,13 +67,9 @@ def wav2vec2_folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def swapped():
-    """The module tests/helpers/swapped.py, loaded from its path."""
-    path = Path(__file__).parents[1] / "helpers" / "swapped.py"
-    spec = importlib.util.spec_from_file_location("swapped", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def swapped(load_script):
+    """The module tests/helpers/swapped.py."""
+    return load_script(Path(__file__).parents[1] / "helpers" / "swapped.py")
 
 
 # ---------------------------------------------------------------- the recipes' diffs

@@ -1,7 +1,6 @@
 """The speaker verification recipe as a user runs it: every YAML, any encoder, resumed, on two ranks, with bad input."""
 
 import csv
-import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -28,12 +27,9 @@ TOY = "--num_workers=0 --number_of_epochs=2 --valid_trials=20 --noprogressbar --
 
 
 @pytest.fixture(scope="module")
-def train():
+def train(load_script):
     """The recipe's train.py as a module."""
-    spec = importlib.util.spec_from_file_location("verification_train", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RECIPE / "train.py")
 
 
 @pytest.fixture(scope="module")
@@ -272,10 +268,8 @@ def test_torchrun_on_two_devices_trains_and_tells_once(torchrun, small_yamls, vo
     assert len((tmp_path / "run" / "train_log.txt").read_text().splitlines()) == 2
 
 
-def test_the_benchmark_without_training_has_a_row_for_each_source(voxceleb, encoder, capsys):
-    spec = importlib.util.spec_from_file_location("pooled_verification", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_the_benchmark_without_training_has_a_row_for_each_source(voxceleb, encoder, load_script, capsys):
+    module = load_script(BENCHMARK)
     for pooling in ("mean", "statistics"):
         options = [str(encoder), f"random:{encoder}", "fbank", f"--pooling={pooling}"]
         module.main([f"--data_folder={voxceleb}", *options])

@@ -1,6 +1,5 @@
 """Options of the tasks' YAMLs arrive where they have an effect."""
 
-import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -24,10 +23,8 @@ OTHERS = {"seed", "save_folder"}
 
 
 @pytest.mark.parametrize("recipe", PREPARE)
-def test_the_preparation_is_told_every_option_that_a_yaml_has_for_it(recipe):
-    spec = importlib.util.spec_from_file_location("recipe_train", RECIPES / recipe / "train.py")
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+def test_the_preparation_is_told_every_option_that_a_yaml_has_for_it(recipe, load_script):
+    train = load_script(RECIPES / recipe / "train.py")
     known = inspect.signature(PREPARE[recipe]).parameters.keys() - OTHERS
     for path in sorted((RECIPES / recipe / "hparams").glob("*.yaml")):
         written = set(re.findall(r"^(\w+):", path.read_text(), re.MULTILINE))

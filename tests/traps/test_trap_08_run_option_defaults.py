@@ -1,6 +1,5 @@
 """What the YAML says is not overwritten by the defaults of options that nobody gave."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -14,15 +13,13 @@ class Reached(Exception):  # noqa: N818 - not an error
 
 
 @pytest.mark.parametrize("given", [{}, {"precision": "fp32", "max_grad_norm": "3.0"}], ids=["YAML", "command line"])
-def test_the_yamls_settings_reach_the_brain(toy, tmp_path, monkeypatch, given):
+def test_the_yamls_settings_reach_the_brain(toy, load_script, tmp_path, monkeypatch, given):
     """Trap: ``hparams.update(run_opts)`` puts option defaults over the YAML: bf16 -> fp32, accumulation 2 -> 1.
 
     Mutation: in recipes/LibriSpeech/pretrain/train.py, run, before ``brain = PretrainingBrain(`` add
     ``hparams.update(run_opts.as_dict())``.
     """
-    spec = importlib.util.spec_from_file_location("train", RECIPE / "train.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    recipe = load_script(RECIPE / "train.py")
     made = []
 
     class Brain(recipe.PretrainingBrain):

@@ -1,6 +1,5 @@
 """Ranks draw different masks and noise, and hold the same quantizer."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -26,15 +25,13 @@ def test_ranks_have_different_masks_and_noise(toy, tmp_path):
     assert torch.equal(first.masked.mask, again.masked.mask) and first.noise_seed == again.noise_seed
 
 
-def test_the_recipe_tells_the_training_data_its_rank(toy, tmp_path):
+def test_the_recipe_tells_the_training_data_its_rank(toy, load_script, tmp_path):
     """Trap: as above, where the recipe puts the parts together; validation masks are those of any number of ranks.
 
     Mutation: in recipes/LibriSpeech/pretrain/train.py, dataio_prepare, ``make_loader(training_waveforms(rank),`` ->
     ``make_loader(training_waveforms(0),``.
     """
-    spec = importlib.util.spec_from_file_location("train", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    recipe = load_script(RECIPE)
     folder = toy.write_noise(tmp_path / "audio", [0.8] * 12)
     hparams = {
         "data_folder": folder, "output_folder": tmp_path / "run", "corpus": "folder", "extra_folders": [], "seed": 3,

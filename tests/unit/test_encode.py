@@ -87,6 +87,16 @@ def test_files_in_a_batch_equal_each_by_itself(encoder, audio, tmp_path, relativ
         assert relative_difference(torch.from_numpy(alone), torch.from_numpy(ours)) < 1e-5, name
 
 
+def test_an_encoder_that_hears_waveforms_does_as_well(audio, tmp_path, relative_difference, toy):
+    save_encoder(toy.make_wav2vec2().speech_encoder, tmp_path / "run" / "encoder", "# Tiny")
+    assert encode_folder(tmp_path / "run", audio, tmp_path / "out", layers=["all"])["encoded"] == 7
+    for name in times(tmp_path / "out"):
+        alone = one_at_a_time(tmp_path / "run", next(audio.rglob(f"{Path(name).stem}.*")))
+        states = np.load(tmp_path / "out" / name)
+        assert states.shape == alone.shape
+        assert relative_difference(torch.from_numpy(states), torch.from_numpy(alone)) < 1e-5
+
+
 def test_layers_come_in_the_order_given_and_formats_hold_the_same(encoder, audio, tmp_path):
     encode_folder(encoder, audio, tmp_path / "all", layers=["all"])
     encode_folder(encoder / "encoder", audio, tmp_path / "some", layers=["-1", "0"], file_format="safetensors")
@@ -368,6 +378,33 @@ def test_unreadable_files_are_counted_and_named_up_to_the_limit(encoder, audio, 
     assert summary["hours"] == pytest.approx((0.3 + 2.5 + 0.04 + 1.7 + 1.5 + 0.9) / 3600, abs=1e-6)
     assert [line.split(":")[0] for line in summary["unreadable_files"]] == ["empty.wav", "short.wav", "2.wav"]
     assert "2.npy" not in outputs(tmp_path / "lenient") and len(times(tmp_path / "lenient")) == 6
+
+
+def test_states_of_audio_that_cannot_be_read_any_more_are_removed(encoder, audio, tmp_path, monkeypatch):
+    """One whose header tells, and one whose audio turns out to be damaged; others of the folder stay."""
+    out = tmp_path / "out"
+    encode_folder(encoder, audio, out)
+    (out / "notes.npy").write_bytes(b"somebody's")
+    (audio / "1.wav").write_bytes(b"")
+    (audio / "notes.wav").write_bytes(b"")
+    soundfile.write(audio / "2.wav", noise(0.7, seed=9), RATE)
+
+    def damaged(path, *arguments):
+        raise InputError(f"{path} cannot be read.")
+
+    monkeypatch.setattr(encode, "read_segment", damaged)
+    assert encode_folder(encoder, audio, out, max_unreadable=3)["unreadable"] == 3
+    assert {"1.npy", "2.npy"}.isdisjoint(outputs(out)) and "notes.npy" in outputs(out)
+    assert len(times(out)) == 7 - 2 + 1
+
+
+def test_names_as_long_as_the_disk_takes(encoder, tmp_path):
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / f"{'x' * 251}.wav", noise(0.3), RATE)
+    encode_folder(encoder, tmp_path / "audio", tmp_path / "out")
+    assert list(times(tmp_path / "out")) == [f"{'x' * 251}.npy"]
+    with pytest.raises(InputError, match=r"the output of 'x{251}\.wav' would have a name of more than the 255 bytes"):
+        encode_folder(encoder, tmp_path / "audio", tmp_path / "other", file_format="safetensors")
 
 
 def test_a_full_disk_is_said_before_and_while_writing(encoder, audio, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The benchmark of frozen against fine-tuned steps runs, and says what it measured; its figures are not judged here."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,9 @@ SMALL = ["--d_model", "16", "--layers", "2", "--batch", "1", "--seconds", "2", "
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def benchmark(load_script):
     """The benchmark as a module."""
-    path = Path(__file__).parents[2] / "benchmarks" / "frozen_share.py"
-    specification = importlib.util.spec_from_file_location("frozen_share", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script(Path(__file__).parents[2] / "benchmarks" / "frozen_share.py")
 
 
 def test_it_prints_a_row_for_each_kind_of_step_and_writes_only_what_it_is_told(
