@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import soundfile
 from tqdm import tqdm
 
@@ -115,6 +117,10 @@ class Survey(NamedTuple):
     """Of the other files, those whose names say that they are audio too."""
     folders: Mapping[tuple[int, int], str] = MappingProxyType({})
     """Device and inode of each folder with audio files, and the path by which it was entered."""
+    identities: np.ndarray = np.empty(0, dtype=np.int64)
+    """Of each audio file, sorted: equal for links to one file, symbolic or not."""
+    repeated: frozenset[str] = frozenset()
+    """Relative paths of audio files that are links to others of the tree, which stand for them; not counted above."""
 
 
 class AudioTree(NamedTuple):
@@ -149,6 +155,7 @@ class AudioTree(NamedTuple):
         digest = hashlib.blake2b(digest_size=16)
         entered: dict[tuple[int, int], str] = {}
         with_audio = set()
+        identities = array("q")
         for relative, entry in walk_files(self.root, entered):
             name = entry.name.lower()
             if name.endswith(self.suffixes):
@@ -161,9 +168,45 @@ class AudioTree(NamedTuple):
                 other_audio += name.endswith(OTHER_AUDIO)
                 continue
             status = _status(entry)
+            if name.endswith(self.suffixes):
+                identities.extend(_identity(status))
             digest.update(b"%b\0%d\0%d\n" % (os.fsencode(relative), status.st_size, status.st_mtime_ns))
         folders = {one: path for one, path in entered.items() if path in with_audio}
-        return Survey(files, ignored, digest.hexdigest(), other_audio, folders)
+        known, counts = np.unique(np.array(identities, dtype=np.int64), return_counts=True)
+        repeated = frozenset(
+            relative for several in self.find(known[counts > 1]).values() for relative, _ in several[1:]
+        )
+        return Survey(files - len(repeated), ignored, digest.hexdigest(), other_audio, folders, known, repeated)
+
+    def find(self, identities: np.ndarray) -> dict[int, list[tuple[str, str]]]:
+        """Find the audio files that have one of some identities; without any, nothing is looked at.
+
+        Arguments
+        ---------
+        identities : numpy.ndarray
+            Some of :attr:`Survey.identities`.
+
+        Returns
+        -------
+        dict
+            By identity, the relative and the absolute path of each file that has it, in their order.
+        """
+        wanted, found = set(identities.tolist()), {}
+        for relative, entry in walk_files(self.root) if wanted else ():
+            if entry.name.lower().endswith(self.suffixes):
+                for identity in wanted.intersection(_identity(_status(entry))):
+                    found.setdefault(identity, []).append((relative, entry.path))
+        return found
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What links to one file have in common, and no other file has; nothing where the disk does not number its files.
+
+    Size and time are for network disks whose numbers may be those of other files.
+    """
+    if not status.st_ino:
+        return ()
+    return (hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)),)
 
 
 def _status(entry: os.DirEntry) -> os.stat_result:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from speechbrain_bestrq.corpora._audio_files import OTHER_AUDIO, AudioTree, Survey, probe_files
 from speechbrain_bestrq.corpora._options import AudioRules, absolute_path, normalize_extensions
 from speechbrain_bestrq.corpora.manifest import (
@@ -58,7 +60,9 @@ class Part:
 
 
 def check_separate(extra_parts: Sequence[Part], parts: Sequence[Part]) -> None:
-    """Refuse extra folders in which a link leads to what is read anyway: the audio would be used twice.
+    """Refuse extra folders in which a link, to a folder or a file, leads to what is read anyway.
+
+    The audio would be used twice, or be trained on and validated on.
 
     Arguments
     ---------
@@ -70,7 +74,7 @@ def check_separate(extra_parts: Sequence[Part], parts: Sequence[Part]) -> None:
     Raises
     ------
     InputError
-        Naming a folder that belongs to two.
+        Naming a folder or a file that belongs to two.
     """
     others = list(parts)
     for extra in extra_parts:
@@ -80,6 +84,13 @@ def check_separate(extra_parts: Sequence[Part], parts: Sequence[Part]) -> None:
                 raise InputError(
                     f"extra_folders: '{extra.survey.folders[twice]}' is '{other.survey.folders[twice]}', so audio "
                     "would be used twice: remove the link, or give only what is not in the other."
+                )
+            both = np.intersect1d(extra.survey.identities, other.survey.identities, assume_unique=True)
+            for identity, links in extra.tree.find(both[:1]).items():
+                (_, link), (_, target) = links[0], other.tree.find(both[:1])[identity][0]
+                raise InputError(
+                    f"extra_folders: {len(both)} of the files in '{extra.tree.root}' are those of '{other.tree.root}', "
+                    f"such as {link!r}, which is {target!r}, so audio would be used twice: remove the links."
                 )
         others.append(extra)
 
@@ -135,6 +146,8 @@ def prepare_part(
         notes.update(finish())
 
     recipe = {"folder": str(part.tree.root), "suffixes": part.tree.suffixes, "fingerprint": part.survey.fingerprint}
+    if part.survey.repeated:
+        recipe["repeated"] = len(part.survey.repeated)
     summary, fresh = build_manifest(part.manifest, columns, part.corpus, recipe, rows)
     for sample_rate, (_, first) in summary["sample_rates"].items():
         _check_rate(int(sample_rate), first, rules)
@@ -151,7 +164,8 @@ def _readable_rows(
     sample_rates: dict[str, tuple[int, str]] = {}
     channels: Counter[str] = Counter()
     part.unreadable_list.unlink(missing_ok=True)
-    for relative, path, probe in probe_files(part.tree.files(), part.survey.files, rules.threads, part.label):
+    files = (one for one in part.tree.files() if one[0] not in part.survey.repeated)
+    for relative, path, probe in probe_files(files, part.survey.files, rules.threads, part.label):
         if probe.problem:
             unreadable += 1
             if len(named) < NAMED_UNREADABLE:
@@ -195,6 +209,13 @@ def _log_findings(part: Part, summary: dict[str, Any], rules: AudioRules) -> Non
         summary["unreadable"],
         part.survey.ignored,
     )
+    if part.survey.repeated:
+        logger.warning(
+            "%s: %d files are links to others of the folder, and left out, such as %s",
+            part.label,
+            len(part.survey.repeated),
+            min(part.survey.repeated),
+        )
     if part.survey.other_audio:
         logger.warning(
             "%s: %d of the files ignored are audio of another kind, such as %s: convert them, for example with "

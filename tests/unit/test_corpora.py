@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from contextlib import contextmanager
 
 import numpy as np
@@ -729,6 +730,24 @@ class TestExtraFolders:
             (place / "notes").symlink_to(tmp_path / "notes")  # without audio
         prepare(librispeech, save, extra_folders=[everything])  # what is elsewhere may be linked to
 
+    @pytest.mark.parametrize("link", ["symbolic", "hard", "both to a third place"])
+    def test_a_link_to_a_file_that_is_read_anyway_is_refused(self, librispeech, folder, tmp_path, save, link):
+        """Validation audio would be trained on, and the best encoder chosen by what it has heard."""
+        extra = write_audio(tmp_path / "extra" / "a.wav").parent
+        heard = sorted((librispeech / "dev-clean").rglob("*.flac"))[0]
+        if link == "hard":
+            os.link(heard, extra / "b.flac")
+        elif link == "symbolic":
+            (extra / "b.flac").symlink_to(heard)
+        else:
+            store = heard.rename(tmp_path / heard.name)
+            heard.symlink_to(store)
+            (extra / "b.flac").symlink_to(store)
+        prepare_folder(extra, save / "alone", extra_folders=[folder])
+        with pytest.raises(InputError) as error:
+            prepare(librispeech, save, extra_folders=[extra])
+        assert_one_line(error, f"1 of the files in '{extra}'", f"'{extra}/b.flac', which is '{heard}'")
+
     def test_one_name_in_each_of_several_folders_leaves_nothing_to_split(self, tmp_path, save):
         one, other = (write_audio(tmp_path / name / "audio.wav").parent for name in ("one", "other"))
         with pytest.raises(InputError) as error:
@@ -822,7 +841,7 @@ class TestFolder:
         found = [relative for relative, _ in _audio_files.walk_files(tmp_path)]
         assert found == sorted(names)
 
-    def test_links(self, tmp_path, save):
+    def test_links(self, tmp_path, save, caplog):
         elsewhere = write_audio(tmp_path / "elsewhere" / "x.wav").parent
         root = tmp_path / "audio"
         write_audio(root / "a" / "1.wav")
@@ -831,8 +850,23 @@ class TestFolder:
         (root / "linked").symlink_to(elsewhere)
         (root / "linked2").symlink_to(elsewhere)
         (root / "z.wav").symlink_to(root / "a" / "1.wav")
-        prepare_folder(root, save)
-        assert list(read_manifest(save / "folder-audio.csv")) == ["a/1.wav", "linked/x.wav", "z.wav"]
+        # of a file and the links to it, symbolic or not, one: the others could come to be validated on
+        os.link(root / "a" / "1.wav", root / "b.wav")
+        with caplog.at_level("WARNING"):
+            prepare_folder(root, save)
+        assert list(read_manifest(save / "folder-audio.csv")) == ["a/1.wav", "linked/x.wav"]
+        assert "audio: 2 files are links to others of the folder, and left out, such as b.wav" in caplog.text
+
+    def test_disks_that_do_not_number_their_files(self, folder, save, monkeypatch):
+        status = _audio_files._status
+        monkeypatch.setattr(
+            _audio_files,
+            "_status",
+            lambda entry: types.SimpleNamespace(
+                st_dev=1, st_ino=0, st_size=status(entry).st_size, st_mtime_ns=status(entry).st_mtime_ns
+            ),
+        )
+        assert sum(len(read_manifest(path)) for path in prepare_folder(folder, save).values()) == 20
 
     def test_other_extensions(self, folder, save):
         write_audio(folder / "speaker0" / "9.aiff", format="AIFF")
