@@ -21,7 +21,9 @@ from speechbrain_bestrq.writing import write_text
 DATASHEET_FLOPS = {
     "B200": 2250e12,
     "GH200": 990e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,

@@ -79,7 +79,7 @@ class ClassificationBrain(TaskBrain):
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> Tensor:
         """Give logits (B, number of labels)."""
-        features, lengths = self.listen(batch.to(self.device, non_blocking=True), stage)
+        features, lengths, _ = self.listen(batch, stage)
         return self.modules.head(features, lengths).float()
 
     def compute_objectives(self, logits: Tensor, batch: Any, stage: sb.Stage) -> Tensor:

@@ -43,7 +43,7 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> list[li
     log_probs : Tensor
         Shape (B, T, V); logits will do.
     lengths : Tensor
-        Frames of each utterance, int64, shape (B,).
+        Frames of each utterance, int64, shape (B,), on any device.
     blank : int
         The blank.
 
@@ -60,7 +60,7 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> list[li
     """
     _check_batch(log_probs, lengths)
     best = log_probs.argmax(-1)
-    counts = (best != blank) & valid_frames(lengths, best.shape[1])
+    counts = (best != blank) & valid_frames(lengths.to(best.device), best.shape[1])
     counts[:, 1:] &= best[:, 1:] != best[:, :-1]
     # one transfer to the host for both
     rows = best.masked_fill(~counts, -1).cpu().numpy()

@@ -254,7 +254,7 @@ def bootstrap_rate(
     """
     errors, totals = _sums(errors, groups), _sums(totals, groups)
     drawn = _resamples(len(errors), seed, resamples)
-    rates = (drawn @ errors) / np.maximum(drawn @ totals, 1e-12)
+    rates = _rates(drawn @ errors, drawn @ totals)
     low, high = np.quantile(rates, [0.025, 0.975])
     return Interval(float(errors.sum() / totals.sum()), float(low), float(high))
 
@@ -293,10 +293,15 @@ def paired_bootstrap(
     change = _sums(errors, groups) - _sums(other_errors, groups)
     totals = _sums(totals, groups)
     drawn = _resamples(len(change), seed, resamples)
-    differences = (drawn @ change) / np.maximum(drawn @ totals, 1e-12)
+    differences = _rates(drawn @ change, drawn @ totals)
     low, high = np.quantile(differences, [0.025, 0.975])
     interval = Interval(float(change.sum() / totals.sum()), float(low), float(high))
     return interval, float(np.mean(differences >= 0))
+
+
+def _rates(errors: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Of each resample; one without a word has none."""
+    return errors[totals > 0] / totals[totals > 0]
 
 
 # ---------------------------------------------------------------- seeds

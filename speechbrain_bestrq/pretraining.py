@@ -260,6 +260,8 @@ class PretrainingBrain(sb.Brain):
         if not self.compile:
             return
         allow_many_shapes()
+        # a layer is a graph of its own, beside whose gradients others are sent: DDP need not cut it up for that
+        torch._dynamo.config.optimize_ddp = False
         dynamic = bool(self.compile_using_dynamic_shape_tracing)
         for layer in self.model.speech_encoder.encoder.layers:
             layer.compile(mode=self.compile_mode, fullgraph=self.compile_using_fullgraph, dynamic=dynamic)

@@ -146,6 +146,8 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
         run_opts = RunOptions.from_dictionary({**named, "distributed_backend": "gloo"})
     if on_cpu and (run_opts["auto_mix_prec"] or "fp16" in (run_opts["precision"], run_opts["eval_precision"])):
         raise InputError(_NO_FP16)
+    if not on_cpu and "device" in run_opts.overridden_args:
+        _check_own_gpu(str(run_opts["device"]), run_opts["distributed_backend"])
     sb.utils.distributed.ddp_init_group(run_opts)
     if not Path(hparams_file).is_file():
         raise InputError(f"{hparams_file} does not exist: give the path of a YAML, such as hparams/bestrq.yaml.")
@@ -170,6 +172,16 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
         if _HOME.search(str(hparams.get(key) or "")):
             raise InputError(f"{hparams_file}: {key} {hparams[key]}: write the path in full, without ~.")
     return hparams_file, run_opts, overrides, hparams
+
+
+def _check_own_gpu(device: str, backend: str) -> None:
+    """Refuse under torchrun and NCCL a GPU that several ranks would share: they would wait for each other for hours."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is not None and backend == "nccl" and device != f"cuda:{rank}":
+        raise InputError(
+            f"--device {device} under torchrun would give rank {rank} a GPU that is not its own: leave --device out, "
+            "or give --distributed_backend gloo as well, where ranks are to share one."
+        )
 
 
 def build_hparams(text: str, overrides: str, run_opts: RunOptions) -> dict[str, Any]:

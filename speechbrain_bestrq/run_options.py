@@ -39,7 +39,7 @@ def check_run_options(run_opts: RunOptions, without_effect: Mapping[str, str]) -
     Raises
     ------
     InputError
-        Naming one, and what to do instead.
+        Naming one, and what to do instead; or a mode of compilation that would spoil gradients.
 
     Example
     -------
@@ -49,6 +49,11 @@ def check_run_options(run_opts: RunOptions, without_effect: Mapping[str, str]) -
     """
     for name in sorted(without_effect.keys() & run_opts.overridden_args):
         raise InputError(f"--{name} has no effect here: {without_effect[name]}.")
+    if run_opts["compile_mode"] in ("reduce-overhead", "max-autotune"):
+        raise InputError(
+            f"--compile_mode {run_opts['compile_mode']} keeps gradients in graphs that the next micro-batch writes "
+            "over: give max-autotune-no-cudagraphs, or leave it out."
+        )
 
 
 def check_counts(hparams: MutableMapping[str, Any]) -> None:

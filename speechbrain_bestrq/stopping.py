@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from enum import IntEnum
 from types import FrameType
 
@@ -14,6 +15,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 #: For so long a signal that comes again is taken for the same one.
 SAME_SIGNAL_SECONDS = 3.0
+
+#: How long ranks wait for one that writes to a slow disk: as long as SpeechBrain's own group does.
+PATIENCE = timedelta(hours=2)
 
 
 class StoppedError(Exception):
@@ -58,7 +62,7 @@ class Requests:
     def __enter__(self) -> "Requests":
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # requests travel between the hosts, whatever the devices do
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self

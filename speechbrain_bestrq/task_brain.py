@@ -223,13 +223,13 @@ class TaskBrain(sb.Brain):
 
     # ---------------------------------------------------------------- computing
 
-    def listen(self, batch: Any, stage: sb.Stage) -> tuple[Tensor, Tensor]:
-        """Encode a batch and mix its hidden states.
+    def listen(self, batch: Any, stage: sb.Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring a batch to the device, encode it and mix its hidden states.
 
         Arguments
         ---------
         batch : PaddedBatch
-            On the device; with ``sig``, waveforms, or ``hidden``, cached hidden states
+            On the host; with ``sig``, waveforms, or ``hidden``, cached hidden states
             (B, T, S, D).
         stage : sb.Stage
             The encoder is trained in TRAIN only.
@@ -240,17 +240,24 @@ class TaskBrain(sb.Brain):
             Shape (B, T, D); zero in the padding.
         lengths : Tensor
             Frames of each utterance, int64, shape (B,).
+        host_lengths : Tensor
+            The same on the host, for what would wait for them there.
         """
-        if hasattr(batch, "hidden"):
+        is_cached = hasattr(batch, "hidden")
+        host_relative = (batch.hidden if is_cached else batch.sig).lengths.cpu()
+        batch = batch.to(self.device, non_blocking=True)
+        if is_cached:
             states, relative = batch.hidden
             hidden, lengths = states.permute(2, 0, 1, 3), absolute_lengths(relative, states.shape[1])
+            host_lengths = absolute_lengths(host_relative, states.shape[1])
         else:
             wavs, wav_lens = batch.sig
             if stage == sb.Stage.TRAIN:
                 wavs = self._augment(wavs, wav_lens)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_is_trained()):
                 hidden, lengths = self.modules.encoder(wavs, wav_lens)
-        return (hidden[0] if self.mix is None else self.modules.mix(hidden, lengths)), lengths
+            host_lengths = self.encoder.num_frames(absolute_lengths(host_relative, wavs.shape[1]))
+        return (hidden[0] if self.mix is None else self.modules.mix(hidden, lengths)), lengths, host_lengths
 
     def _augment(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
         """Change waveforms where they are, and without autocast whatever precision the training has."""

@@ -42,7 +42,7 @@ from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.verification import SpeakerEmbeddings
 
 SAMPLE_RATE = 16000
-#: Draws of few labels, whose mean counts.
+#: Draws of few labelled examples of a class, whose mean counts; of characters there is one.
 DRAWS = 5
 #: Examples of each class, where labels are few.
 FEW_EXAMPLES = (5, 20)
@@ -380,7 +380,10 @@ class Characters(Corpus):
         trained_on = _at_most(read_manifest(self.manifests["train"]), ALIGNER_HOURS)
         made_by = [self.mark, ALIGNER_HOURS, ALIGNER_SETTINGS]
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
-        self.times = cached_alignment(folder / f"alignment-{key}.pt", trained_on, sets, SAMPLE_RATE, device)
+        alignment = folder / f"alignment-{key}.pt"
+        self.times = cached_alignment(alignment, trained_on, sets, SAMPLE_RATE, device)
+        # made once more, on another device or by other code, it may be another
+        self.mark = [*self.mark, file_digest(alignment)]
         self.sets = {name: {key: rows[key] for key in self.times[name]} for name, rows in sets.items()}
         for name, rows in self.sets.items():
             if not rows:
@@ -415,7 +418,7 @@ class Characters(Corpus):
             found["characters_few"].append(linear_probe(sets["few"], sets["valid"], sets["test"], number))
             found["characters_all"].append(linear_probe(every, sets["valid"], sets["test"], number))
             tested = frames["test"].states[state]
-            some = tested[:: max(len(tested) // RANK_FRAMES, 1)]
+            some = tested[:: -(-len(tested) // RANK_FRAMES)]
             for name, value in (
                 ("rank", effective_rank(some)),
                 ("scale", float(some.square().mean().sqrt())),

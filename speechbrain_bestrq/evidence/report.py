@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from speechbrain_bestrq.evidence.measures import MEASURES
+from speechbrain_bestrq.evidence.measures import ALIGNER_HOURS, MEASURES
 from speechbrain_bestrq.metrics import difference_over_seeds
 from speechbrain_bestrq.reproduction.document import Block, Grid, Heading, Items, Paragraph, Picture, Text, to_markdown
 from speechbrain_bestrq.reproduction.tables import METHOD_NAMES
@@ -21,6 +21,10 @@ from speechbrain_bestrq.writing import replacing, write_text
 
 TITLE = "What the hidden states are good for"
 SCORES = [name for name, measure in MEASURES.items() if measure.is_score]
+ALIGNED = (
+    f"When a character is said is found by an aligner that was trained on up to {ALIGNER_HOURS:g} hours of "
+    "transcripts. "
+)
 DESCRIPTIONS = [name for name, measure in MEASURES.items() if not measure.is_score]
 Record = Mapping[str, Any]
 
@@ -125,6 +129,7 @@ def _blocks(found: Mapping[str, Any], curves: Path) -> list[Block]:
             f"{'; few examples of intents are drawn of all' if found.get('version', 0) > 4 else ''}. "
             "Hidden state and penalty of a probe are chosen on the validation set, whose labels are not among the few. "
             "Hours in rows are of audio heard in pre-training, repeats counted. "
+            f"{ALIGNED if 'characters_few' in scores else ''}"
             "In brackets: least and most over untrained encoders of different weights."
         ),
         Heading("By the hidden state that is best on the validation set"),

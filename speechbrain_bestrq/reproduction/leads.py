@@ -176,14 +176,14 @@ def judgements(found: Runs, tables: Mapping[str, Table]) -> list[Block]:
         Sentences and points for each table that has something to compare.
     """
     blocks, beside = _untrained(found, tables), _beside_wav2vec2(found, tables)
-    if not blocks:
-        has_untrained = "random" in found.preset["baselines"]
-        words = "Not known yet: it takes the untrained encoder and a pre-trained one on the same task."
-        opening = Paragraph(words if has_untrained else "Not asked: this preset has no untrained encoder.")
+    if "random" not in found.preset["baselines"]:
+        opening = Paragraph("Not asked: this preset has no untrained encoder.")
+    elif not blocks:
+        opening = Paragraph("Not known yet: it takes the untrained encoder and a pre-trained one on the same task.")
     else:
         words = "The untrained encoder is that of BEST-RQ with random weights, others for each seed"
         words += "; fine-tuned it is trained from scratch" if found.preset.get("fine_tune_untrained") else ""
-        words += f", with {own} instead." if (own := _own_options(found.preset)) else "."
+        words += f", with {own} instead." if (own := _own_options(found.preset, tables.values())) else "."
         opening = Paragraph(words)
     return [opening, *blocks, *beside, *([Paragraph(_legend(tables))] if blocks or beside else [])]
 
@@ -217,15 +217,31 @@ def _under_title(name: str, table: Table, said: list[Block], leads: Grid) -> lis
     return [*title, *said, *([leads] if leads.rows else [])]
 
 
-def _own_options(preset: Mapping[str, Any]) -> str:
-    """What training from scratch has of its own, by task."""
+def _own_options(preset: Mapping[str, Any], tables: Iterable[Table]) -> str:
+    """What training from scratch has of its own, by task, of those that were run."""
     told = []
+    run = {
+        (FEW_LABELS if table.few_labels else ALL_LABELS, task)
+        for table in tables
+        if table.kind == FINE_TUNED
+        for task in _tasks_run(table)
+    }
     for labels in (ALL_LABELS, FEW_LABELS):
         for task, kinds in (preset.get(labels) or {}).items():
-            if own := (kinds.get(FINE_TUNED) or {}).get(UNTRAINED):
+            own = (kinds.get(FINE_TUNED) or {}).get(UNTRAINED)
+            if own and (labels, task) in run:
                 where = f"{task}, few labels" if labels == FEW_LABELS else task
                 told.append(f"{', '.join(f'{key} {value}' for key, value in own.items())} ({where})")
     return "; ".join(told)
+
+
+def _tasks_run(table: Table) -> set[str]:
+    """The tasks of which a table has figures."""
+    return {
+        column.task
+        for number, column in enumerate(table.columns)
+        if any(cells[number].runs for cells in table.rows.values())
+    }
 
 
 def _legend(tables: Mapping[str, Table]) -> str:
@@ -234,7 +250,7 @@ def _legend(tables: Mapping[str, Table]) -> str:
     legend += "interval, of the utterances, which both were tested on, and of the seeds; of a single seed, of the "
     legend += "utterances alone. Where there is a *, the errors of each utterance are not at hand: the interval is as "
     legend += "if each had been tested on utterances of its own, which is mostly too wide."
-    if any(table.few_labels for table in tables.values()):
+    if any(table.few_labels and _tasks_run(table) for table in tables.values()):
         legend += " With few labels the seeds' part is that of their differences: a seed has one draw of labels, the "
         legend += "same for all encoders."
     return legend

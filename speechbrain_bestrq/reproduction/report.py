@@ -156,7 +156,7 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
             f"Preset {plan['name']}: pre-trained for {_counts(preset)}, seeds of the tasks: "
             f"{', '.join(map(str, preset['seeds']))}. Figures are per cent. Ours stand first, with the deviation over "
             "the seeds or the 95 % interval of one; then the paper's; then the difference, where both pre-trained on "
-            "LibriSpeech and both are of one corpus. What was not run says so."
+            "LibriSpeech and both are of one corpus, with all its labels. What was not run says so."
         ),
         *_failures(found),
         *_corpora(plan, tables, runs),
@@ -164,7 +164,8 @@ def _blocks(found: Runs, tables: dict[str, Table], runs: dict[str, RunLog]) -> l
         *judgements(found, tables),
     ]
     for table in tables.values():
-        blocks += [Heading(table.title), _grid(table)]
+        grid = _grid(table)
+        blocks += [Heading(table.title), grid] if len(grid.heads) > 1 else []
     every = {**runs, **_masking_runs(found)}
     blocks += [Heading("What it cost"), *_cost(found, every), Heading("Curves"), *_curves(folder, runs)]
     blocks += [Heading("Use of the codes"), *_codes(found, runs)]

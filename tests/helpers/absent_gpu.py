@@ -71,9 +71,11 @@ def first_step_there(brain_class):
         for parameter in parameters(brains[0]):
             parameter.grad = torch.zeros_like(parameter)
 
-    def ctc_loss(log_probs, targets, *_, **__):  # PyTorch's asks the driver
+    def ctc_loss(log_probs, targets, *lengths, **_):  # PyTorch's asks the driver
         if targets.device != log_probs.device:
             raise AssertionError(f"targets on {targets.device}, scores on {log_probs.device}")
+        if waited_for := {str(one.device) for one in lengths} - {"cpu"}:
+            raise AssertionError(f"the host reads lengths that are on {waited_for}")
         return log_probs.sum((0, 2))
 
     def on_the_gpu(brain, batch):

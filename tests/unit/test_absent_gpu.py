@@ -45,6 +45,18 @@ def test_autocast_is_that_of_a_gpu(absent_gpu):
         assert (weights @ weights).device == torch.device("cuda:0")
 
 
+@pytest.mark.parametrize(("method", "settings"), [("bestrq", {}), ("wav2vec2", {"norm": "pre"}), ("wav2vec2", {})])
+def test_all_layers_take_float32_under_autocast(method, settings, toy, absent_gpu):
+    """What is before the first one ends in half precision, and all others end in a norm, or a sum, in float32."""
+    encoder, taken = toy.make_model(method, **settings).speech_encoder.encoder, []
+    for layer in encoder.layers:
+        layer.register_forward_pre_hook(lambda _, given: taken.append(given[0].dtype))
+    with absent_gpu.absent_gpu(), torch.autocast("cuda", torch.bfloat16):
+        absent_gpu.move_module(encoder)
+        encoder(absent_gpu.move(torch.ones(1, 5, encoder.d_model, dtype=torch.bfloat16)))
+    assert taken == [torch.float32] * len(encoder.layers)
+
+
 @pytest.mark.parametrize("attention", [RotaryAttention, RelativeAttention])
 def test_a_replica_that_has_the_tables_of_another_device_attends(attention, absent_gpu):
     """As those of torch.nn.DataParallel, which sends parameters and buffers alone."""

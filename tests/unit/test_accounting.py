@@ -165,6 +165,7 @@ def test_statistics_of_no_label_are_zero_codes():
     "name, precision, expected",
     [
         ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA H200 NVL", "bf16", 835e12),
         ("NVIDIA GH200 480GB", "bf16", 990e12),
         ("NVIDIA H100 PCIe", "fp16", 756e12),
         ("NVIDIA H100 80GB HBM3", "bf16", 989e12),

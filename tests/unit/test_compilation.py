@@ -38,3 +38,4 @@ def test_nothing_is_compiled_anew_after_the_first_epoch(method, layer_drop, toy,
     # one for each shape, which all layers share
     assert len(compiled_after) == len({(len(plan.indices), plan.samples) for plan in epoch}) == 5
     assert layer_drop or max(compiled_after) < len(epoch)
+    assert not torch._dynamo.config.optimize_ddp  # which would make several of each on several devices

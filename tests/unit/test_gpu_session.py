@@ -1,6 +1,7 @@
 """The session on a GPU, rehearsed: its parts, its commands, and what becomes of a part that fails."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,10 @@ from safetensors.torch import load_file
 from speechbrain_bestrq import PretrainedEncoder
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.attention import attend
+from speechbrain_bestrq.audio import AudioTable
+from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
+from speechbrain_bestrq.corpora import prepare_librispeech
+from speechbrain_bestrq.corpora.manifest import read_manifest
 from speechbrain_bestrq.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -135,6 +140,45 @@ def test_attention_that_is_wrong_in_training_is_found(load, toys, monkeypatch, f
     monkeypatch.setattr(checks, "attend", wrong)
     checks.compare_attention(settings, findings)
     assert list(rows(findings).values()) == [False]
+
+
+def test_attention_that_is_right_in_bfloat16_is_taken_for_right(load, toys, monkeypatch):
+    """PyTorch's own of a CPU, which rounds as those of a GPU do; the rehearsal has float32 alone."""
+    checks = load("gpu_checks")
+    settings, findings = toys
+    settings.toy = False
+    monkeypatch.setattr(checks, "attend", torch.nn.functional.scaled_dot_product_attention)
+    checks.compare_attention(settings, findings)
+    assert list(rows(findings).values()) == [True]
+
+
+def test_no_utterance_is_too_long_for_the_batches_of_a_run(load, toys, tmp_path, monkeypatch):
+    """Of the corpus that the session makes on a GPU, of one small encoder for all."""
+    checks = load("gpu_checks")
+    settings, _ = toys
+    settings.toy, settings.device = False, "cuda"
+    Path(settings.work).mkdir()
+    commands = []
+    monkeypatch.setattr(checks, "_tell_run", lambda title, words, *_: commands.append(words))
+    monkeypatch.setattr(checks, "_stop_and_resume", lambda *_: None)
+    monkeypatch.setattr(checks, "_run_all", lambda jobs, _: [job() for job in jobs.values()])
+    checks.pretraining(settings, None, 60)
+    assert len(commands) == 8
+    for number, words in enumerate(commands):
+        given = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word and word.startswith("--"))
+        yaml = next(word for word in words if word.endswith(".yaml"))
+        text = (checks.RECIPES / "LibriSpeech" / "pretrain" / yaml).read_text()
+        limits = {
+            name: float(given.get(name, re.search(rf"^{name}: ([\d.]+)", text, re.MULTILINE)[1]))
+            for name in ("max_batch_seconds", "min_seconds", "max_seconds")
+        }
+        batch_samples = round(16000 * limits.pop("max_batch_seconds"))
+        manifests = prepare_librispeech(
+            Path(settings.work) / "noise", tmp_path / str(number), ["train-clean-100"], ["dev-clean"]
+        )
+        for name, sampler in (("train", LadderBatchSampler), ("valid", PaddedBatchSampler)):
+            table = AudioTable.from_manifest(read_manifest(manifests[name]), 16000, **limits)
+            assert len(sampler(table.lengths, batch_samples, sample_rate=16000)) > 0
 
 
 def test_a_compiled_layer_is_compared_with_the_eager_one(load, toys, monkeypatch):

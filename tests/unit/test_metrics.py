@@ -112,6 +112,12 @@ def test_the_interval_covers_the_true_rate_about_as_often_as_it_says():
     assert 0.90 <= inside / 200 <= 0.985
 
 
+def test_a_resample_without_a_word_has_no_rate():
+    """Of one utterance without words and with one: a quarter of the resamples have the first alone."""
+    assert bootstrap_rate([1, 0], [0, 1]).high == pytest.approx(1.0)
+    assert paired_bootstrap([1, 0], [0, 0], [0, 1])[0].high == pytest.approx(1.0)
+
+
 def test_resampling_whole_speakers_widens_the_interval_where_they_differ():
     generator = np.random.default_rng(0)
     speakers = np.repeat(np.arange(20), 50)

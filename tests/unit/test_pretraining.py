@@ -567,6 +567,12 @@ def test_run_options_without_effect_are_refused(option, instead):
         check_run_options(RunOptions.from_dictionary({"device": "cpu", option: True}), OF_PRETRAINING)
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_graphs_that_the_next_micro_batch_writes_over_are_refused(mode):
+    with pytest.raises(InputError, match=f"--compile_mode {mode} .*: give max-autotune-no-cudagraphs"):
+        check_run_options(RunOptions.from_dictionary({"device": "cpu", "compile_mode": mode}), OF_PRETRAINING)
+
+
 def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkeypatch):
     """Each of three micro-batches takes half a second and 3 GFLOP; two updates of the six planned are a line."""
     now = [100.0]

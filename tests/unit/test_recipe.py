@@ -1,9 +1,11 @@
 """What the options of a recipe's command line become."""
 
+import contextlib
+
 import pytest
 import torch
 
-from speechbrain_bestrq import cli, machine
+from speechbrain_bestrq import cli, machine, recipe
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.recipe import load_recipe, quote_paths
 
@@ -86,6 +88,22 @@ def test_fp16_without_a_gpu_is_refused_before_any_work(options, tmp_path):
     yaml.write_text(f"{YAML}\nprecision: fp16\n")
     with pytest.raises(InputError, match="fp16 is for GPUs"):
         load_recipe([str(yaml), "--data_folder=a"])
+
+
+def test_under_torchrun_a_rank_takes_no_gpu_of_another(options, monkeypatch):
+    """SpeechBrain takes "cuda" for the first GPU, and NCCL's groups then wait for each other."""
+    joined = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(recipe.sb.utils.distributed, "ddp_init_group", lambda _: joined.append(1))
+    monkeypatch.setattr(recipe, "loading_for", lambda _: contextlib.nullcontext())
+    options("--data_folder=a", "--device=cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(InputError, match=f"--device {device} under torchrun would give rank 1 a GPU .*: leave"):
+            options("--data_folder=a", f"--device={device}")
+    assert len(joined) == 1
+    options("--data_folder=a", "--device=cuda:1")
+    options("--data_folder=a", "--device=cuda:0", "--distributed_backend=gloo")
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_not_passed_over(options, tmp_path, monkeypatch, capsys):

@@ -379,6 +379,17 @@ def test_on_the_papers_corpus_the_difference_is_given(tmp_path):
         "[25.00 (23.00 to 27.00)](masking-asr/0.05/1/results.json)<br>paper 25.24<br>difference -0.24"
     )
     assert masking["1 %"]["dev-clean WER (LibriSpeech)"] == "not yet run<br>paper 36.45"
+    # not of fewer labels or updates than the paper's
+    results = tmp_path / "verification-frozen" / "bestrq-200000" / "1" / "results.json"
+    few = {**json.loads(results.read_text()), "settings": {"train_speakers": 20}}
+    results.write_text(json.dumps(few))
+    plan = read_plan(tmp_path)
+    plan["preset"]["masking"]["updates"] = 500
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    rows = rows_of(write_reproduction(tmp_path)["markdown"])["BEST-RQ, 200,000 updates"]
+    assert "difference" not in rows["speaker EER (VoxCeleb)"]
+    assert "difference" in rows["emotion accuracy (IEMOCAP)"]
+    assert "difference" not in rows_of(tmp_path / "report.md", "Table 3")["5 %"]["dev-clean WER (LibriSpeech)"]
 
 
 @pytest.mark.parametrize("heard", ["LibriSpeech", "LibriSpeech + ten hours of my own", None])
@@ -497,6 +508,9 @@ def test_options_of_training_from_scratch_alone_are_told(reproduction):
     marks = marks_of(preset, reproduction, ["librispeech", "slurp"])
     write_plan(reproduction, "own", preset, ["librispeech", "slurp"], "reproduce", marks)
     text = write_reproduction(reproduction)["markdown"].read_text()
+    assert "number_of_epochs 18" not in text  # what was not run has no options
+    write_probe(reproduction, "intent-fine-tuned-few/random/1", {"test": {"accuracy": score(0.2)}}, "Speech Commands")
+    text = write_reproduction(reproduction)["markdown"].read_text()
     assert "it is trained from scratch, with number_of_epochs 18, encoder_rest 0 (intent, few labels) instead." in text
 
 
@@ -574,6 +588,7 @@ def test_without_an_untrained_encoder_it_is_compared_with_filter_banks(reproduct
     rows = rows_of(write_reproduction(reproduction)["markdown"], "Does pre-training pay?")
     assert rows["BEST-RQ, 2,000 updates, ahead of filter banks"]["intent accuracy"].startswith("+10.00 ± ")
     assert not any("untrained" in row for row in rows)
+    assert "The untrained encoder is" not in (reproduction / "report.md").read_text()
     plan["preset"]["baselines"] = []
     (reproduction / "plan.json").write_text(json.dumps(plan))
     assert "this preset has no untrained encoder" in write_reproduction(reproduction)["markdown"].read_text()
@@ -606,6 +621,19 @@ def test_what_another_plan_left_is_not_shown(reproduction):
     assert rows_of(report)["BEST-RQ, 2,000 updates"]["test-clean WER"] == "failed"
     told = "## What failed\n\nasr-frozen/bestrq-2000/1 failed (1)\n\n    $ train.py\n    no space\n"
     assert told in report.read_text()
+    # another command, which could not begin, has left its complaint in the record of what was done
+    path.write_text(json.dumps({"mark": "mark of asr-frozen/bestrq-2000/1", "failed": why, "made": "once"}))
+    report = write_reproduction(reproduction)["markdown"]
+    assert rows_of(report)["BEST-RQ, 2,000 updates"]["test-clean WER (speechocean762)"].startswith("[90.00")
+    assert "What failed" not in report.read_text()
+
+
+def test_a_table_that_has_no_column_is_left_out(reproduction):
+    plan = read_plan(reproduction)
+    plan["preset"]["few_labels"] = {"verification": FEW["verification"]}  # of which no corpus was given
+    (reproduction / "plan.json").write_text(json.dumps(plan))
+    text = write_reproduction(reproduction)["markdown"].read_text()
+    assert "few labels" not in text and "## Table 1" in text
 
 
 def test_a_probe_of_an_encoder_that_was_trained_again_is_not_shown(reproduction):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -562,6 +563,15 @@ def test_codebook_use_that_has_halved_is_warned_of_each_time(tmp_path, caplog):
 
 
 # ---------------------------------------------------------------- ranks
+
+
+def test_ranks_wait_as_long_for_one_that_writes_as_all_else_waits(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: made.append(options))
+    with Requests():
+        assert made == [{"backend": "gloo", "timeout": timedelta(hours=2)}]
 
 
 def test_one_process_agrees_with_itself():

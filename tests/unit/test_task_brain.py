@@ -43,7 +43,7 @@ class LoudnessBrain(TaskBrain):
     def compute_forward(self, batch, stage):
         """Score the mean frame."""
         batch = batch.to(self.device)
-        features, lengths = self.listen(batch, stage)
+        features, lengths, _ = self.listen(batch, stage)
         self.modes.add((stage.name, self.encoder.encoder.training))
         return self.modules.head(features.sum(1) / lengths[:, None])
 

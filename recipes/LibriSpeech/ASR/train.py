@@ -83,9 +83,9 @@ class ASRBrain(TaskBrain):
         return self.hparams.valid_metric
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give log-probabilities (B, T, V) of the units, and frames (B,)."""
-        features, lengths = self.listen(batch.to(self.device, non_blocking=True), stage)
-        return self.modules.head(features, lengths).float().log_softmax(-1), lengths
+        """Give log-probabilities (B, T, V) of the units, and frames (B,), on the host."""
+        features, lengths, host_lengths = self.listen(batch, stage)
+        return self.modules.head(features, lengths).float().log_softmax(-1), host_lengths
 
     def compute_objectives(
         self, predictions: tuple[torch.Tensor, torch.Tensor], batch: Any, stage: sb.Stage
@@ -96,7 +96,7 @@ class ASRBrain(TaskBrain):
         counts = torch.tensor([len(one) for one in units])
         losses = torch.nn.functional.ctc_loss(
             log_probs.transpose(0, 1),
-            torch.cat(units).to(self.device),
+            torch.cat(units).to(self.device, non_blocking=True),
             lengths,
             counts,
             reduction="none",
@@ -173,7 +173,7 @@ def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
     for name, part in rows.items():
         fastest = max(hparams.get("speeds", [100])) / 100 if name == "train" else 1
         units = {one: tokenizer.encode(row["wrd"]) for one, row in part.items()}
-        frames = {one: encoder.num_frames(int(row["duration"] * rate / fastest)) for one, row in part.items()}
+        frames = {one: encoder.num_frames(round(row["duration"] * rate / fastest)) for one, row in part.items()}
         hopeless = check_lengths(frames, units, "training" if name == "train" else f"'{name}'")
         if name in ("train", "valid") and len(hopeless) == len(part):
             raise InputError(

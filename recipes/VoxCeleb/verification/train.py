@@ -90,7 +90,7 @@ class VerificationBrain(TaskBrain):
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> torch.Tensor:
         """Give embeddings (B, E)."""
-        features, lengths = self.listen(batch.to(self.device, non_blocking=True), stage)
+        features, lengths, _ = self.listen(batch, stage)
         return self.modules.embedder(features, lengths)
 
     def compute_objectives(self, embeddings: torch.Tensor, batch: Any, stage: sb.Stage) -> torch.Tensor:
