@@ -469,7 +469,7 @@ def _read_resampled(file: soundfile.SoundFile, start: int, samples: int, sample_
     # Frame `n * down` of the file falls on sample `n * up` of the result: whole blocks n keep the filter's phase.
     divisor = math.gcd(file.samplerate, sample_rate)
     down, up = file.samplerate // divisor, sample_rate // divisor
-    if down * up > MAX_RESAMPLING_WEIGHTS:
+    if not can_resample(file.samplerate, sample_rate):
         raise InputError(
             f"{os.fsdecode(file.name)} has {file.samplerate} samples per second, which cannot be resampled to "
             f"{sample_rate} with reasonable effort: convert it to a common rate, and prepare the corpus again."
@@ -484,6 +484,26 @@ def _read_resampled(file: soundfile.SoundFile, start: int, samples: int, sample_
     with torch.inference_mode():
         resampled = resampler(torch.from_numpy(audio)).numpy()
     return resampled[start - first * up :][:samples]
+
+
+def can_resample(rate: int, sample_rate: int) -> bool:
+    """Tell whether audio of a rate can be resampled to another with reasonable effort.
+
+    Arguments
+    ---------
+    rate, sample_rate : int
+        Samples per second.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> can_resample(44100, 16000), can_resample(22254, 16000)
+    (True, False)
+    """
+    return rate * sample_rate // math.gcd(rate, sample_rate) ** 2 <= MAX_RESAMPLING_WEIGHTS
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from speechbrain_bestrq.writing import replacing, write_text
 logger = logging.getLogger(__name__)
 
 _INDEX = "index.json"
+#: Names of files of hidden states, whole or not.
+_STATES = re.compile(r"states-[0-9a-f]{16}\.f32(\.writing)?")
 _BYTES = 4  # of a float32
 
 
@@ -98,7 +101,7 @@ def cache_features(
     Raises
     ------
     InputError
-        If the encoder is to be trained, or the disk is too full or fails.
+        If the encoder is to be trained, the folder is used for something else, or the disk is too full or fails.
     """
     if not encoder.freeze:
         raise InputError("cache_features: True is for a frozen encoder: leave it out when the encoder is trained.")
@@ -109,14 +112,17 @@ def cache_features(
         with next_writer(folder):
             cache = _find(folder, identity, audio)
             if cache is None:
+                _check_own(folder / _INDEX)
                 content = json.dumps([identity, audio], sort_keys=True)
                 name = f"states-{hashlib.sha256(content.encode()).hexdigest()[:16]}.f32"
                 started = time.perf_counter()
                 index = _compute(folder / name, encoder, rows, sample_rate, max_batch_seconds, torch.device(device))
                 index |= {"identity": identity, "audio": audio, "file": name, "seconds": time.perf_counter() - started}
                 write_text(folder / _INDEX, json.dumps(index))
-                for other in folder.glob("states-*"):
-                    if other.name != name:  # also what a killed run left; whoever reads one goes on reading it
+                for other in folder.iterdir():
+                    if (
+                        _STATES.fullmatch(other.name) and other.name != name
+                    ):  # also what a killed run left; whoever reads one goes on reading it
                         other.unlink(missing_ok=True)
                 return FeatureCache(folder)
     logger.info("The hidden states of %d utterances are in %s already.", len(rows), folder)
@@ -257,6 +263,21 @@ def _find(folder: Path, identity: dict[str, Any], audio: dict[str, list[Any]]) -
     except (OSError, ValueError, KeyError, TypeError):  # there is none
         pass
     return None
+
+
+def _check_own(path: Path) -> None:
+    """Refuse to write over an index that is not of hidden states."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        index = None
+    if not (isinstance(index, dict) and index.keys() >= {"identity", "file"}):
+        raise InputError(
+            f"cache_folder '{path.parent}': its {path.name} is not that of hidden states: give another folder, or move "
+            "that file away."
+        )
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

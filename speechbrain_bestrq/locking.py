@@ -121,6 +121,7 @@ def _locked(folder: Path, name: str, operation: int, file: str) -> Iterator[None
     except OSError as error:
         raise InputError(f"{name} '{folder}' cannot be written ({error.strerror}): give another.") from error
     locked = False
+    _open.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
@@ -147,7 +148,22 @@ def _locked(folder: Path, name: str, operation: int, file: str) -> Iterator[None
                 with contextlib.suppress(OSError):
                     path.unlink()
     finally:
-        os.close(descriptor)
+        if descriptor in _open:  # not in a forked process
+            _open.remove(descriptor)
+            os.close(descriptor)
+
+
+def _let_go() -> None:
+    """Close a forked process's copies, such as a loading worker's: a lock lasts until the last of them is closed."""
+    for descriptor in _open:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _open.clear()
+
+
+#: Descriptors of the locks that this process holds, or waits for.
+_open: set[int] = set()
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _is_there(descriptor: int, path: Path) -> bool:

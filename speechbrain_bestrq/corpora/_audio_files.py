@@ -24,6 +24,9 @@ SHORTEST = 0.025
 OTHER_AUDIO = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".webm", ".aif", ".aiff", ".caf", ".wv", ".ape")
 """Endings of audio that nobody asked for, or that cannot be read."""
 
+LOST_AND_FOUND = "lost+found"
+"""Of the root of a disk, which the system keeps for itself."""
+
 CHUNK = 64
 """Files that a worker takes at a time."""
 
@@ -80,6 +83,8 @@ def _list_folder(path: str, prefix: str, entered: dict[tuple[int, int], str]) ->
         with os.scandir(path) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
+        if isinstance(error, PermissionError) and os.path.basename(path) == LOST_AND_FOUND:
+            return []
         raise InputError(
             f"folder {path!r} cannot be listed ({error.strerror}): give yourself the right to read it, or move it away."
         ) from error

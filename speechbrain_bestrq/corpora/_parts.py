@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from speechbrain_bestrq.audio import can_resample
 from speechbrain_bestrq.corpora._audio_files import OTHER_AUDIO, AudioTree, Survey, probe_files
 from speechbrain_bestrq.corpora._options import AudioRules, absolute_path, normalize_extensions
 from speechbrain_bestrq.corpora.manifest import (
@@ -138,7 +139,7 @@ def prepare_part(
     Raises
     ------
     InputError
-        If a file has another sample rate and ``rules.resample`` is off.
+        If a file has another sample rate and ``rules.resample`` is off, or a rate that cannot be resampled.
     """
 
     def rows(notes: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -197,6 +198,11 @@ def _check_rate(sample_rate: int, path: str, rules: AudioRules) -> None:
         raise InputError(
             f"{path!r} has a sample rate of {sample_rate} Hz, not {rules.sample_rate} Hz: set resample to True to "
             "have such files resampled when they are loaded, or convert them."
+        )
+    if not can_resample(sample_rate, rules.sample_rate):
+        raise InputError(
+            f"{path!r} has a sample rate of {sample_rate} Hz, which cannot be resampled to {rules.sample_rate} Hz with "
+            "reasonable effort: convert it to a common rate."
         )
 
 

@@ -857,6 +857,25 @@ class TestFolder:
         assert list(read_manifest(save / "folder-audio.csv")) == ["a/1.wav", "linked/x.wav"]
         assert "audio: 2 files are links to others of the folder, and left out, such as b.wav" in caplog.text
 
+    def test_what_a_disk_keeps_for_itself_is_passed_over(self, folder, save, monkeypatch):
+        (folder / "lost+found").mkdir()
+        scandir = os.scandir
+
+        def as_a_user(path):
+            if path.endswith("lost+found"):
+                raise PermissionError(13, "Permission denied")
+            return scandir(path)
+
+        monkeypatch.setattr(_audio_files.os, "scandir", as_a_user)
+        assert sum(len(read_manifest(path)) for path in prepare_folder(folder, save).values()) == 20
+
+    def test_a_rate_that_cannot_be_resampled_is_refused_before_it_counts_as_damage(self, folder, save):
+        path = folder / "speaker0" / "old.wav"
+        soundfile.write(path, np.zeros(22254), 22254)
+        with pytest.raises(InputError) as error:
+            prepare_folder(folder, save, max_unreadable=10)
+        assert_one_line(error, path, "22254 Hz, which cannot be resampled to 16000 Hz")
+
     def test_disks_that_do_not_number_their_files(self, folder, save, monkeypatch):
         status = _audio_files._status
         monkeypatch.setattr(

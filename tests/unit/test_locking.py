@@ -1,8 +1,12 @@
 """One writer at a time, or one after another."""
 
+import contextlib
 import fcntl
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -65,6 +69,34 @@ def test_locks_are_such_as_nfs_has_for_other_machines(tmp_path, monkeypatch):
         with kind(tmp_path):
             pass
     assert set(locked) == {(True, os.O_RDWR)} and len(locked) >= 3
+
+
+def test_a_lock_ends_with_its_owner_though_a_worker_of_it_lives(tmp_path):
+    """As loading workers do for seconds after a run that was killed, which is started again at once."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from speechbrain_bestrq.locking import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])):\n"
+        "    worker = os.fork()\n"
+        "    if not worker:\n"
+        "        time.sleep(60)\n"
+        "        os._exit(0)\n"
+        "    print(worker, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with open(tmp_path / "printed", "w") as printed:  # a pipe would be the worker's, too
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=printed)
+    worker = int((tmp_path / "printed").read_text())
+    try:
+        for _ in range(50):  # the worker may not have been given its first moment yet
+            with contextlib.suppress(InputError), sole_writer(tmp_path):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the folder is still locked")
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_an_owner_leaves_nothing_and_nobody_locks_a_file_that_is_taken_away(tmp_path, monkeypatch):

@@ -224,6 +224,23 @@ def test_the_size_of_a_cache_is_said_first_and_a_full_disk_is_refused(folder, ro
         cache_features(tmp_path / "other", encoder, rows)
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", '{"pages": 3}', "no JSON"])
+def test_nothing_of_others_in_its_folder_is_written_over_or_removed(folder, rows, tmp_path, content):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "index.json").write_text(content)
+    (cache / "states-of-the-union.csv").write_text("mine")
+    encoder = TaskEncoder(folder, all_states=False)
+    with pytest.raises(InputError, match="its index.json is not that of hidden states: give another folder"):
+        cache_features(cache, encoder, rows)
+    assert (cache / "index.json").read_text() == content
+    (cache / "index.json").unlink()
+    (cache / "states-0123456789abcdef.f32").write_text("of another encoder")
+    cache_features(cache, encoder, rows)
+    assert (cache / "states-of-the-union.csv").read_text() == "mine"
+    assert not (cache / "states-0123456789abcdef.f32").exists()
+
+
 def test_an_encoder_that_is_trained_is_not_cached(folder, rows, tmp_path):
     with pytest.raises(InputError, match="frozen"):
         cache_features(tmp_path / "cache", TaskEncoder(folder, freeze=False), rows)
