@@ -260,6 +260,26 @@ def _check_open_keys(hparams_file: str, text: str, overrides: str) -> None:
             raise InputError(f"{hparams_file}: {key} is left open: give it on the command line, --{key} <value>.")
 
 
+def given_keys(overrides: str) -> set[str]:
+    """Tell which keys of a YAML were given on the command line.
+
+    Arguments
+    ---------
+    overrides : str
+        Of :func:`load_recipe`.
+
+    Returns
+    -------
+    set of str
+
+    Example
+    -------
+    >>> sorted(given_keys("seed: 1\ntrain_splits: [train-clean-100]"))
+    ['seed', 'train_splits']
+    """
+    return {key for key, _ in _top_level(overrides)}
+
+
 def _top_level(text: str) -> list[tuple[str, str]]:
     """The keys of a YAML and the tags of their values, in order."""
     try:

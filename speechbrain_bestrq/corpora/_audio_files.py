@@ -16,6 +16,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from speechbrain_bestrq.corpora._mp3 import header_falls_short
 from speechbrain_bestrq.errors import InputError
 
 SHORTEST = 0.025
@@ -262,6 +263,9 @@ def probe_audio(path: str) -> Probe:
             audio.seek(frames - tail)
             if len(audio.read(tail, dtype="float32")) != tail:
                 return Probe(0.0, sample_rate, channels, "it ends before the length that its header gives")
+            if audio.subtype.startswith("MPEG") and header_falls_short(path):
+                problem = "it holds more than its header says: write that anew, as by ffmpeg -i a.mp3 -c copy b.mp3"
+                return Probe(0.0, sample_rate, channels, problem)
     except (soundfile.SoundFileError, OSError, ValueError) as error:
         return Probe(0.0, 0, 0, _explain(path, error))
     return Probe(frames / sample_rate, sample_rate, channels)

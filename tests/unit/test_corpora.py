@@ -857,6 +857,22 @@ class TestFolder:
         assert list(read_manifest(save / "folder-audio.csv")) == ["a/1.wav", "linked/x.wav"]
         assert "audio: 2 files are links to others of the folder, and left out, such as b.wav" in caplog.text
 
+    @pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 2), (22050, 2), (48000, 1)])
+    def test_mp3_files_put_one_behind_another_are_named(self, tmp_path, rate, channels):
+        """As podcasts are, with advertisements before: the header is that of the first, and so would be the length."""
+        noise = 0.1 * np.random.default_rng(0).standard_normal((3 * rate, channels))
+        for number in (1, 2):
+            soundfile.write(tmp_path / f"{number}.mp3", noise[: number * rate], rate)
+        parts = [(tmp_path / f"{number}.mp3").read_bytes() for number in (1, 2)]
+        (tmp_path / "both.mp3").write_bytes(parts[0] + parts[1])
+        cover = bytes([0, 0, 0, 0, 1, 0, 0]) + bytes(2**14)  # of 16384 bytes, said in seven bits each
+        (tmp_path / "tagged.mp3").write_bytes(b"ID3" + cover + parts[0] + b"TAG" + bytes(125))
+        ape = b"APETAGEX" + bytes(24)
+        (tmp_path / "ape.mp3").write_bytes(parts[0] + bytes(len(parts[0])) + ape)
+        problems = {path.stem: _audio_files.probe_audio(str(path)).problem for path in tmp_path.glob("*.mp3")}
+        assert "ffmpeg -i a.mp3 -c copy b.mp3" in problems.pop("both")
+        assert set(problems.values()) == {""}
+
     def test_what_a_disk_keeps_for_itself_is_passed_over(self, folder, save, monkeypatch):
         (folder / "lost+found").mkdir()
         scandir = os.scandir

@@ -39,6 +39,11 @@ def test_a_path_stays_what_was_typed(options, path, joined):
     assert options("--data_folder=a", "--output_folder", path)["save_folder"] == f"{path}/save"
 
 
+def test_what_has_no_key_of_its_own_is_given_within_its_object(options):
+    encoder = options("--data_folder=a", "--encoder={out_features: 5, bias: False}")["encoder"]
+    assert encoder.weight.shape == (5, 2) and encoder.bias is None
+
+
 def test_what_is_no_path_is_left_alone(options):
     found = options("--data_folder", "a", "--language_model", "null", "--encoder", "{out_features: 5}")
     assert found["language_model"] is None and found["encoder"].out_features == 5

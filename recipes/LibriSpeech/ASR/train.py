@@ -101,7 +101,7 @@ class ASRBrain(TaskBrain):
             counts,
             reduction="none",
             zero_infinity=True,
-        ) / counts.clamp(min=1).to(self.device)
+        ) / counts.clamp(min=1).to(self.device, non_blocking=True)
         if stage != sb.Stage.TRAIN:
             self._collect(log_probs, lengths, batch)
             possible = [frames_needed(one) <= frames for one, frames in zip(batch.units, lengths.tolist(), strict=True)]

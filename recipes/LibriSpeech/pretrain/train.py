@@ -39,7 +39,7 @@ from speechbrain_bestrq.machine import is_gpu
 from speechbrain_bestrq.pcm_cache import cache_audio
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
 from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
-from speechbrain_bestrq.recipe import command_line, load_recipe, own_folder, run_recipe
+from speechbrain_bestrq.recipe import command_line, given_keys, load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.run_options import OF_PRETRAINING, check_counts, check_run_options
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,8 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     """Prepare and train, with the output folder to ourselves."""
     check_run_options(run_opts, OF_PRETRAINING)
     check_counts(hparams)
+    if hparams["corpus"] == "folder" and (splits := given_keys(overrides) & {"train_splits", "valid_splits"}):
+        raise InputError(f"--{min(splits)} is of LibriSpeech: a folder has no such parts; leave it out.")
     manifests = run_on_main(prepare_corpus, args=[hparams])
     ranks = (0, 1)
     if torch.distributed.is_initialized():
