@@ -274,7 +274,7 @@ def given_keys(overrides: str) -> set[str]:
 
     Example
     -------
-    >>> sorted(given_keys("seed: 1\ntrain_splits: [train-clean-100]"))
+    >>> sorted(given_keys("{seed: 1, train_splits: [train-clean-100]}"))
     ['seed', 'train_splits']
     """
     return {key for key, _ in _top_level(overrides)}
