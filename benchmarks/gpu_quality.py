@@ -123,6 +123,8 @@ def pretraining_options(
         "valid_interval": max(updates // 3, 1),
         **sizes(name, settings),
     }
+    if name.startswith("wav2vec2"):  # from 2 to 0.5 within the run, as its YAML has it for as many updates as it has
+        given["quantizer"] = f"{{temperature_decay: {0.25 ** (1 / updates):.8f}}}"
     if data["corpus"] == "librispeech":
         splits = [split for split in TRAIN_SPLITS if (Path(str(data["train"])) / split).is_dir()]
         given["train_splits"] = f"[{', '.join(splits)}]"

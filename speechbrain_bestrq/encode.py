@@ -212,26 +212,29 @@ class _Outputs:
     def _check_names(self, longest: int) -> None:
         """Refuse an output whose name, with another ending than the audio's, the disk would not take."""
         for file, name in enumerate(self.names):
-            if len(os.fsencode(os.path.basename(name))) > longest:
+            if 0 < longest < len(os.fsencode(os.path.basename(name))):
                 raise InputError(
                     f"the output of '{self.table.name(file)}' would have a name of more than the {longest} bytes that "
                     f"'{self.folder}' takes: give the audio a shorter one."
                 )
 
-    def withdraw(self, left_out: list[str]) -> None:
-        """Remove the states of audio whose place was taken by a file that cannot be read."""
-        names = {self._output_of(relative) for relative in left_out}
-        for name in sorted(names.difference(self.names)):  # not those of a file of that stem that can be read
-            self._withdraw(name)
+    def withdraw(self, root: Path, left_out: Iterable[str]) -> None:
+        """Remove the states of audio whose place was taken by files that cannot be read."""
+        for relative in left_out:
+            name = self._output_of(relative)
+            if self.encoded.has(name) and not self._is_of_audio_there(name, root / relative):
+                logger.warning("removed, for it is of audio that is not there any more: %s", self.folder / name)
+                self.encoded.begin(name)
+                (self.folder / name).unlink(missing_ok=True)
 
-    def lose(self, file: int) -> None:
-        """The same of a file whose header could be read."""
-        self._withdraw(self.names[file])
-
-    def _withdraw(self, name: str) -> None:
-        if self.encoded.has(name):
-            self.encoded.begin(name)
-            (self.folder / name).unlink(missing_ok=True)
+    def _is_of_audio_there(self, name: str, path: Path) -> bool:
+        """Whether an output is of the file at a path, as it is, or of one beside it with another ending."""
+        folder = os.path.dirname(name)
+        return any(
+            self.encoded.is_of(name, os.path.join(folder, beside.name), _identity(os.fspath(beside)))
+            for beside in path.parent.iterdir()
+            if beside.stem == path.stem
+        )
 
     def _is_of_its_audio(self, file: int) -> bool:
         size, changed = self.identities[file].tolist()
@@ -427,7 +430,7 @@ def encode_folder(
                 _check_settings(folder, settings)
             _write_settings(folder, settings)
             outputs.note_earlier()
-            outputs.withdraw(files.left_out)
+            outputs.withdraw(root, files.left_out)
             lost = _encode_pending(speech_encoder, torch.tensor(numbers, device=target), files, outputs, batch_seconds)
     except OSError as error:
         raise InputError(
@@ -475,7 +478,7 @@ def _encode_pending(
                     if window.file not in lost:
                         lost.add(window.file)
                         files.found_unreadable(window.file, str(error))
-                        outputs.lose(window.file)
+                        outputs.withdraw(files.root, [table.name(window.file)])
             readable = [(window, wave) for window, wave in readable if window.file not in lost]
             for file in lost & under_way.keys():
                 under_way.pop(file).discard()

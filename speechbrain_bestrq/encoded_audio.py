@@ -37,7 +37,10 @@ class EncodedAudio:
                     self._torn = not line.endswith("\n")
                     try:
                         output, *known = json.loads(line)
-                        self._known[output] = hash(tuple(known))
+                        if known:
+                            self._known[output] = hash(tuple(known))
+                        else:  # was taken back
+                            self._known.pop(output, None)
                     except (ValueError, TypeError):
                         continue
         except FileNotFoundError:

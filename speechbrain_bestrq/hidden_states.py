@@ -68,7 +68,7 @@ class HiddenStatesFile:
 
     def __init__(self, path: Path, file_format: str, shape: tuple[int, int, int]):
         self.path, self.shape, self.missing = path, shape, shape[1]
-        # a name that is no longer than that of the file, which may be as long as a name can be
+        # the file's own name may be as long as a name can be
         self.part = path.with_name(f".{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         header = file_header(file_format, shape)

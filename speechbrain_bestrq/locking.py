@@ -144,7 +144,8 @@ def _locked(folder: Path, name: str, operation: int, file: str) -> Iterator[None
             yield
         finally:
             # the folder is to hold what was made in it, unless it is another by now, or another user's
-            if file == OWNER_FILE and operation & fcntl.LOCK_EX and locked and _is_there(descriptor, path):
+            owned = file == OWNER_FILE and operation & fcntl.LOCK_EX and locked and descriptor in _open
+            if owned and _is_there(descriptor, path):
                 with contextlib.suppress(OSError):
                     path.unlink()
     finally:

@@ -300,7 +300,9 @@ def paired_bootstrap(
 
 
 def _rates(errors: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Of each resample; one without a word has none."""
+    """Of each resample; one without a word has none, unless all have none."""
+    if not totals.any():
+        return np.zeros(1)
     return errors[totals > 0] / totals[totals > 0]
 
 

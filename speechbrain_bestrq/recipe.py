@@ -176,8 +176,9 @@ def load_recipe(arguments: list[str]) -> tuple[str, RunOptions, str, dict[str, A
 
 def _check_own_gpu(device: str, backend: str) -> None:
     """Refuse under torchrun and NCCL a GPU that several ranks would share: they would wait for each other for hours."""
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is not None and backend == "nccl" and device != f"cuda:{rank}":
+    rank, here = os.environ.get("LOCAL_RANK"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    taken = "cuda:0" if device == "cuda" else device
+    if rank is not None and here > 1 and backend == "nccl" and taken != f"cuda:{rank}":
         raise InputError(
             f"--device {device} under torchrun would give rank {rank} a GPU that is not its own: leave --device out, "
             "or give --distributed_backend gloo as well, where ranks are to share one."

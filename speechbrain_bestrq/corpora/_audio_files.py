@@ -126,7 +126,7 @@ class Survey(NamedTuple):
     identities: np.ndarray = np.empty(0, dtype=np.int64)
     """Of each audio file, sorted: equal for links to one file, symbolic or not."""
     repeated: frozenset[str] = frozenset()
-    """Relative paths of audio files that are links to others of the tree, which stand for them; not counted above."""
+    """Relative paths of audio files that are links to others of the tree and were asked for; not counted above."""
 
 
 class AudioTree(NamedTuple):
@@ -145,13 +145,15 @@ class AudioTree(NamedTuple):
             if entry.name.lower().endswith(self.suffixes):
                 yield relative, entry.path
 
-    def survey(self, inspect: Callable[[str, str], None] | None = None) -> Survey:
+    def survey(self, inspect: Callable[[str, str], None] | None = None, find_repeated: bool = False) -> Survey:
         """Count the files and take their fingerprint: one ``stat`` for each, none is opened.
 
         Arguments
         ---------
         inspect : callable, optional
             Called with the relative and the absolute path of each audio file.
+        find_repeated : bool
+            Find the files that are links to others of the tree. In a corpus whose files have labels each counts.
 
         Returns
         -------
@@ -179,9 +181,8 @@ class AudioTree(NamedTuple):
             digest.update(b"%b\0%d\0%d\n" % (os.fsencode(relative), status.st_size, status.st_mtime_ns))
         folders = {one: path for one, path in entered.items() if path in with_audio}
         known, counts = np.unique(np.array(identities, dtype=np.int64), return_counts=True)
-        repeated = frozenset(
-            relative for several in self.find(known[counts > 1]).values() for relative, _ in several[1:]
-        )
+        several = self.find(known[counts > 1]).values() if find_repeated else ()
+        repeated = frozenset(relative for links in several for relative, _ in links[1:])
         return Survey(files - len(repeated), ignored, digest.hexdigest(), other_audio, folders, known, repeated)
 
     def find(self, identities: np.ndarray) -> dict[int, list[tuple[str, str]]]:

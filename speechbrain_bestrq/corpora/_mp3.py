@@ -3,8 +3,8 @@
 import os
 
 _ID3, _APE = b"ID3", b"APETAGEX"
-#: So much of the audio may be missing from the count in the header: tags at the end, a cut frame.
-_TOLERANCE = 0.1
+#: So much of the audio, and so many bytes, may be missing from the count in the header: tags at the end, a cut frame.
+_TOLERANCE, _SLACK = 0.1, 4096
 _BLOCK = 4096
 
 
@@ -38,7 +38,7 @@ def header_falls_short(path: str) -> bool:
         if _APE in file.read():
             return False
     counted = _counted_bytes(block)
-    return counted is not None and counted < (1 - _TOLERANCE) * (size - start)
+    return counted is not None and counted < (1 - _TOLERANCE) * (size - start) - _SLACK
 
 
 def _size_of_tag(head: bytes) -> int:
@@ -50,16 +50,16 @@ def _size_of_tag(head: bytes) -> int:
 
 
 def _counted_bytes(block: bytes) -> int | None:
-    """Bytes of audio by the Xing or Info header of the first frame; None without."""
+    """Bytes of audio by the Xing or Info header of the first frame; None without, or where it gives no length."""
     for place in range(len(block) - 4):
         if _is_frame(block[place : place + 4]):
             is_mpeg_1, is_mono = block[place + 1] & 0x08, block[place + 3] >> 6 == 3
             header = place + 4 + ((17 if is_mono else 32) if is_mpeg_1 else (9 if is_mono else 17))
             flags = int.from_bytes(block[header + 4 : header + 8], "big")
-            if block[header : header + 4] not in (b"Xing", b"Info") or not flags & 2:
+            if block[header : header + 4] not in (b"Xing", b"Info") or flags & 3 != 3:
                 return None
-            field = header + 8 + (4 if flags & 1 else 0)  # behind the number of frames
-            return int.from_bytes(block[field : field + 4], "big")
+            frames, counted = (int.from_bytes(block[header + at : header + at + 4], "big") for at in (8, 12))
+            return counted if frames and counted else None  # a recording that was broken off has zeros
     return None
 
 

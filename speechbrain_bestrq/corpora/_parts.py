@@ -87,8 +87,9 @@ def check_separate(extra_parts: Sequence[Part], parts: Sequence[Part]) -> None:
                     "would be used twice: remove the link, or give only what is not in the other."
                 )
             both = np.intersect1d(extra.survey.identities, other.survey.identities, assume_unique=True)
-            for identity, links in extra.tree.find(both[:1]).items():
-                (_, link), (_, target) = links[0], other.tree.find(both[:1])[identity][0]
+            found = [list(part.tree.find(both[:1]).values()) for part in (extra, other)]
+            if all(found):  # not changed meanwhile
+                (_, link), (_, target) = (one[0][0] for one in found)
                 raise InputError(
                     f"extra_folders: {len(both)} of the files in '{extra.tree.root}' are those of '{other.tree.root}', "
                     f"such as {link!r}, which is {target!r}, so audio would be used twice: remove the links."
@@ -176,6 +177,7 @@ def _readable_rows(
                 file.write(f"{path!r}\t{probe.problem}\n")
             continue
         _check_rate(probe.sample_rate, path, rules)
+        _check_can_resample(probe.sample_rate, path, rules)
         count, first = sample_rates.get(str(probe.sample_rate), (0, path))
         sample_rates[str(probe.sample_rate)] = (count + 1, first)
         channels[str(probe.channels)] += 1
@@ -199,6 +201,10 @@ def _check_rate(sample_rate: int, path: str, rules: AudioRules) -> None:
             f"{path!r} has a sample rate of {sample_rate} Hz, not {rules.sample_rate} Hz: set resample to True to "
             "have such files resampled when they are loaded, or convert them."
         )
+
+
+def _check_can_resample(sample_rate: int, path: str, rules: AudioRules) -> None:
+    """Refuse a rate before training would take its files for damaged ones; runs that have begun with some go on."""
     if not can_resample(sample_rate, rules.sample_rate):
         raise InputError(
             f"{path!r} has a sample rate of {sample_rate} Hz, which cannot be resampled to {rules.sample_rate} Hz with "
@@ -376,7 +382,7 @@ def survey_folders(folders: Sequence[Path], extensions: Sequence[str], save_fold
             )
         names[folder.name] = folder
         tree = AudioTree(folder, suffixes)
-        survey = tree.survey()
+        survey = tree.survey(find_repeated=True)
         if not survey.files:
             raise InputError(
                 f"folder '{folder}' holds no file that ends in {', '.join(suffixes)} ({survey.ignored} other files): "

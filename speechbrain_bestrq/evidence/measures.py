@@ -418,7 +418,7 @@ class Characters(Corpus):
             found["characters_few"].append(linear_probe(sets["few"], sets["valid"], sets["test"], number))
             found["characters_all"].append(linear_probe(every, sets["valid"], sets["test"], number))
             tested = frames["test"].states[state]
-            some = tested[:: -(-len(tested) // RANK_FRAMES)]
+            some = tested[:: max(-(-len(tested) // RANK_FRAMES), 1)]
             for name, value in (
                 ("rank", effective_rank(some)),
                 ("scale", float(some.square().mean().sqrt())),

@@ -224,7 +224,7 @@ def _own_options(preset: Mapping[str, Any], tables: Iterable[Table]) -> str:
         (FEW_LABELS if table.few_labels else ALL_LABELS, task)
         for table in tables
         if table.kind == FINE_TUNED
-        for task in _tasks_run(table)
+        for task in _tasks_run(table, "random")
     }
     for labels in (ALL_LABELS, FEW_LABELS):
         for task, kinds in (preset.get(labels) or {}).items():
@@ -235,13 +235,10 @@ def _own_options(preset: Mapping[str, Any], tables: Iterable[Table]) -> str:
     return "; ".join(told)
 
 
-def _tasks_run(table: Table) -> set[str]:
-    """The tasks of which a table has figures."""
-    return {
-        column.task
-        for number, column in enumerate(table.columns)
-        if any(cells[number].runs for cells in table.rows.values())
-    }
+def _tasks_run(table: Table, encoder: str | None = None) -> set[str]:
+    """The tasks of which a table has figures, of an encoder or of any."""
+    rows = [cells for name, cells in table.rows.items() if encoder in (None, name)]
+    return {column.task for number, column in enumerate(table.columns) if any(cells[number].runs for cells in rows)}
 
 
 def _legend(tables: Mapping[str, Table]) -> str:

@@ -1,5 +1,6 @@
 """Preparation of corpora: manifests, LibriSpeech, folders of any audio."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from speechbrain_bestrq.corpora import (
     read_summary,
     write_manifest,
 )
+from speechbrain_bestrq.corpora._mp3 import header_falls_short
 from speechbrain_bestrq.errors import InputError
 
 SECONDS = 0.25
@@ -748,6 +750,12 @@ class TestExtraFolders:
             prepare(librispeech, save, extra_folders=[extra])
         assert_one_line(error, f"1 of the files in '{extra}'", f"'{extra}/b.flac', which is '{heard}'")
 
+    def test_utterances_of_a_labelled_corpus_each_count_though_files_were_linked_to_save_room(self, librispeech, save):
+        first, second = sorted((librispeech / "dev-clean").rglob("*.flac"))[:2]
+        second.unlink()
+        os.link(first, second)
+        assert len(read_manifest(prepare(librispeech, save)["valid"])) == 4
+
     def test_one_name_in_each_of_several_folders_leaves_nothing_to_split(self, tmp_path, save):
         one, other = (write_audio(tmp_path / name / "audio.wav").parent for name in ("one", "other"))
         with pytest.raises(InputError) as error:
@@ -860,15 +868,20 @@ class TestFolder:
     @pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 2), (22050, 2), (48000, 1)])
     def test_mp3_files_put_one_behind_another_are_named(self, tmp_path, rate, channels):
         """As podcasts are, with advertisements before: the header is that of the first, and so would be the length."""
-        noise = 0.1 * np.random.default_rng(0).standard_normal((3 * rate, channels))
-        for number in (1, 2):
+        noise = 0.1 * np.random.default_rng(0).standard_normal((4 * rate, channels))
+        for number in (1, 4):
             soundfile.write(tmp_path / f"{number}.mp3", noise[: number * rate], rate)
-        parts = [(tmp_path / f"{number}.mp3").read_bytes() for number in (1, 2)]
+        parts = [(tmp_path / f"{number}.mp3").read_bytes() for number in (1, 4)]
         (tmp_path / "both.mp3").write_bytes(parts[0] + parts[1])
         cover = bytes([0, 0, 0, 0, 1, 0, 0]) + bytes(2**14)  # of 16384 bytes, said in seven bits each
         (tmp_path / "tagged.mp3").write_bytes(b"ID3" + cover + parts[0] + b"TAG" + bytes(125))
         ape = b"APETAGEX" + bytes(24)
         (tmp_path / "ape.mp3").write_bytes(parts[0] + bytes(len(parts[0])) + ape)
+        header = max(parts[0].find(b"Info"), parts[0].find(b"Xing"))
+        broken_off = parts[0][: header + 8] + bytes(8) + parts[0][header + 16 :]
+        (tmp_path / "off").write_bytes(broken_off + parts[1])
+        (tmp_path / "short").write_bytes(parts[0] + bytes(4000))  # tags behind a short file
+        assert not any(header_falls_short(str(tmp_path / name)) for name in ("off", "short"))
         problems = {path.stem: _audio_files.probe_audio(str(path)).problem for path in tmp_path.glob("*.mp3")}
         assert "ffmpeg -i a.mp3 -c copy b.mp3" in problems.pop("both")
         assert set(problems.values()) == {""}
@@ -893,15 +906,16 @@ class TestFolder:
         assert_one_line(error, path, "22254 Hz, which cannot be resampled to 16000 Hz")
 
     def test_disks_that_do_not_number_their_files(self, folder, save, monkeypatch):
-        status = _audio_files._status
-        monkeypatch.setattr(
-            _audio_files,
-            "_status",
-            lambda entry: types.SimpleNamespace(
-                st_dev=1, st_ino=0, st_size=status(entry).st_size, st_mtime_ns=status(entry).st_mtime_ns
-            ),
-        )
-        assert sum(len(read_manifest(path)) for path in prepare_folder(folder, save).values()) == 20
+        numbers = itertools.count(1)
+        for inode, size in ((lambda: 0, lambda: 1), (lambda: 7, lambda: next(numbers))):  # none, and the same for all
+            monkeypatch.setattr(
+                _audio_files,
+                "_status",
+                lambda entry, inode=inode, size=size: types.SimpleNamespace(
+                    st_dev=1, st_ino=inode(), st_size=size(), st_mtime_ns=1
+                ),
+            )
+            assert sum(len(read_manifest(path)) for path in prepare_folder(folder, save).values()) == 20
 
     def test_other_extensions(self, folder, save):
         write_audio(folder / "speaker0" / "9.aiff", format="AIFF")

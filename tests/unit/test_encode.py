@@ -15,6 +15,7 @@ from speechbrain_bestrq import encode
 from speechbrain_bestrq.artefact import load_encoder, save_encoder
 from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.cli import main
+from speechbrain_bestrq.corpora._audio_files import Probe, probe_audio
 from speechbrain_bestrq.encode import chosen_layers, encode_folder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.hidden_states import HiddenStatesFile
@@ -396,6 +397,28 @@ def test_states_of_audio_that_cannot_be_read_any_more_are_removed(encoder, audio
     assert encode_folder(encoder, audio, out, max_unreadable=3)["unreadable"] == 3
     assert {"1.npy", "2.npy"}.isdisjoint(outputs(out)) and "notes.npy" in outputs(out)
     assert len(times(out)) == 7 - 2 + 1
+    (out / "1.npy").write_bytes(b"somebody's")
+    records = (out / "encoded.jsonl").read_text()
+    encode_folder(encoder, audio, out, max_unreadable=3)
+    assert (out / "1.npy").exists() and (out / "encoded.jsonl").read_text() == records
+
+
+def test_states_of_audio_that_is_what_it_was_stay_though_it_cannot_be_read_now(encoder, audio, tmp_path, monkeypatch):
+    """A network disk may be away for a moment; and a file beside it, with another ending, is another file."""
+    out = tmp_path / "out"
+    encode_folder(encoder, audio, out, extensions=["wav"])
+    soundfile.write(audio / "0.flac", noise(0.3), RATE)
+    (audio / "0.flac").write_bytes((audio / "0.flac").read_bytes()[:20])
+    before = times(out)
+    encode_folder(encoder, audio, out, extensions=["flac"], max_unreadable=1)
+
+    def away(files, *_):
+        for relative, path in files:
+            yield relative, path, Probe(0.0, 0, 0, "Input/output error") if relative == "1.wav" else probe_audio(path)
+
+    monkeypatch.setattr(encode, "probe_files", away)
+    assert encode_folder(encoder, audio, out, extensions=["wav"], max_unreadable=1)["unreadable"] == 1
+    assert before.items() <= times(out).items()
 
 
 def test_names_as_long_as_the_disk_takes(encoder, tmp_path):

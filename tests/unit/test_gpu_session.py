@@ -276,6 +276,7 @@ def test_every_command_has_options_that_its_recipe_knows(load, toys, make_speech
         hparams = load_recipe([f"hparams/{name}.yaml", *options])[3]
         assert (hparams["train_splits"], hparams["warmup_updates"]) == (["train-clean-100"], 5)
         assert hparams["extra_folders"] == [str(tmp_path)]
+    assert hparams["quantizer"].temperature_decay ** 60 == pytest.approx(0.25)  # of wav2vec 2.0
     for toy in (True, False):
         settings.toy = toy
         for recipe in checks.DOWNSTREAM:

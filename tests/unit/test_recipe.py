@@ -102,11 +102,15 @@ def test_under_torchrun_a_rank_takes_no_gpu_of_another(options, monkeypatch):
     monkeypatch.setattr(recipe.sb.utils.distributed, "ddp_init_group", lambda _: joined.append(1))
     monkeypatch.setattr(recipe, "loading_for", lambda _: contextlib.nullcontext())
     options("--data_folder=a", "--device=cuda")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    options("--data_folder=a", "--device=cuda:1")  # one rank, on the second GPU
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    options("--data_folder=a", "--device=cuda")
     monkeypatch.setenv("LOCAL_RANK", "1")
     for device in ("cuda", "cuda:0"):
         with pytest.raises(InputError, match=f"--device {device} under torchrun would give rank 1 a GPU .*: leave"):
             options("--data_folder=a", f"--device={device}")
-    assert len(joined) == 1
+    assert len(joined) == 3
     options("--data_folder=a", "--device=cuda:1")
     options("--data_folder=a", "--device=cuda:0", "--distributed_backend=gloo")
 
