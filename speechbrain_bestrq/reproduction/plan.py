@@ -292,7 +292,7 @@ def encoder_names(preset: Mapping[str, Any]) -> list[str]:
     Example
     -------
     >>> encoder_names(read_preset("small"))
-    ['fbank', 'random', 'wav2vec2-720', 'bestrq-2880']
+    ['fbank', 'random', 'wav2vec2-2880', 'bestrq-2880']
     """
     methods = sorted(preset["pretraining"], reverse=True)
     trained = [f"{method}-{updates}" for method in methods for updates in updates_of(preset, method)]
@@ -327,7 +327,7 @@ def probed_encoders(preset: Mapping[str, Any], kind: str) -> list[str]:
     Example
     -------
     >>> probed_encoders(read_preset("small"), FINE_TUNED)
-    ['wav2vec2-720', 'bestrq-2880']
+    ['wav2vec2-2880', 'bestrq-2880']
     """
     names = encoder_names(preset)
     if kind == FROZEN:
