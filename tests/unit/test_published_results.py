@@ -59,6 +59,7 @@ def test_all_evidence_is_there():
         "long_run_evidence",
         "long_seeds_evidence",
         "one_kind_evidence",
+        "small_evidence",
         "three_long_seeds_evidence",
         "three_seeds_evidence",
         "two_kinds_evidence",
