@@ -148,14 +148,6 @@ def share_of_layers(encoder: nn.Module) -> float:
     return 1.0 - encoder.layer_drop if encoder.training else 1.0
 
 
-def keep_residual(x: Tensor) -> Tensor:
-    """Have the first layer take what all others do: float32, where a GPU's autocast ends each in a norm in float32.
-
-    Otherwise its sums would be in half precision, and ``--compile`` would compile each shape twice.
-    """
-    return x.float() if torch.is_autocast_enabled("cuda") else x
-
-
 def run_layers(layers: nn.ModuleList, x: Tensor, valid: Tensor | None = None, layer_drop: float = 0.0) -> list[Tensor]:
     """Run layers one after the other, and skip some of those that are in training mode.
 
@@ -190,7 +182,9 @@ def run_layers(layers: nn.ModuleList, x: Tensor, valid: Tensor | None = None, la
     kept = [True] * len(layers)
     if layer_drop and any(layer.training for layer in layers):
         kept = draw_kept(len(layers), layer_drop)
-    states = [x]
+    # a GPU's autocast ends each layer in a norm, or a sum, in float32; the first takes that too, or its sums would be
+    # in half precision, and --compile would compile each shape twice
+    states = [x.float() if torch.is_autocast_enabled("cuda") else x]
     for layer, keep in zip(layers, kept, strict=True):
         states.append(layer(states[-1], valid) if keep or not layer.training else _skip(states[-1], layer))
     return states
@@ -283,7 +277,7 @@ class ConformerEncoder(nn.Module):
         """
         # a row of attention without any key would be NaN
         valid = None if lengths is None else valid_frames(lengths.clamp(min=1), x.shape[1])
-        states = run_layers(self.layers, keep_residual(x), valid, self.layer_drop)
+        states = run_layers(self.layers, x, valid, self.layer_drop)
         states[-1] = self.norm(states[-1])
         return states
 

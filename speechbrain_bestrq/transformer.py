@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from speechbrain_bestrq.attention import attend
 from speechbrain_bestrq.convolution import FrameConvolution
-from speechbrain_bestrq.encoder import keep_residual, run_layers, share_of_layers
+from speechbrain_bestrq.encoder import run_layers, share_of_layers
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.tables import TableModule
 
@@ -300,7 +300,7 @@ class TransformerEncoder(nn.Module):
             x = x.masked_fill(~valid[..., None], 0.0)
         x = x + self.positions(x)
         x = self.dropout(x if self.norm_first else self.norm(x))
-        states = run_layers(self.layers, keep_residual(x), valid, self.layer_drop)
+        states = run_layers(self.layers, x, valid, self.layer_drop)
         if self.norm_first:
             states[-1] = self.norm(states[-1])
         return states

@@ -92,8 +92,9 @@ PAPER_FINE_TUNED = {
     f"{_BESTRQ}-200000": dict(zip(_FIGURES, (12.21, 7.78, 26.81, 19.67), strict=True)),
 }
 #: Table 3: WER of dev-clean by the share of frames that begin a span (8192 codes; of 0.05 and 0.12 the only figure).
-PAPER_MASKING_UPDATES = 87000
 PAPER_MASKING = {"0.01": 36.45, "0.05": 25.24, "0.1": 20.68, "0.12": 20.11}
+#: After so many updates.
+PAPER_MASKING_UPDATES = 87000
 MASKING_COLUMN = Column(f"{MASKING_SPLIT} WER", "asr", MASKING_SPLIT, "wer", "LibriSpeech")
 
 METHOD_NAMES = {_BESTRQ: "BEST-RQ", _W2V2: "wav2vec 2.0", "random": "untrained", "fbank": "filter banks"}
