@@ -29,6 +29,8 @@ from speechbrain_bestrq.writing import sync, sync_tree
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 FORMAT = 1
+#: What an encoder folder may hold, the last put there by ``sb-bestrq export --to speechbrain``.
+_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, "hyperparams.yaml"}
 #: The classes that a "type" in each section of a description may name.
 _KINDS = {
     "frontend": (LogMel, SpeechBrainFbank, ConvFeatureExtractor),
@@ -93,7 +95,9 @@ def build_encoder(config: dict[str, Any]) -> SpeechEncoder:
     if not isinstance(config, dict):
         raise InputError("encoder config: not a JSON object: copy the folder again.")
     if config.get("format") != FORMAT:
-        found = config.get("format")
+        found, foreign = config.get("format"), config.get("model_type")
+        if foreign is not None:
+            raise InputError(f"encoder config: of the transformers library's models wav2vec2 is read, not {foreign}.")
         raise InputError(f"encoder config: format {found} is not {FORMAT}: install the release that wrote it.")
     try:
         return SpeechEncoder(*(_build_part(section, dict(config[section])) for section in _KINDS))
@@ -135,6 +139,8 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
 
     Raises
     ------
+    InputError
+        If that is a file, or a folder of something else. What else lies in an encoder folder stays there.
     OSError
         If the disk does not take it: an older folder stays as it is, and nothing is left of the new one.
 
@@ -156,7 +162,11 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     folder = Path(folder)
     beside = folder.with_name(f"{folder.name}.writing")
     replaced = folder.with_name(f"{folder.name}.replaced")
+    if _others(folder) and not (folder / CONFIG_FILE).exists():
+        raise InputError(f"{folder} is there and is no encoder: give another name, or move it away.")
     for leftover in (beside, replaced):
+        if others := _others(leftover):
+            raise InputError(f"{leftover} is in the way, and holds {others[0]}: move it away.")
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -168,10 +178,19 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     if folder.exists():
         folder.rename(replaced)
     beside.rename(folder)
+    for name in _others(replaced):  # somebody's own, notes on it or the like
+        (replaced / name).rename(folder / name)
     # a checkpoint that says that the encoder is written must not outlive it in a power cut
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
+
+
+def _others(folder: Path) -> list[str]:
+    """Names of what a folder holds and no encoder folder has; a file in its place counts as one."""
+    if folder.is_file():
+        return [folder.name]
+    return sorted(path.name for path in folder.iterdir() if path.name not in _FILES) if folder.is_dir() else []
 
 
 def _write_files(speech_encoder: SpeechEncoder, folder: Path, card: str, facts: dict[str, Any]) -> None:

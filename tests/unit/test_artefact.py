@@ -79,6 +79,24 @@ def test_an_older_folder_is_replaced(saved, make_speech_encoder):
     assert [path.name for path in folder.parent.iterdir()] == ["encoder"]
 
 
+def test_what_is_no_encoder_is_not_written_over(saved, tmp_path):
+    speech_encoder, folder = saved
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("more")
+    (tmp_path / "other.replaced").mkdir()
+    (tmp_path / "other.replaced" / "data.csv").write_text("1")
+    for name, why in (("mine", "mine is there and is no encoder"), ("file", "file is there"), ("other", "data.csv")):
+        before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+        with pytest.raises(InputError, match=why):
+            save_encoder(speech_encoder, tmp_path / name, "# Card")
+        assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+    (folder / "notes.txt").write_text("good with whispered speech")
+    save_encoder(speech_encoder, folder, "# Newer")
+    assert (folder / "README.md").read_text() == "# Newer"
+    assert (folder / "notes.txt").read_text() == "good with whispered speech"
+
+
 def test_a_kill_while_saving_leaves_the_older_folder_whole(saved, make_speech_encoder, monkeypatch):
     older, folder = saved
 
@@ -155,6 +173,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     [
         (lambda config: config.update(format=2), "format 2 is not 1"),
         (lambda config: config.pop("format"), "format None is not 1"),
+        (lambda config: (config.pop("format"), config.update(model_type="hubert")), "wav2vec2 is read, not hubert"),
         (lambda config: config.pop("frontend"), "not a whole description.*frontend"),
         (lambda config: config["encoder"].pop("type"), "not a whole description.*type"),
         (lambda config: config["encoder"].update(type="Wav2Vec2Model"), "unknown encoder type 'Wav2Vec2Model'"),
