@@ -27,11 +27,18 @@ def absolute_lengths(relative: Tensor, longest: int) -> Tensor:
     Tensor
         int64, shape (B,).
 
+    Raises
+    ------
+    TypeError
+        If they are whole numbers, as counts of samples are: nothing would be padding.
+
     Example
     -------
     >>> absolute_lengths(torch.tensor([1.0, 0.5]), 7)
     tensor([7, 4])
     """
+    if not relative.is_floating_point():
+        raise TypeError(f"relative lengths are shares of the longest, 1.0 for that one, not {relative.dtype}.")
     return (relative.double() * longest).round().long()
 
 
@@ -50,12 +57,19 @@ def valid_frames(lengths: Tensor, longest: int) -> Tensor:
     Tensor
         Boolean, shape (B, T).
 
+    Raises
+    ------
+    TypeError
+        If they are no whole numbers, as relative lengths are: the first frame alone would count.
+
     Example
     -------
     >>> valid_frames(torch.tensor([1, 2]), 2)
     tensor([[ True, False],
             [ True,  True]])
     """
+    if lengths.is_floating_point():
+        raise TypeError(f"lengths in frames are whole numbers, not {lengths.dtype}: see absolute_lengths().")
     return torch.arange(longest, device=lengths.device) < lengths[:, None]
 
 

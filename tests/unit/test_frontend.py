@@ -209,6 +209,14 @@ def test_relative_lengths_in_float32_give_the_integers_back(samples_and_longest)
     assert absolute_lengths(relative, longest).tolist() == [samples]
 
 
+def test_lengths_of_the_other_kind_are_refused():
+    """Of relative lengths one frame would be valid, of samples no padding be known: garbage without a word."""
+    with pytest.raises(TypeError, match="whole numbers, not torch.float32"):
+        valid_frames(torch.tensor([1.0, 0.5]), 10)
+    with pytest.raises(TypeError, match="shares of the longest.*not torch.int64"):
+        absolute_lengths(torch.tensor([16000, 8000]), 16000)
+
+
 def test_valid_frames_are_the_first_ones():
     assert valid_frames(torch.tensor([0, 2, 3]), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
 
