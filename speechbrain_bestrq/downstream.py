@@ -185,6 +185,11 @@ class WeightedEncoder(nn.Module):
         """The mix's logits."""
         return self.mix.weights
 
+    @property
+    def model(self) -> nn.Module:
+        """The encoder's, whose ``feature_extractor`` recipes freeze by themselves."""
+        return self.encoder.model
+
     def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Encode waveforms (B, N) of relative lengths (B,) into (B, T, D); zero in the padding."""
         lengths = None

@@ -72,7 +72,13 @@ def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None 
             f"{source} is neither a folder here nor an encoder that the hub gave: check the path or the id, and the "
             f"network ({reason})."
         ) from error
-    return Path(snapshot)
+    folder = Path(snapshot)
+    if not (folder / WEIGHTS_FILE).exists():  # the id's other files are not downloaded
+        raise InputError(
+            f"{source} on the hub has no {WEIGHTS_FILE}, and other formats are not read (a pickle can run code): load "
+            "it with transformers, save it with save_pretrained, and give that folder."
+        )
+    return folder
 
 
 def _not_validated(run: Path) -> str:

@@ -91,6 +91,7 @@ def test_a_weighted_encoder_has_the_attributes_of_speechbrains(make_speech_encod
     assert (encoder.num_layers, encoder.output_dim, encoder.freeze) == (3, 16, True)
     assert encoder.weights.shape == (3,) and encoder.weights.requires_grad and not encoder.weights.any()
     assert [name for name, parameter in encoder.named_parameters() if parameter.requires_grad] == ["mix.weights"]
+    encoder.model.feature_extractor._freeze_parameters()  # as recipes of emotions and intents do
     wavs, wav_lens = 0.1 * torch.randn(2, 8000), torch.tensor([1.0, 0.5])
     states = PretrainedEncoder(folder, freeze=True, output_all_hiddens=True)(wavs, wav_lens)
     assert torch.equal(encoder(wavs, wav_lens), encoder.mix(states))

@@ -91,6 +91,12 @@ def test_a_hub_id_is_downloaded_into_the_save_path(folder, tmp_path, monkeypatch
     }
 
 
+def test_a_repository_of_pickles_says_what_to_do(folder, tmp_path, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **options: str(folder))
+    refuse("user/name", "user/name on the hub has no model.safetensors", "save_pretrained")
+
+
 def test_a_folder_goes_before_the_hub(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # calling it would fail
     monkeypatch.chdir(folder.parent.parent)
