@@ -18,7 +18,6 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.results import describe_data, write_results
 from speechbrain_bestrq.task_brain import TaskBrain, check_metrics
 from speechbrain_bestrq.task_data import Rows, make_task_loaders, take_examples
-from speechbrain_bestrq.task_encoders import TaskEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -178,31 +177,6 @@ def check_rows(sets: Mapping[str, Rows], column: str, labels: Sequence[str]) -> 
             raise InputError(f"'{name}' has the classes {_listed(sorted(unknown))}, which are none of the labels.")
         if all(row[column] in unknown for row in rows.values()):
             raise InputError(f"'{name}' has none of the classes of training, {_listed(labels)}: check the manifests.")
-
-
-def check_lengths(rows: Rows, encoder: TaskEncoder, sample_rate: int) -> None:
-    """Refuse utterances that are too short to be heard.
-
-    Arguments
-    ---------
-    rows : mapping
-        Of all manifests.
-    encoder : TaskEncoder
-        Knows how many frames an utterance has.
-    sample_rate : int
-        Of the waveforms, Hz.
-
-    Raises
-    ------
-    InputError
-        If an utterance has no frame.
-    """
-    short = [name for name, row in rows.items() if encoder.num_frames(round(float(row["duration"]) * sample_rate)) < 1]
-    if short:
-        raise InputError(
-            f"{len(short)} recordings are shorter than a frame of the encoder, such as {rows[short[0]]['wav']}: take "
-            "them, and what names them, out of the corpus."
-        )
 
 
 def make_classification_loaders(

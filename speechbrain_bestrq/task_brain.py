@@ -30,7 +30,14 @@ from speechbrain_bestrq.run_options import OF_TASKS, check_run_options, whole_nu
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
-from speechbrain_bestrq.task_settings import EPOCHS, check_first_rate, check_progress, plain_values, utterance_digest
+from speechbrain_bestrq.task_settings import (
+    EPOCHS,
+    check_first_rate,
+    check_numbers,
+    check_progress,
+    plain_values,
+    utterance_digest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +207,7 @@ class TaskBrain(sb.Brain):
         """
         if run_opts is not None:
             check_run_options(run_opts, OF_TASKS)
+        check_numbers(hparams)
         if hparams.get(GOVERNING, {}).get("remove_vector_weight_decay"):
             raise InputError(
                 "--remove_vector_weight_decay does nothing to the optimisers of this recipe: leave it out."

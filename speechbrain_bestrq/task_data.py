@@ -16,6 +16,7 @@ from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import is_gpu
 from speechbrain_bestrq.seeding import derive_seed, derived_generator
+from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.workers import start_worker
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -338,6 +339,51 @@ def repeat_for_chunks(rows: Rows, seconds: float) -> dict[str, Mapping[str, Any]
         for name, row in rows.items()
         for number in range(max(1, int(float(row["duration"]) / seconds)))
     }
+
+
+def too_short(rows: Rows, encoder: TaskEncoder, sample_rate: int) -> list[str]:
+    """Find the utterances that have no frame.
+
+    Arguments
+    ---------
+    rows : mapping
+        Of a manifest.
+    encoder : TaskEncoder
+        Knows how many frames an utterance has.
+    sample_rate : int
+        Of the waveforms, Hz.
+
+    Returns
+    -------
+    list of str
+        Their names.
+
+    Example
+    -------
+    >>> too_short({"long": {"duration": 0.5}, "short": {"duration": 0.028}}, TaskEncoder("fbank"), 16000)
+    ['short']
+    """
+    return [name for name, row in rows.items() if encoder.num_frames(round(float(row["duration"]) * sample_rate)) < 1]
+
+
+def refuse_too_short(rows: Rows, encoder: TaskEncoder, sample_rate: int) -> None:
+    """Refuse recordings that no frame is heard of, before any work.
+
+    Arguments
+    ---------
+    rows, encoder, sample_rate
+        As for :func:`too_short`.
+
+    Raises
+    ------
+    InputError
+        Naming one.
+    """
+    if short := too_short(rows, encoder, sample_rate):
+        raise InputError(
+            f"{len(short)} recordings are shorter than a frame of the encoder, such as {rows[short[0]]['wav']}: take "
+            "them, and what names them, out of the corpus."
+        )
 
 
 def take_hours(rows: Rows, hours: float | None, seed: int = 0, group: str = "spk_id") -> dict[str, Mapping[str, Any]]:

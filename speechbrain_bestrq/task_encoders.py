@@ -116,6 +116,8 @@ class TaskEncoder(nn.Module):
         if self.source == FILTERBANK:
             if not freeze:
                 raise InputError("filter banks have no weights to fine-tune: give --encoder an encoder, or freeze.")
+            if given := sorted(name for name, value in options.items() if value not in (None, False)):
+                raise InputError(f"filter banks have no {given[0]}: leave it out, or give --encoder an encoder.")
             self.freeze, self.encoder, self._facts = True, FilterbankEncoder(sample_rate=sample_rate), {}
             self.num_states = 1
         else:

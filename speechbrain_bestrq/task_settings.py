@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,46 @@ def plain_values(values: dict[str, Any]) -> dict[str, Any]:
         except ValueError:  # infinite, which JSON does not know
             settings[name] = str(value)
     return settings
+
+
+#: Settings of tasks that are numbers above 0, and whole numbers of at least 1; and which of them may be null.
+_ABOVE_ZERO = ("max_batch_seconds", "max_eval_batch_seconds", "label_hours", "chunk_seconds", "valid_share")
+_COUNTS = ("number_of_epochs", "max_batch_size", "examples_per_class", "train_speakers")
+_OR_NULL = {"label_hours", "chunk_seconds", "max_batch_size", "examples_per_class", "train_speakers"}
+
+
+def check_numbers(hparams: Mapping[str, Any]) -> None:
+    """Refuse settings that are no numbers of their kind, before any work.
+
+    Arguments
+    ---------
+    hparams : mapping
+        Of the YAML of a task.
+
+    Raises
+    ------
+    InputError
+        Naming one.
+
+    Example
+    -------
+    >>> check_numbers({"label_hours": "1h"})
+    Traceback (most recent call last):
+    speechbrain_bestrq.errors.InputError: --label_hours 1h: give a number above 0, or null.
+    """
+    for names, kind, fits in (
+        (_ABOVE_ZERO, "a number above 0", lambda value: value > 0),
+        (_COUNTS, "a whole number, 1 at least", lambda value: value >= 1 and value == int(value)),
+        (("encoder_rest", "encoder_warmup"), "a number", lambda value: True),
+    ):
+        for name in names:
+            value = hparams.get(name, 1)
+            nullable = name in _OR_NULL
+            if value is None and nullable:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+                shown = "null" if value is None else value
+                raise InputError(f"--{name} {shown}: give {kind}{', or null' if nullable else ''}.")
 
 
 #: A setting that counts where the rates of each epoch depend on it.

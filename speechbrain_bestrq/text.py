@@ -449,7 +449,9 @@ def frames_needed(units: Sequence[int]) -> int:
     return len(units) + sum(one == other for one, other in zip(units, units[1:], strict=False))
 
 
-def check_lengths(frames: Mapping[str, int], units: Mapping[str, Sequence[int]], name: str = "training") -> list[str]:
+def find_unalignable(
+    frames: Mapping[str, int], units: Mapping[str, Sequence[int]], name: str = "training"
+) -> list[str]:
     """Find the utterances that CTC cannot align, for they have fewer frames than their units need; log them.
 
     Their loss would be infinite, and without a word no part of the training.
@@ -470,7 +472,7 @@ def check_lengths(frames: Mapping[str, int], units: Mapping[str, Sequence[int]],
 
     Example
     -------
-    >>> check_lengths({"u1": 3, "u2": 3}, {"u1": [1, 2, 3], "u2": [1, 2, 2]})
+    >>> find_unalignable({"u1": 3, "u2": 3}, {"u1": [1, 2, 3], "u2": [1, 2, 2]})
     ['u2']
     """
     short = [one for one, count in frames.items() if count < frames_needed(units[one])]

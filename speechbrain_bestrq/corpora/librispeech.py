@@ -214,7 +214,7 @@ class _Surveyor:
         if not survey.files:
             raise InputError(
                 f"split '{split}' in data_folder '{self.root}' holds no .flac file: unpack it again, or remove it from "
-                "the list."
+                "the list; what is in another format has to be converted."
             )
         return Part(tree, survey, self.save_folder / f"{split}.csv", self.corpus, split)
 
@@ -276,7 +276,7 @@ def _read_transcripts(path: str) -> dict[str, str]:
     """Read lines "ID WORDS"; a file that is missing has none."""
     transcripts = {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some editors begin a text by a mark
             for line in file:
                 identifier, _, words = line.strip().partition(" ")
                 transcripts[identifier] = words.strip()

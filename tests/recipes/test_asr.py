@@ -356,6 +356,16 @@ def test_a_run_does_not_go_on_with_other_options_within_the_yaml_or_of_the_run(
         train.main([str(edited), *given[1:]])
 
 
+def test_a_recording_without_a_frame_is_named_before_any_training(train, small_yamls, librispeech, tmp_path):
+    """In a batch of its own it would end the run, with its test, after hours."""
+    corpus = tmp_path / "LibriSpeech"
+    shutil.copytree(librispeech, corpus)
+    recording = next((corpus / "test-other").rglob("*.flac"))
+    soundfile.write(recording, np.zeros(448), 16000)
+    with pytest.raises(InputError, match=f"1 recordings are shorter than a frame of the encoder, such as {recording}"):
+        train.main(arguments(small_yamls, "probe_small", corpus, "fbank", tmp_path / "run"))
+
+
 def test_missing_transcripts_are_named(train, small_yamls, librispeech, tmp_path):
 
     corpus = tmp_path / "LibriSpeech"

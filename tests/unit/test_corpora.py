@@ -301,6 +301,12 @@ class TestTranscripts:
         assert train["19-1-0001"]["wrd"] == "ONLY THIS ONE"
         assert "train-clean-100: 1 utterances have no transcript" in caplog.text
 
+    def test_a_mark_at_the_beginning_of_a_text_is_no_part_of_a_name(self, librispeech, save):
+        path = librispeech / "train-clean-100" / "19" / "1" / "19-1.trans.txt"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        train = read_manifest(prepare(librispeech, save, transcripts=True)["train"])
+        assert train["19-1-0000"]["wrd"] == "WORDS OF 19-1-0000"
+
     def test_chapter_without_any(self, librispeech, save, caplog):
         caplog.set_level(logging.INFO)
         (librispeech / "train-clean-100" / "19" / "1" / "19-1.trans.txt").unlink()

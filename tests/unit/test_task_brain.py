@@ -523,6 +523,27 @@ def test_an_option_that_no_optimiser_heeds_is_refused(folder, tmp_path):
         LoudnessBrain.check_run(AtomicCheckpointer(checkpoints_dir=tmp_path), {**hparams, GOVERNING: {}}, given)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("label_hours", "1h", "1h: give a number above 0, or null"),
+        ("max_batch_seconds", None, "null: give a number above 0."),
+        ("valid_share", "all", "all: give a number above 0."),
+        ("chunk_seconds", -3, "-3: give a number above 0, or null"),
+        ("number_of_epochs", 1.5, "1.5: give a whole number, 1 at least."),
+        ("max_batch_size", 0, "0: give a whole number, 1 at least, or null"),
+        ("train_speakers", True, "True: give a whole number, 1 at least, or null"),
+        ("encoder_rest", "half", "half: give a number."),
+    ],
+)
+def test_a_setting_that_is_no_number_is_named_before_any_work(folder, tmp_path, name, value, advice):
+    hparams = {"test_only": False, "speech_encoder": TaskEncoder(folder), "label_hours": None, "max_batch_size": None}
+    checkpointer = AtomicCheckpointer(checkpoints_dir=tmp_path)
+    LoudnessBrain.check_run(checkpointer, hparams)
+    with pytest.raises(InputError, match=f"--{name} {advice}"):
+        LoudnessBrain.check_run(checkpointer, {**hparams, name: value})
+
+
 def test_what_may_not_go_on_is_said_before_any_work(rows, folder, tmp_path):
     brain = fit(make_brain(tmp_path / "run", folder, learning_rate=0.1), rows)
     hparams = {"test_only": False, "speech_encoder": brain.encoder, "seed": 3, "learning_rate": 0.1}
@@ -903,6 +924,8 @@ def test_filter_banks_are_a_source_like_any_other(rows, tmp_path):
     assert set(brain.parts) == {"head"}
     with pytest.raises(InputError, match="no weights to fine-tune"):
         TaskEncoder("fbank", freeze=False)
+    with pytest.raises(InputError, match="filter banks have no output_rate"):
+        TaskEncoder("fbank", output_rate=50, freeze_layers=0, output_norm=False)
 
 
 def test_a_switch_that_an_older_run_did_not_have_was_off():

@@ -12,8 +12,8 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.text import (
     CharacterTokenizer,
     SentencePieceTokenizer,
-    check_lengths,
     check_texts,
+    find_unalignable,
     frames_needed,
 )
 
@@ -211,10 +211,10 @@ def test_equal_neighbours_need_a_blank_between_them():
 def test_what_is_too_short_is_named_and_counted(caplog):
     frames = {f"u{number}": number for number in range(9)}
     units = {name: [1, 1, 2, 3] for name in frames}
-    assert check_lengths(frames, units) == ["u0", "u1", "u2", "u3", "u4"]
+    assert find_unalignable(frames, units) == ["u0", "u1", "u2", "u3", "u4"]
     assert "5 of 9 training utterances" in caplog.text and "u0, u1, u2, u3, u4" in caplog.text
     caplog.clear()
-    assert len(check_lengths(frames, {name: [1] * 4 for name in frames}, "dev-clean")) == 7
+    assert len(find_unalignable(frames, {name: [1] * 4 for name in frames}, "dev-clean")) == 7
     assert "7 of 9 dev-clean utterances" in caplog.text and "u4, ..." in caplog.text and "u5" not in caplog.text
     caplog.clear()
-    assert check_lengths({"u5": 5}, units) == [] and not caplog.text
+    assert find_unalignable({"u5": 5}, units) == [] and not caplog.text

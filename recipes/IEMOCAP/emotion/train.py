@@ -34,7 +34,6 @@ from speechbrain_bestrq.checkpointing import AtomicCheckpointer
 from speechbrain_bestrq.classification import (
     TEST_SET,
     ClassificationBrain,
-    check_lengths,
     check_options,
     check_rows,
     run_classification,
@@ -48,6 +47,7 @@ from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.locking import next_writer
 from speechbrain_bestrq.recipe import build_hparams, command_line, load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.results import RESULTS_FILE, check_tested_corpus, read_results, write_results
+from speechbrain_bestrq.task_data import refuse_too_short
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     manifests = run_on_main(prepare, args=[hparams])
     unreadable = count_unreadable(manifests[ALL], ALL)
     turns = read_manifest(manifests[ALL])
-    check_lengths(turns, hparams["speech_encoder"], hparams["sample_rate"])
+    refuse_too_short(turns, hparams["speech_encoder"], hparams["sample_rate"])
     check_rows({ALL: turns}, "emo", labels)
     sides = {fold: fold_manifests(manifests, fold) for fold in folds}
 

@@ -50,8 +50,8 @@ from speechbrain_bestrq.results import (
     write_results,
 )
 from speechbrain_bestrq.task_brain import TaskBrain, check_metrics
-from speechbrain_bestrq.task_data import make_task_loaders, take_hours
-from speechbrain_bestrq.text import check_lengths, check_texts, frames_needed
+from speechbrain_bestrq.task_data import make_task_loaders, refuse_too_short, take_hours
+from speechbrain_bestrq.text import check_texts, find_unalignable, frames_needed
 
 logger = logging.getLogger(__name__)
 
@@ -171,10 +171,12 @@ def prepare_texts(hparams: dict, rows: dict[str, dict]) -> None:
     if hparams["language_model"]:
         check_language_model(hparams["language_model"], tokenizer)
     for name, part in rows.items():
+        if name != "train":
+            refuse_too_short(part, encoder, rate)
         fastest = max(hparams.get("speeds", [100])) / 100 if name == "train" else 1
         units = {one: tokenizer.encode(row["wrd"]) for one, row in part.items()}
         frames = {one: encoder.num_frames(round(row["duration"] * rate / fastest)) for one, row in part.items()}
-        hopeless = check_lengths(frames, units, "training" if name == "train" else f"'{name}'")
+        hopeless = find_unalignable(frames, units, "training" if name == "train" else f"'{name}'")
         if name in ("train", "valid") and len(hopeless) == len(part):
             raise InputError(
                 f"no utterance of '{name}' has as many encoder frames as its transcript needs: check the audio."

@@ -26,7 +26,6 @@ from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_bestrq.classification import (
     ClassificationBrain,
-    check_lengths,
     check_options,
     check_rows,
     run_classification,
@@ -38,6 +37,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import open_cache
 from speechbrain_bestrq.recipe import load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.results import check_tested_corpus
+from speechbrain_bestrq.task_data import refuse_too_short
 
 #: What the preparation is told.
 PREPARATION = ("data_folder", "microphones", "synthetic", "sample_rate", "resample", "max_unreadable")
@@ -49,7 +49,7 @@ def read_rows(hparams: dict, manifests: dict[str, Path]) -> tuple[dict[str, dict
     labels = sorted({row[hparams["target"]] for row in sets["train"].values()})
     check_rows(sets, hparams["target"], labels)
     for rows in sets.values():
-        check_lengths(rows, hparams["speech_encoder"], hparams["sample_rate"])
+        refuse_too_short(rows, hparams["speech_encoder"], hparams["sample_rate"])
     return sets, labels
 
 

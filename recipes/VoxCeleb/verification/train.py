@@ -44,7 +44,7 @@ from speechbrain_bestrq.results import (
     write_results,
 )
 from speechbrain_bestrq.task_brain import TaskBrain
-from speechbrain_bestrq.task_data import make_task_loaders, repeat_for_chunks, take_classes, take_examples
+from speechbrain_bestrq.task_data import make_task_loaders, repeat_for_chunks, take_classes, take_examples, too_short
 from speechbrain_bestrq.verification import SpeakerEmbeddings, normalize_scores, speaker_means, write_scores
 from speechbrain_bestrq.verification_errors import (
     cosine_embedding_loss,
@@ -124,7 +124,7 @@ def read_rows(hparams: dict, manifests: dict[str, Path]) -> dict[str, dict]:
     rows = {name: read_manifest(manifests[name]) for name in ("train", "valid", "test")}
     encoder, rate = hparams["speech_encoder"], hparams["sample_rate"]
     for name, part in rows.items():
-        short = [one for one, row in part.items() if encoder.num_frames(round(row["duration"] * rate)) < 1]
+        short = too_short(part, encoder, rate)
         if short and name != "train":
             raise InputError(
                 f"{len(short)} utterances that trials name are shorter than a frame of the encoder, such as "
