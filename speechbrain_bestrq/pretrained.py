@@ -101,6 +101,8 @@ class PretrainedEncoder(nn.Module):
     output_rate : float, optional
         Frames a second of the result: a multiple of the encoder's own rate, by repetition;
         that rate (25; 50 of wav2vec 2.0) if left out.
+    layer_drop : float, optional
+        Probability to skip a layer in training; that of pre-training if left out.
 
     Attributes
     ----------
@@ -149,6 +151,7 @@ class PretrainedEncoder(nn.Module):
         output_all_hiddens: bool = False,
         freeze_layers: int = 0,
         output_rate: float | None = None,
+        layer_drop: float | None = None,
     ):
         super().__init__()
         name = os.fspath(source)
@@ -163,6 +166,10 @@ class PretrainedEncoder(nn.Module):
         self.output_dim, self.num_layers = self.model.encoder.d_model, len(layers)
         if not 0 <= freeze_layers <= self.num_layers:
             raise InputError(f"freeze_layers is {freeze_layers}: {source} has {self.num_layers} layers.")
+        if layer_drop is not None:
+            if not 0 <= layer_drop < 1:
+                raise InputError(f"layer_drop is {layer_drop}: give a probability, below 1.")
+            self.model.encoder.layer_drop = layer_drop
         own_rate = _frame_rate(self.model, source)
         ratio = 1.0 if output_rate is None else output_rate / own_rate
         self._repeats = round(ratio)

@@ -163,6 +163,7 @@ FINE_TUNED = {
     "annealing_metric": "loss",
     "encoder_rest": 0.0,
     "apply_spec_augment": False,
+    "speech_encoder.encoder.model.encoder.layer_drop": 0.0,
 }
 
 
@@ -211,7 +212,7 @@ def test_probes_of_frozen_encoders(yaml, tmp_path):
 
 
 def test_fine_tuning(make_speech_encoder, tmp_path):
-    encoder = save_encoder(make_speech_encoder(normalize="global"), tmp_path / "encoder", "# Card")
+    encoder = save_encoder(make_speech_encoder(normalize="global", layer_drop=0.05), tmp_path / "encoder", "# Card")
     made = loaded("LibriSpeech/ASR/hparams/bestrq_finetune.yaml", tmp_path / "run", encoder=str(encoder))
     assert {path: found(made, path) for path in FINE_TUNED} == FINE_TUNED
     assert not made["speech_encoder"].freeze

@@ -242,6 +242,19 @@ def test_what_is_frozen_at_the_bottom_keeps_nothing_for_the_backward_pass(folder
     assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2] > 10 * kept[3] > 0
 
 
+def test_layers_are_dropped_as_in_pre_training_or_as_one_says(make_speech_encoder, tmp_path):
+    folder = save_encoder(make_speech_encoder(layer_drop=0.9), tmp_path / "encoder", "# Card")
+    wavs = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(1))
+    skipped = []
+    for chosen in (None, 0.0):
+        encoder = PretrainedEncoder(folder, layer_drop=chosen, output_all_hiddens=True).train()
+        torch.manual_seed(1)
+        skipped.append(sum(bool((states[1] == states[0]).all()) for states in (encoder(wavs) for _ in range(10))))
+    assert skipped[0] > 5 and skipped[1] == 0
+    with pytest.raises(InputError, match="layer_drop is 1: give a probability, below 1"):
+        PretrainedEncoder(folder, layer_drop=1)
+
+
 @pytest.mark.parametrize("kind", ["conformer", "wav2vec2"])
 def test_frozen_layers_are_never_dropped_and_those_above_are(make_speech_encoder, wav2vec2_folder, tmp_path, kind):
     if kind == "conformer":
