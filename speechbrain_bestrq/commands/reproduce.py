@@ -86,14 +86,16 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     preset = read_preset(arguments.preset)
     name = Path(arguments.preset).stem
     folder = (arguments.output_folder or Path("reproduction") / name).resolve()
-    corpora = {corpus: path.resolve() for corpus in _CORPORA if (path := getattr(arguments, corpus)) is not None}
+    # links stay what they are: a corpus that moves keeps its name, and what was made of it counts
+    given = {corpus: path for corpus in _CORPORA if (path := getattr(arguments, corpus)) is not None}
+    corpora = {corpus: absolute_path(path) for corpus, path in given.items()}
     for corpus, path in corpora.items():
         if not path.is_dir():
             raise InputError(f"--{corpus} {path} is no folder: give that of the corpus.")
     for path in arguments.extra_folders:
         if not path.is_dir():
             raise InputError(f"--extra_folders {path} is no folder: give one with audio.")
-    extra_folders = [absolute_path(path) for path in arguments.extra_folders]  # a link gives a folder another name
+    extra_folders = [absolute_path(path) for path in arguments.extra_folders]
     options = {} if arguments.num_workers is None else {"num_workers": arguments.num_workers}
     model = None if arguments.language_model is None else arguments.language_model.resolve()
     if model is not None and not model.is_file():

@@ -34,9 +34,10 @@ STAGE_FILE = "stage.json"
 LOG_FILE = "stage.log"
 #: Of a log, shown when its stage has failed.
 LAST_LINES = 12
-#: Options that change nothing of what a command makes, but for rounding. Where hidden states are kept depends, for few
-#: labels, on whether those of all are kept too.
-FREE_OPTIONS = ("--cache_folder", "--num_workers")
+LANGUAGE_MODEL = "--language_model"
+#: Options that change nothing of what a command makes, but for rounding; a language model changes what it tests. Where
+#: hidden states are kept depends, for few labels, on whether those of all are kept too.
+FREE_OPTIONS = ("--cache_folder", "--num_workers", LANGUAGE_MODEL)
 #: In place of a GPU's number.
 CPU = "cpu"
 #: Seconds to wait for a process that still writes to a stage's folder.
@@ -47,7 +48,6 @@ PROGRESS_SECONDS = 30
 MOVED_ASIDE = ".before"
 #: How the reason begins of a stage that could not run.
 LEFT_OUT = "left out:"
-LANGUAGE_MODEL = "--language_model"
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 
@@ -96,8 +96,9 @@ class StageState:
     """What is known of the stages of a plan: which are done, how long they took.
 
     A stage is done if its products are there, its command and the YAMLs that it names are those that made
-    it, and so are its language model and the very products of the stages that it needs: one of them done
-    anew, it has to be, too. :data:`FREE_OPTIONS` of a command may change, and comments in a YAML.
+    it, and so are the very products of the stages that it needs: one of them done anew, it has to be, too.
+    :data:`FREE_OPTIONS` of a command may change, and comments in a YAML. With another language model, or the first,
+    the command is run again in the same folder, where it trains no further.
 
     Arguments
     ---------
@@ -125,7 +126,6 @@ class StageState:
                 raise ValueError(f"{stage.name} needs {', '.join(missing)}, which comes later or not at all.")
             governing = _governing(stage.same_as or stage.command, self.folder)
             known = [governing, _yaml_contents(stage.command), stage.products]
-            known += _language_model(stage.command)
             self.marks[stage.name] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def folder_of(self, name: str) -> Path:
@@ -137,6 +137,9 @@ class StageState:
         record = self._record(name)
         if not self._is_own(record, name) or self.missing(name):
             return False
+        model = _language_model(self.stages[name].command)
+        if model is not None and record.get("language_model") != model:
+            return False  # what was trained stays, and is tested again
         return record.get("made") is not None and all(map(self.is_done, self.stages[name].needs))
 
     def missing(self, name: str) -> list[str]:
@@ -216,9 +219,12 @@ class StageState:
             "needed": self._needed(name),
             "commit": commit(),
             "devices": self.stages[name].devices,
+            "language_model": _language_model(self.stages[name].command),
         }
         if record and "made" not in record:  # taken up again
             begun["spent"] = record.get("spent")
+        elif record and not self.missing(name):  # tested with another language model
+            begun["spent"] = record["seconds"]
         self._write(name, begun)
         return told
 
@@ -288,13 +294,13 @@ def _yaml_contents(command: Sequence[str]) -> list[str]:
     return contents
 
 
-def _language_model(command: Sequence[str]) -> list[list[int]]:
-    """Size and time of the language model that a command names: another one may lie at the same place."""
+def _language_model(command: Sequence[str]) -> int | None:
+    """Size of the language model that a command names, None without: wherever it lies, and another may lie there."""
     words = list(command)
     if LANGUAGE_MODEL not in words:
-        return []
+        return None
     path = Path(words[words.index(LANGUAGE_MODEL) + 1])
-    return [[path.stat().st_size, path.stat().st_mtime_ns]] if path.is_file() else []
+    return path.stat().st_size if path.is_file() else None
 
 
 @dataclass
@@ -464,11 +470,9 @@ def run_stages(
                 if broken := [name for name in stage.needs if name in failed]:
                     failed[stage.name] = f"{LEFT_OUT} {broken[0]} failed"
                     waiting.remove(stage)
-                elif (
-                    len(idle) >= (1 if own else stage.devices)
-                    and done.issuperset(stage.needs)
-                    and (done | failed.keys()).issuperset(stage.after)
-                ):
+                elif done.issuperset(stage.needs) and (done | failed.keys()).issuperset(stage.after):
+                    if len(idle) < (1 if own else stage.devices):
+                        break  # what comes next would keep it waiting for as long as there are short stages
                     waiting.remove(stage)
                     number = len(stages) - len(waiting)
                     minutes = left([stage, *waiting])

@@ -74,14 +74,36 @@ def test_a_stage_after_one_that_failed_runs_and_one_that_needs_it_does_not(tmp_p
     assert ran(tmp_path) == ["probe/c"]
 
 
-def test_another_language_model_at_the_same_place_is_another_stage(tmp_path):
+def test_with_another_language_model_a_stage_runs_again_where_it_was_trained(tmp_path):
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1], 'product').open('a').write('run '); print(sys.argv)"
+    folder = tmp_path / "asr" / "a"
+
+    def asr(*more):
+        return [Stage("asr/a", (sys.executable, "-c", code, str(folder), *more), ("product",))]
+
     model = tmp_path / "model.arpa"
-    words = (sys.executable, "--language_model", str(model))
-    marks = set()
-    for text in ("one", "other"):
-        model.write_text(text)
-        marks.add(StageState([Stage("asr/a", words, ())], tmp_path).marks["asr/a"])
-    assert len(marks) == 2
+    model.write_text("one")
+    runs = []
+    for more in ((), (), ("--language_model", str(model)), ("--language_model", str(model)), ()):
+        assert run_stages(asr(*more), tmp_path, print) == {}
+        runs.append((folder / "product").read_text().count("run"))
+    assert runs == [1, 1, 2, 2, 2]
+    moved = model.rename(tmp_path / "moved.arpa")
+    assert StageState(asr("--language_model", str(moved)), tmp_path).is_done("asr/a")
+    moved.write_text("another one")
+    assert run_stages(asr("--language_model", str(moved)), tmp_path, print) == {}
+    assert (folder / "product").read_text().count("run") == 3
+    assert [path.name for path in (tmp_path / "asr").iterdir()] == ["a"]
+
+
+def test_a_stage_that_takes_all_devices_is_not_kept_waiting_by_short_ones_that_come_later(tmp_path):
+    stages = [
+        stage(tmp_path, "check/a"),
+        replace(stage(tmp_path, "train/a"), devices=2),
+        *(stage(tmp_path, f"probe/{number}") for number in range(4)),
+    ]
+    assert run_stages(stages, tmp_path, print, devices=["0", "1"]) == {}
+    assert ran(tmp_path)[:2] == ["check/a", "train/a"] and len(ran(tmp_path)) == 6
 
 
 def test_each_stage_runs_once_after_those_that_it_needs(tmp_path):
