@@ -79,6 +79,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from speechbrain_bestrq.machine import check_gpus_usable
     from speechbrain_bestrq.reproduction.cost import cost_table, expected_seconds
     from speechbrain_bestrq.reproduction.plan import make_plan, read_preset
+    from speechbrain_bestrq.reproduction.preflight import check_inputs
     from speechbrain_bestrq.reproduction.report import reproduction_text, write_reproduction
     from speechbrain_bestrq.reproduction.stages import LEFT_OUT, StageState, check_devices, parse_devices, run_stages
     from speechbrain_bestrq.reproduction.tables import write_plan
@@ -112,6 +113,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     state.check_begun()
     done = {stage.name for stage in stages if state.is_done(stage.name)}
     left = [stage for stage in stages if stage.name not in done]
+    check_inputs(left)
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

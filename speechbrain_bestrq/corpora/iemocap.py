@@ -147,7 +147,7 @@ def prepare_iemocap(
     rules = AudioRules(sample_rate, resample, max_unreadable, workers)
     _check_options(classes, folds, kinds)
     root = resolve_folder(data_folder, "data_folder", _REMEDY)
-    _check_sessions(root)
+    check_sessions(root)
 
     corpus = corpus_name(root, "IEMOCAP")
     labels = [_read_labels(root / session / "dialog" / "EmoEvaluation") for session in SESSIONS]
@@ -284,7 +284,7 @@ def _check_options(classes: Mapping[str, str], folds: str, kinds: Sequence[str])
         raise InputError(f"kinds is a list of {' and '.join(KINDS)}, or one of them, not {kinds}.")
 
 
-def _check_sessions(root: Path) -> None:
+def check_sessions(root: Path) -> None:
     missing = [session for session in SESSIONS if not (root / session).is_dir()]
     if len(missing) == len(SESSIONS):
         for folder in sorted(root.iterdir()):

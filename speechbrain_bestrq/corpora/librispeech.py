@@ -118,7 +118,7 @@ def prepare_librispeech(
     check_list(extra_folders, "extra_folders")
     splits = _check_splits(train_splits, valid_splits, test_splits)
     root = resolve_folder(data_folder, "data_folder", _REMEDY)
-    _check_present(root, splits)
+    check_splits(root, splits)
     extras = [resolve_folder(folder, "extra_folders", "give folders of audio, or none") for folder in extra_folders]
     check_apart(extras, [root / split for split in splits])
 
@@ -165,7 +165,7 @@ def _check_splits(train: Sequence[str], valid: Sequence[str], test: Sequence[str
     return list(dict.fromkeys([*train, *valid, *test]))
 
 
-def _check_present(root: Path, splits: Sequence[str]) -> None:
+def check_splits(root: Path, splits: Sequence[str]) -> None:
     present = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     missing = [split for split in splits if split not in present]
     if not missing:

@@ -129,7 +129,7 @@ def prepare_slurp(
     if not microphones or set(microphones) - set(MICROPHONES):
         raise InputError(f"microphones is a list of {' and '.join(MICROPHONES)}, or one of them, not {microphones}.")
     root = resolve_folder(data_folder, "data_folder", _REMEDY)
-    sources = _find_texts(root, synthetic)
+    sources = find_texts(root, synthetic)
     metadata = sources["train"][0].path.with_name("metadata.json")
 
     corpus = corpus_name(root, "SLURP")
@@ -200,7 +200,7 @@ class _Recording(NamedTuple):
 _Owner = tuple[str, tuple[str, str, str]]
 
 
-def _find_texts(root: Path, synthetic: bool) -> dict[str, list[_Source]]:
+def find_texts(root: Path, synthetic: bool) -> dict[str, list[_Source]]:
     """Find the jsonl files of each part."""
     folders = (root / "dataset" / "slurp", root)
     folder = next(

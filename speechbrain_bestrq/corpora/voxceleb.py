@@ -165,7 +165,7 @@ def prepare_voxceleb(
         resolve_folder(folder, "extra_folders", "give folders in this layout, or none") for folder in extra_folders
     ]
     check_apart(extras, [root])
-    lists = _find_lists(trials, root)
+    lists = find_lists(trials, root)
 
     corpus = corpus_name(root, "VoxCeleb")
     surveyor = _Surveyor(absolute_path(save_folder))
@@ -210,7 +210,7 @@ def prepare_voxceleb(
     return manifests
 
 
-def _find_lists(trials: Sequence[str | os.PathLike], root: Path) -> dict[str, Path]:
+def find_lists(trials: Sequence[str | os.PathLike], root: Path) -> dict[str, Path]:
     """Find the trial lists, and return their paths by their names."""
     if not trials:
         raise InputError("trials is empty: name at least one trial list, such as veri_test.txt.")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from speechbrain_bestrq import cli
+from speechbrain_bestrq.commands import reproduce
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction.leads import judge, lead
 from speechbrain_bestrq.reproduction.plan import (
@@ -21,6 +22,7 @@ from speechbrain_bestrq.reproduction.plan import (
     updates_of,
     yaml_value,
 )
+from speechbrain_bestrq.reproduction.preflight import check_inputs
 from speechbrain_bestrq.reproduction.publishing import publish
 from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState
@@ -791,6 +793,66 @@ def test_bad_input_is_one_line(words, message, tmp_path, capsys, monkeypatch):
     assert cli.main(["reproduce", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """What is looked at before anything is run, of the corpora of preset paper: folders, lists and texts."""
+    parts = {
+        "librispeech": ["train-clean-100/", "train-clean-360/", "train-other-500/", "dev-clean/", "test-clean/"],
+        "voxceleb": ["meta/veri_test2.txt"],
+        "iemocap": [f"Session{n}/{part}/" for n in range(1, 6) for part in ("sentences/wav", "dialog/EmoEvaluation")],
+        "slurp": [f"dataset/slurp/{name}.jsonl" for name in ("train", "devel", "test")],
+    }
+    parts["librispeech"].append("test-other/")
+    for corpus, names in parts.items():
+        for name in names:
+            path = tmp_path / corpus / name
+            (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+            if not name.endswith("/"):
+                path.write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (None, None),
+        ("librispeech/test-other", "lacks the split(s) test-other"),
+        ("librispeech/train-other-500", "lacks the split(s) train-other-500"),
+        ("voxceleb/meta/veri_test2.txt", "trial list 'veri_test2.txt' is neither in"),
+        ("iemocap/Session4", "lacks Session4"),
+        ("slurp/dataset/slurp/devel.jsonl", "devel.jsonl' does not exist"),
+    ],
+)
+def test_what_would_be_missing_after_days_is_named_before_anything_is_run(corpora, missing, message):
+    if missing is not None:
+        path = corpora / missing
+        path.rmdir() if path.is_dir() and not any(path.iterdir()) else path.rename(corpora / "away")
+    stages = make_plan(read_preset("paper"), {corpus: corpora / corpus for corpus in CORPORA}, corpora / "out")
+    if missing is None:
+        check_inputs(stages)
+        return
+    with pytest.raises(InputError) as refusal:
+        check_inputs(stages)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_language_model_that_is_none_is_named_before_anything_is_run(corpora, capsys):
+    (corpora / "lm.arpa").write_text("no model")
+    words = ["--preset", "paper", "--librispeech", str(corpora / "librispeech"), "--dry_run"]
+    assert cli.main(["reproduce", *words, "--language_model", str(corpora / "lm.arpa")]) == 2
+    said = capsys.readouterr().err
+    assert f"{corpora / 'lm.arpa'}" in said and said.count("\n") == 1
+
+
+def test_a_corpus_behind_a_link_may_move(corpora, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "_estimate_apart", lambda *_: {})
+    link = corpora / "speech"
+    link.symlink_to(corpora / "slurp")
+    words = ["reproduce", "--preset", "small", "--librispeech", str(corpora / "librispeech"), "--slurp", str(link)]
+    assert cli.main([*words, "--output_folder", str(corpora / "out"), "--dry_run"]) == 0
+    assert f"--data_folder {link} " in capsys.readouterr().out
 
 
 def test_the_report_command_knows_a_reproduction(reproduction, capsys):
