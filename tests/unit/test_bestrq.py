@@ -12,6 +12,7 @@ from speechbrain_bestrq.bestrq import BestRQ
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.masking import MaskedFrames, SpanMasking
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
+from speechbrain_bestrq.tally import Tally
 
 FRAMES = 25  # encoder frames of a second
 
@@ -235,6 +236,18 @@ def test_several_codebooks_share_one_head(make_model):
     model = make_model(num_codebooks=3)
     assert model.head.weight.shape == (3 * 64, 16)
     assert model.labels_per_target == 3
+
+
+def test_the_accuracy_is_a_share_of_the_labels_of_all_codebooks(make_model, batch):
+    model = make_model(num_codebooks=3)
+    wavs, wav_lens, mask, noise = batch
+    model.measure([(wavs, wav_lens)])  # so that the commonest labels are guessed
+    output = model(wavs, wav_lens, mask=mask, noise=noise)
+    tally = Tally(model, "cpu")
+    tally.add(output, 1.6)
+    hits = int(output.metrics["correct"])
+    assert hits > 0
+    assert float(tally.averages(tally.sums, 1)["accuracy"]) == pytest.approx(hits / (3 * int(mask.sum())))
 
 
 def test_a_codebook_that_asks_a_lower_state_trains_the_layers_below_it_only(make_model, batch):

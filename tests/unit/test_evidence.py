@@ -23,9 +23,9 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.evidence import alignment, evidence, measures
 from speechbrain_bestrq.evidence.alignment import Aligner, spread
 from speechbrain_bestrq.evidence.evidence import gather
-from speechbrain_bestrq.evidence.hidden import PARTS, encode_frames, encode_parts, part_means
+from speechbrain_bestrq.evidence.hidden import PARTS, Frames, encode_frames, encode_parts, part_means
 from speechbrain_bestrq.evidence.linear import Examples, effective_rank, linear_probe, within_class_whitening
-from speechbrain_bestrq.evidence.measures import CORPORA, MEASURES
+from speechbrain_bestrq.evidence.measures import CORPORA, MEASURES, chosen_apart
 from speechbrain_bestrq.evidence.report import best_score, write_evidence
 from speechbrain_bestrq.evidence.sources import Source, find_sources
 from speechbrain_bestrq.metrics import equal_error_rate
@@ -136,6 +136,23 @@ def test_frames_are_those_at_the_times_given_and_centred_within_their_utterance(
     assert less.states is None and torch.equal(less.centred, frames.centred) and less.between == frames.between
     whole = encode_parts(encoder, noise, 16000, CPU)
     assert whole.keys() == noise.keys() and whole["1"].shape == (1, 4, 320)
+
+
+def test_the_share_between_utterances_is_that_of_their_means_in_all_variance(monkeypatch):
+    """Utterances about 0, 3 and 6, and with them a variance of 6; within them it is 4, or 1 in the second state."""
+    lengths, batches = {"a": 4, "b": 2, "c": 6}, []
+    for names, longest in (("ab", 5), ("c", 6)):
+        hidden = torch.full((2, len(names), longest, 2), 99.0)  # as padding
+        for row, name in enumerate(names):
+            signs = torch.tensor([1.0, -1.0]).repeat(lengths[name] // 2)
+            for state, deviation in enumerate((2.0, 1.0)):
+                hidden[state, row, : lengths[name], 0] = 3.0 * "abc".index(name) + deviation * signs
+                hidden[state, row, : lengths[name], 1] = 7.0
+        batches.append((list(names), hidden, torch.tensor([lengths[name] for name in names])))
+    monkeypatch.setattr("speechbrain_bestrq.evidence.hidden._encode", lambda *_: batches)
+    times = {name: (torch.tensor([0.1]), torch.tensor([0])) for name in lengths}
+    frames = encode_frames(None, {name: {"duration": "1.0"} for name in lengths}, times, 16000, CPU)
+    assert frames.between == pytest.approx([6 / (6 + 4), 6 / (6 + 1)])
 
 
 # ---------------------------------------------------------------- alignment
@@ -543,6 +560,85 @@ def test_few_examples_of_a_class_are_drawn_of_all_labels(monkeypatch):
     corpus.measure(TaskEncoder("fbank"), CPU)
     assert counts[: 2 * measures.DRAWS] == measures.DRAWS * [[5, 5]] + measures.DRAWS * [[20, 20]]
     assert sum(counts[-1]) == 600  # half an hour
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """What probes are trained, validated and tested on, where utterances have their numbers as hidden states."""
+    found = []
+
+    def parts(encoder, rows, *_):
+        return {name: torch.full((1, PARTS, 1), float(name)) for name in rows}
+
+    def frames(encoder, rows, *_, **__):
+        numbers = torch.tensor([float(name) for name in rows])[None, :, None]
+        return Frames(numbers, numbers, torch.zeros(len(rows), dtype=torch.long), [0.5])
+
+    def probe(*sets_and_classes):
+        found.append([one.vectors[:, 0].int().tolist() for one in sets_and_classes[:3]])
+        return measures.Score(0.25, 0.75)
+
+    for name, stand_in in (("encode_parts", parts), ("encode_frames", frames), ("linear_probe", probe)):
+        monkeypatch.setattr(measures, name, stand_in)
+    return found
+
+
+def numbered(numbers, **labels):
+    """Utterances of a second."""
+    return {str(number): {"spk_id": f"s{number}", "duration": 1.0, **labels} for number in numbers}
+
+
+def test_probes_of_intents_and_characters_choose_on_the_validation_set_and_are_tested_on_the_test_set(
+    probed, monkeypatch
+):
+    sets = {
+        name: numbered(own, scenario="music")
+        for name, own in (("train", range(4)), ("valid", range(4, 6)), ("test", range(6, 9)))
+    }
+    intents = of_rows("slurp", None, monkeypatch)
+    intents.manifests = {name: name for name in sets}
+    monkeypatch.setattr(measures, "read_manifest", sets.get)
+    found = intents.measure(SimpleNamespace(num_states=1), CPU)
+    assert probed == (2 * measures.DRAWS + 1) * [[[0, 1, 2, 3], [4, 5], [6, 7, 8]]]
+    assert set(map(tuple, found.values())) == {((0.25, 0.75),)}
+
+    probed.clear()
+    characters = of_rows("librispeech", None, monkeypatch, hours=5 / 3600)
+    characters.sets, characters.times = sets, sets
+    found = characters.measure(SimpleNamespace(num_states=1), CPU)
+    (few, *of_few), (every, *of_every) = probed
+    assert len(few) == 2 and sorted(every) == [0, 1, 2, 3]
+    assert of_few == of_every == [[4, 5], [6, 7, 8]]
+    assert found["characters_few"] == found["characters_all"] == [(0.25, 0.75)]
+
+
+def test_probes_of_emotions_choose_on_a_folds_validation_speaker_and_are_tested_on_its_own(probed, monkeypatch):
+    folds = {"a": [[2, 3], [4], [0, 1]], "b": [[0, 1], [2, 3], [4]], "c": [[0, 1], [4], [2, 3]]}
+    monkeypatch.setattr(measures, "FOLDS", {"speaker": tuple(folds)})
+    sets = {"all": numbered(range(5), emo="sad")}
+    for fold, sides in folds.items():
+        sets |= {
+            f"{fold}/{name}": numbered(own, emo="sad")
+            for name, own in zip(("train", "valid", "test"), sides, strict=True)
+        }
+    emotions = of_rows("iemocap", None, monkeypatch)
+    emotions.manifests = {name: name for name in sets}
+    monkeypatch.setattr(measures, "read_manifest", sets.get)
+    found = emotions.measure(SimpleNamespace(num_states=1), CPU)
+    assert probed == [one for one in folds.values() for _ in range(measures.DRAWS)] + list(folds.values())
+    assert set(map(tuple, found.values())) == {((0.25, 0.75),)}
+
+
+def test_the_hidden_state_of_a_fold_is_chosen_on_the_validation_of_folds_that_share_no_speaker_with_it():
+    """The first two validate on each other's test speaker: only the third may choose for them."""
+    hits = torch.tensor(
+        [
+            [[8.0, 3.0], [9.0, 4.0], [1.0, 5.0]],
+            [[7.0, 6.0], [6.0, 2.0], [2.0, 0.0]],
+        ]
+    )
+    # state 1 for both, which the third has more right with in validation; for the third state 0, of 17 against 13
+    assert chosen_apart(hits, [{"a", "b"}, {"b", "a"}, {"c", "d"}]).tolist() == [7 + 6 + 1, 6 + 2 + 5]
 
 
 def test_corpora_that_are_not_given_are_left_out(run, corpora, tmp_path):

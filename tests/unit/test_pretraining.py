@@ -598,6 +598,22 @@ def test_figures_of_the_log_are_those_of_the_clock(toy, tmp_path, corpus, monkey
     assert second["audio_hours"] == pytest.approx(6.0 / 3600)
 
 
+def test_a_log_line_has_the_hours_of_all_devices_and_the_utilisation_of_one(toy, tmp_path, monkeypatch):
+    """Each of four has done in four seconds what an H200 can do in one."""
+    now = [100.0]
+    monkeypatch.setattr(pretraining.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)  # the others are not there
+    model = toy.make_model()
+    brain = toy.fit_batches(tmp_path, model, [toy.make_batch(model, waves(0.5))], log_interval=2)
+    brain.world_size, brain.precision, brain.run_facts["device"] = 4, "bf16", "NVIDIA H200"
+    now[0] += 4.0
+    brain.clock.flops, brain.clock.updates = 989e12, 1
+    brain._submit_log_line()
+    (line,) = brain.reader.ready()
+    assert line["utilisation"] == pytest.approx(0.25)
+    assert line["device_hours"] == pytest.approx(4 * 4 / 3600)
+
+
 @pytest.fixture
 def saved(monkeypatch):
     """The updates of the checkpoints, as they are saved."""

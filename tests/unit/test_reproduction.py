@@ -4,14 +4,18 @@ import csv
 import json
 import re
 import shutil
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy
 
 from speechbrain_bestrq import cli
 from speechbrain_bestrq.commands import reproduce
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction.leads import judge, lead
+from speechbrain_bestrq.reproduction.pairs import PAIRS_FILE
 from speechbrain_bestrq.reproduction.plan import (
     CORPORA,
     PRESETS,
@@ -28,6 +32,7 @@ from speechbrain_bestrq.reproduction.report import write_reproduction
 from speechbrain_bestrq.reproduction.stages import StageState
 from speechbrain_bestrq.reproduction.tables import PAPER_FROZEN, Cell, Runs, frozen_table, read_plan, write_plan
 from speechbrain_bestrq.results import write_errors
+from speechbrain_bestrq.verification import write_scores
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 #: A preset of one pre-training for each method.
@@ -491,6 +496,36 @@ def test_errors_on_the_same_utterances_are_compared_utterance_by_utterance(repro
     (run / "errors_test.csv").unlink()
     rows = rows_of(write_reproduction(reproduction)["markdown"], "Does pre-training pay?")
     assert rows[f"{name}untrained"]["intent accuracy"].endswith("*")
+
+
+def test_the_report_has_half_the_interval_that_other_speakers_would_give(reproduction):
+    """The encoders differ on five of ten speakers: of ten that are drawn of them, on as many as the binomial says."""
+    corpora = ["librispeech", "slurp", "voxceleb"]
+    preset = read_plan(reproduction)["preset"]
+    write_plan(reproduction, "small", preset, corpora, "reproduce", marks_of(preset, reproduction, corpora))
+    trials = [(1, f"id{speaker}/a/1", f"id{speaker}/b/1") for speaker in range(10)]
+    trials += [(0, f"id{one}/a/1", f"id{other}/a/1") for one, other in combinations(range(10), 2)]
+    for encoder, wrong, error in (("random", 5, 0.3), ("bestrq-2000", 0, 0.1)):
+        # a speaker's target scores below all impostors, which are alike, or above them: the EER is the share of those
+        scores = np.array([0.0] * wrong + [1.0] * (10 - wrong) + [0.5] * 45)
+        for seed in (1, 2):
+            rows = [
+                {"ID": f"{speaker}-{n}", "group": str(speaker), "error_errors": int(n == 0 and speaker < wrong)}
+                for speaker in range(10)
+                for n in range(10)
+            ]
+            rows = [{**row, "error_total": 1} for row in rows]
+            write_errors(reproduction / "intent-frozen" / encoder / str(seed), "test", rows, list(rows[0]))
+            run = f"verification-frozen/{encoder}/{seed}"
+            write_probe(reproduction, run, {"vox1": {"eer": score(error + 0.01 * seed)}}, "VoxCeleb")
+            write_scores(reproduction / run, "vox1", trials, {"cosine": scores})
+    text = write_reproduction(reproduction)["markdown"].read_text()
+    low, high = scipy.stats.binom(10, 0.5).ppf([0.025, 0.975])
+    halves = [100 * (high - low) / 10 / 2, 100 * (high - low) / 100 / 2]
+    assert list(json.loads((reproduction / PAIRS_FILE).read_text()).values()) == pytest.approx(halves)
+    welch = 4.302653 * 0.5**0.5
+    eer, accuracy = (f"{(half**2 + welch**2) ** 0.5:.2f}" for half in halves)
+    assert f"| BEST-RQ, 2,000 updates, ahead of untrained | +20.00 ± {eer} | +8.00 ± {accuracy} |" in text
 
 
 def test_draws_that_are_shared_are_compared_seed_by_seed():

@@ -184,6 +184,14 @@ def test_a_pre_training_costs_the_same_device_hours_on_any_number_of_devices(tmp
     assert seconds == {name: pytest.approx(cost.START_SECONDS + 1200 / devices) for name in found}
 
 
+def test_a_pre_training_needs_room_for_three_checkpoints_and_each_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "warm_up", lambda path, options: SPEED)
+    preset = {**read_preset(TWO_SEEDS), "tasks": {}, "updates": [360, 720]}
+    found = cost.estimate(make_plan(preset, {"librispeech": tmp_path}, tmp_path))
+    # of 4 bytes: in a checkpoint parameters and two moments; encoders after both updates and of the best validation
+    assert found["pretraining/bestrq"].gigabytes == pytest.approx(5_000_000 * 4 * (3 * 3 + 3) / 1e9)
+
+
 def test_the_warm_up_trains_what_the_command_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hparams = RECIPES / "LibriSpeech" / "pretrain" / "hparams"

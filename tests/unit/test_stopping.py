@@ -553,6 +553,17 @@ def test_a_spike_is_skipped_and_counted(toy, tmp_path):
     assert int(brain.totals[1]) == 1 and brain.untouched
 
 
+@pytest.mark.parametrize("ratio", [20.0, 5.0])
+def test_a_spike_is_what_is_above_the_ratio_from_update_101_on(ratio):
+    made = {}
+    for update in (100, 101):
+        for times in (0.995 * ratio, 1.005 * ratio):
+            guard = update_guard.UpdateGuard("cpu", ratio)
+            guard.judge(torch.tensor(3.0), 1)  # the usual norm
+            made[update, times > ratio] = bool(guard.judge(torch.tensor(3.0 * times), update))
+    assert made == {(100, False): True, (100, True): True, (101, False): True, (101, True): False}
+
+
 def test_codebook_use_that_has_halved_is_warned_of_each_time(tmp_path, caplog):
     log = ProgressLog(tmp_path)
     log.open(0, None, show_bar=False)

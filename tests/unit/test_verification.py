@@ -189,6 +189,16 @@ def test_rates_are_those_of_the_metrics_and_intervals_hold_them():
     assert rates == verification_rates(scores, trials) != verification_rates(scores, trials, seed=1)
 
 
+def test_intervals_hold_95_of_100_resamples_as_many_below_as_above():
+    trials = make_trials()
+    scores = make_scores(trials)
+    errors = _Errors(scores, trials)
+    outcomes = np.array([errors.resampled(drawn) for drawn in errors.draws(0, 200)])
+    rates = verification_rates(scores, trials, resamples=200)
+    for number, found in enumerate((rates.eer, rates.mindcf)):
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(outcomes[:, number], [0.025, 0.975])))
+
+
 def test_resamples_vary_as_much_as_other_speakers_would():
     trials = make_trials(speakers=15, count=1000)  # of all speakers many
     lists = [_Errors(make_scores(trials, gap=2.0, spread=1.0, seed=seed), trials) for seed in range(100)]
@@ -270,6 +280,14 @@ def test_two_runs_are_compared_on_resamples_of_the_same_speakers(runs):
     assert difference.high - difference.low < 0.7 * (alone.high - alone.low)
     same, not_better = compare_scores(folder / "good", folder / "copy", "veri_test", resamples=300)
     assert (same.value, same.low, same.high, not_better) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_the_interval_of_a_difference_holds_95_of_100_resamples_as_many_below_as_above(runs):
+    folder, trials, _ = runs
+    good, worse = (_Errors(read_scores(folder / name, "veri_test")[1], trials) for name in ("good", "worse"))
+    outcomes = [good.resampled(drawn)[0] - worse.resampled(drawn)[0] for drawn in good.draws(0, 200)]
+    found, _ = compare_scores(folder / "good", folder / "worse", "veri_test", resamples=200)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(outcomes, [0.025, 0.975])))
 
 
 def test_seeds_are_compared_by_their_mean_on_the_same_resamples(runs):

@@ -378,6 +378,14 @@ def test_masks_of_the_authors_settings_cover_half_of_the_frames_of_any_utterance
         assert float(share) == pytest.approx(1 - (1 - 0.065) ** 10, abs=0.02)
 
 
+def test_equally_common_codes_are_counted_over_all_groups(make_model):
+    model = make_model()
+    found = model.statistics(torch.zeros(()), torch.ones(2, 2, 6))
+    for name in ("code_perplexity", "probability_perplexity", "codes_used"):
+        assert float(found[name]) == pytest.approx(12), name
+    assert float(found["commonest_share"]) == pytest.approx(1 / 6)
+
+
 def test_the_signature_is_json_and_tells_models_apart(make_model):
     signature = json.loads(json.dumps(make_model().signature()))
     assert signature == make_model().signature() != make_model(codebook_size=7).signature()
