@@ -13,10 +13,13 @@ from speechbrain_bestrq.artefact import load_encoder
 from speechbrain_bestrq.contrastive import sample_negatives
 from speechbrain_bestrq.convert_transformers import from_transformers, to_transformers
 from speechbrain_bestrq.encoder import SpeechEncoder
+from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
 from speechbrain_bestrq.frontend import valid_frames
-from speechbrain_bestrq.gumbel_quantizer import mean_shares, perplexity
-from speechbrain_bestrq.masking import MaskedFrames, span_mask
+from speechbrain_bestrq.gumbel_quantizer import GumbelQuantizer, mean_shares, perplexity
+from speechbrain_bestrq.masking import MaskedFrames, SpanMasking, span_mask
+from speechbrain_bestrq.transformer import TransformerEncoder
 from speechbrain_bestrq.transformers_names import transformers_weights
+from speechbrain_bestrq.wav2vec2 import Wav2Vec2
 
 SILENT = {
     name: 0.0
@@ -214,6 +217,33 @@ def test_hidden_states_losses_and_gradients_equal_those_of_transformers(
             cosine = torch.nn.functional.cosine_similarity(gradients[name].flatten(), gradient.flatten(), dim=0)
             assert cosine > 0.9999, (name, cosine)
             assert abs(gradients[name].norm() / gradient.norm() - 1.0) < 1e-3, name
+
+
+def test_initial_weights_are_as_large_as_those_of_transformers():
+    """But for the positional convolution, which transformers leaves as it is made (tests/unit/test_transformer.py)."""
+    sizes = {"conv_dim": (128,) * 7, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    heads = {"num_codevectors_per_group": 64, "codevector_dim": 256, "proj_codevector_dim": 256}
+    settings = configuration("large")
+    settings.update({**sizes, **heads})
+    torch.manual_seed(0)
+    theirs = Wav2Vec2ForPreTraining(settings).state_dict()
+    ours = Wav2Vec2(
+        SpeechEncoder(
+            ConvFeatureExtractor((128,) * 7, norm="layer", bias=True),
+            FeatureProjection(128, 256),
+            TransformerEncoder(256, num_layers=1, num_heads=4, d_ffn=512, position_kernel_size=16, position_groups=4),
+        ),
+        GumbelQuantizer(128, code_dim=256, codebook_size=64),
+        SpanMasking(0.065, 10, min_spans=2),
+        target_dim=256,
+    )
+    weights = transformers_weights(ours.state_dict(), pretraining=True)
+    assert weights.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if "pos_conv_embed" in name:
+            continue
+        found, wanted = (float(one.square().mean().sqrt()) for one in (weights[name], expected))
+        assert found == pytest.approx(wanted, rel=0.05 if expected.numel() > 1000 else 0.2), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,8 @@ import jiwer
 import numpy as np
 import pytest
 import soundfile
+import speechbrain as sb
+import torch
 from speechbrain.augment.time_domain import DropFreq, SpeedPerturb
 
 from speechbrain_bestrq.artefact import save_encoder
@@ -18,6 +20,7 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.ngram import train_ngram
 from speechbrain_bestrq.results import read_results
 from speechbrain_bestrq.task_brain import TaskBrain
+from speechbrain_bestrq.text import CharacterTokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "LibriSpeech" / "ASR"
 WORDS = "SO IT IS NOT THE CAT'S HAT".split()
@@ -317,6 +320,43 @@ def test_the_loss_of_a_set_is_that_of_its_utterances_whatever_the_batches(train,
     assert other["validation"]["loss"] == pytest.approx(one["validation"]["loss"], rel=1e-5)
     for name, scores in one["sets"].items():
         assert other["sets"][name]["loss"] == pytest.approx(scores["loss"], rel=1e-5)
+
+
+def test_each_utterances_loss_is_divided_by_its_units(train):
+    log_probs = torch.randn(3, 20, 6, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    lengths, units = torch.tensor([20, 12, 9]), [[1, 2, 3, 4, 5, 1, 2, 3], [4], [2, 5, 2]]
+    batch = SimpleNamespace(units=units)
+    brain = SimpleNamespace(device="cpu")
+    found = train.ASRBrain.compute_objectives(brain, (log_probs, lengths), batch, sb.Stage.TRAIN)
+    total = 0.0
+    for row, target, frames in zip(log_probs, units, lengths, strict=True):
+        given = row[:frames, None], torch.tensor([target]), frames[None], torch.tensor([len(target)])
+        total += float(torch.nn.functional.ctc_loss(*given, reduction="none")) / len(target)
+    assert float(found) == pytest.approx(total / 3, rel=1e-5)
+
+
+def test_an_utterance_has_to_fit_its_transcript_at_the_highest_speed_of_training(train):
+    encoder = SimpleNamespace(num_frames=lambda samples: samples // 640)
+    row = {"wrd": "AB" * 10, "duration": 20 * 640 / 16000}  # as many frames as units
+    settings = {"tokenizer": CharacterTokenizer(), "speech_encoder": encoder, "sample_rate": 16000}
+    for speeds, kept in (({}, ["just", "long"]), ({"speeds": [95, 100, 105]}, ["long"])):
+        rows = {"train": {"just": row, "long": {**row, "duration": 2.0}}, "valid": {"just": row}}
+        train.prepare_texts({**settings, "language_model": None, **speeds}, rows)
+        assert list(rows["train"]) == kept and list(rows["valid"]) == ["just"]
+
+
+def test_the_checkpoint_is_chosen_by_the_metric_of_the_yaml(train, small_yamls, librispeech, tmp_path, monkeypatch):
+    told = {"cer": iter([0.1, 0.2]), "wer": iter([0.9, 0.8]), "loss": iter([9.0, 8.0])}
+    stage_metrics = train.ASRBrain.stage_metrics
+
+    def disagreeing(brain, stage):
+        metrics = stage_metrics(brain, stage)
+        return {name: next(values) for name, values in told.items()} if stage == sb.Stage.VALID else metrics
+
+    monkeypatch.setattr(train.ASRBrain, "stage_metrics", disagreeing)
+    train.main(arguments(small_yamls, "probe_small", librispeech, "fbank", tmp_path))
+    results = read_results(tmp_path)
+    assert results["best_epoch"] == 1 and results["validation"]["cer"] == 0.1
 
 
 BAD_INPUT = {

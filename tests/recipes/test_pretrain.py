@@ -304,6 +304,27 @@ def test_a_key_given_twice_is_refused(librispeech, tmp_path):
         load_recipe([*arguments("bestrq_small", librispeech, tmp_path), "--seed=1", "--seed=2"])
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_another_seed_is_other_batches_masks_weights_and_labels(name, train, librispeech, tmp_path):
+    frames = torch.randn(1, 400, 320, generator=torch.Generator().manual_seed(0))
+    plans, masks, weights, codebooks = [], [], [], []
+    for seed in (3, 4):
+        *_, hparams = load_recipe(arguments(name, librispeech, tmp_path, f"--seed={seed}"))
+        model, quantizer = hparams["model"], hparams["model"].quantizer
+        loader, *_ = train.dataio_prepare(hparams, train.prepare_corpus(hparams), 0, 1)
+        plans.append(list(loader.batch_sampler))
+        masks.append(loader.dataset.__getitems__(plans[0][0]).masked.mask)  # of one and the same batch
+        weights.append(torch.nn.utils.parameters_to_vector(model.speech_encoder.parameters()))
+        if not getattr(quantizer, "measured", True):
+            quantizer.fit([quantizer.prepare(frames)])
+        codebooks.append([value for key, value in quantizer.state_dict().items() if key.endswith("codebooks")])
+    first, other = ([(plan.indices.tolist(), plan.starts.tolist()) for plan in epoch] for epoch in plans)
+    assert first != other
+    assert masks[0].shape == masks[1].shape and not torch.equal(*masks)
+    assert not torch.equal(*weights)
+    assert codebooks[0] and not any(map(torch.equal, *codebooks))
+
+
 def test_the_codebook_is_looked_at_once_at_the_start_of_a_new_run(train, librispeech, tmp_path):
     train.main(arguments("bestrq_small", librispeech, tmp_path))
     train.main(arguments("bestrq_small", librispeech, tmp_path, "--optimizer_step_limit=3"))

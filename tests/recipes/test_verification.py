@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import speechbrain as sb
 from scipy.interpolate import interp1d
 from scipy.optimize import brentq
 from sklearn.metrics import roc_curve
@@ -174,6 +175,35 @@ def test_a_run_goes_on_from_its_last_epoch_and_can_be_tested_again(
     (tmp_path / "broken" / "scores_veri_test.csv").unlink()
     again, again_log = run("broken", "--test_only")
     assert again == unbroken and again_log == resumed_log
+
+
+def test_the_checkpoint_is_chosen_by_the_equal_error_rate(train, small_yamls, voxceleb, tmp_path, monkeypatch):
+    told = {"eer": iter([0.1, 0.2]), "mindcf": iter([0.9, 0.8]), "loss": iter([0.9, 0.8])}
+    stage_metrics = train.VerificationBrain.stage_metrics
+
+    def disagreeing(brain, stage):
+        metrics = stage_metrics(brain, stage)
+        return {name: next(values) for name, values in told.items()} if stage == sb.Stage.VALID else metrics
+
+    monkeypatch.setattr(train.VerificationBrain, "stage_metrics", disagreeing)
+    train.main(arguments(small_yamls, "probe_small", voxceleb, "fbank", tmp_path))
+    results = read_results(tmp_path)
+    assert results["best_epoch"] == 1 and results["validation"]["eer"] == 0.1
+
+
+def test_another_seed_of_the_validation_is_other_speakers(train, small_yamls, voxceleb, tmp_path, monkeypatch):
+    draws = []
+
+    def stop(_, manifests):
+        draws.append({row["spk_id"] for row in read_manifest(manifests["valid"]).values()})
+        raise Stopped
+
+    monkeypatch.setattr(train, "read_rows", stop)
+    for seed in (0, 1):
+        more = [f"--valid_seed={seed}"]
+        with pytest.raises(Stopped):
+            train.main(arguments(small_yamls, "probe_small", voxceleb, "fbank", tmp_path / str(seed), *more))
+    assert len(draws[0]) == len(draws[1]) == 2 and draws[0] != draws[1]
 
 
 def test_a_corpus_may_have_moved_before_a_run_goes_on(train):

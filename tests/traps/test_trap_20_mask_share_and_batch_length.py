@@ -1,7 +1,6 @@
 """The share of masked frames does not depend on how long batches may be."""
 
 import numpy as np
-import pytest
 import torch
 
 from speechbrain_bestrq.batching import LadderBatchSampler, PaddedBatchSampler
@@ -9,9 +8,10 @@ from speechbrain_bestrq.masking import SpanMasking
 from speechbrain_bestrq.seeding import derived_generator
 
 
-@pytest.mark.parametrize("sampler", [LadderBatchSampler, PaddedBatchSampler])
-def test_the_masked_share_is_the_same_at_any_batch_length(sampler):
+def test_the_masked_share_is_the_same_at_any_batch_length():
     """Trap: buckets widen with the batch length, and the mask of a 1000 s batch covers 15.7 % instead of 60 %.
+
+    Of padded batches; those of the ladder have one length each, as the next test sees.
 
     Mutation: in masking.py, span_mask, before ``device = lengths.device`` add ``lengths =
     lengths.clamp(max=int(lengths.min()))``.
@@ -20,7 +20,7 @@ def test_the_masked_share_is_the_same_at_any_batch_length(sampler):
     lengths = np.random.default_rng(1).integers(32000, 480000, 300)
     for seconds in (50, 1000):
         masked = frames = 0
-        for plan in sampler(lengths, seconds * 16000):
+        for plan in PaddedBatchSampler(lengths, seconds * 16000):
             own = torch.from_numpy((1 + np.minimum(lengths[plan.indices], plan.samples) // 160) // 4)
             masked += masking(own, (1 + plan.samples // 160) // 4, derived_generator(plan.number)).count
             frames += int(own.sum())

@@ -250,6 +250,14 @@ def test_the_accuracy_is_a_share_of_the_labels_of_all_codebooks(make_model, batc
     assert float(tally.averages(tally.sums, 1)["accuracy"]) == pytest.approx(hits / (3 * int(mask.sum())))
 
 
+def test_the_head_begins_xavier_uniform_without_bias(make_model):
+    weight = make_model(num_codebooks=3).head.weight
+    bound = (6 / (16 + 3 * 64)) ** 0.5
+    assert 0.95 * bound < weight.abs().max() <= bound
+    assert float(weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert not make_model().head.bias.any()
+
+
 def test_a_codebook_that_asks_a_lower_state_trains_the_layers_below_it_only(make_model, batch):
     model = make_model(num_codebooks=2, states=[2, 1])
     wavs, wav_lens, mask, noise = batch

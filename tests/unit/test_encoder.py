@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from speechbrain_bestrq import attention as attention_module
 from speechbrain_bestrq.convolution import FrameConvolution
 from speechbrain_bestrq.encoder import ConformerEncoder, SpeechEncoder, run_layers
 from speechbrain_bestrq.frontend import ConvSubsampling, LogMel
@@ -188,6 +190,28 @@ def test_layer_drop_takes_one_number_for_each_layer_from_the_global_generator():
     assert [torch.equal(one, other) for one, other in zip(states[:4], states[1:5], strict=True)] == [
         not keep for keep in kept.tolist()[:4]
     ]
+
+
+@KINDS
+def test_dropout_is_at_every_place_that_it_has(attention, make_speech_encoder, monkeypatch):
+    called, attended = Counter(), []
+    speech_encoder = make_speech_encoder(attention, dropout=0.25).train()
+    for name, module in speech_encoder.named_modules():
+        if isinstance(module, nn.Dropout):
+            assert module.p == 0.25, name
+            module.register_forward_hook(lambda *_, name=name: called.update([name]))
+    attend = attention_module.attend
+    monkeypatch.setattr(
+        attention_module, "attend", lambda *all, **named: attended.append(named["dropout_p"]) or attend(*all, **named)
+    )
+    speech_encoder(torch.randn(1, 8000))
+    assert called.pop("subsampling.dropout") == 3  # behind two convolutions and a projection
+    layers = [f"encoder.layers.{layer}" for layer in range(2)]
+    places = ["feed_forward1.3", "feed_forward1.5", "convolution.dropout", "feed_forward2.3", "feed_forward2.5"]
+    assert called == {f"{layer}.{place}": 1 for layer in layers for place in places}
+    assert attended == [0.25, 0.25]
+    speech_encoder.eval()(torch.randn(1, 8000))
+    assert attended[2:] == [0.0, 0.0]
 
 
 @KINDS

@@ -138,6 +138,21 @@ def test_codes_have_unit_length_and_the_projection_is_xavier_uniform():
     assert quantizer.projection.std() == pytest.approx(bound / 3**0.5, rel=0.03)
 
 
+def test_codes_lie_in_all_directions_alike():
+    codes = RandomProjectionQuantizer(320, codebook_size=2048).codebooks[0]
+    cosines = (codes @ codes.t()).fill_diagonal_(0.0)
+    assert codes.mean(0).abs().max() < 0.02
+    assert abs(float(cosines.mean())) < 1e-3
+    assert float(cosines.square().mean()) == pytest.approx(1 / 16, rel=0.02)  # as of any directions in 16 dimensions
+
+
+def test_a_seed_has_the_labels_that_it_always_had():
+    """Encoders that were trained on them, and runs that go on, have no others; none is near a border."""
+    waves = torch.sin(torch.arange(6 * 320).double().square() * 0.37).float().view(1, 6, 320)
+    labels = RandomProjectionQuantizer(320, num_codebooks=2, seed=0)(waves)
+    assert labels[0].t().tolist() == [[5974, 8051, 6730, 5489, 5247, 3645], [5101, 3377, 2387, 3930, 4750, 5246]]
+
+
 def test_nothing_is_trainable_and_everything_is_in_the_state_dict():
     quantizer = RandomProjectionQuantizer(DIM, codebook_size=64)
     assert not list(quantizer.parameters())

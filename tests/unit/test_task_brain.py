@@ -84,10 +84,10 @@ class Stopping(LoudnessBrain):
         return super().stage_metrics(stage)
 
 
-def test_each_rank_epoch_and_batch_draws_dropout_of_its_own(rows, folder, tmp_path, monkeypatch):
+def test_each_seed_rank_epoch_and_batch_draws_dropout_of_its_own(rows, folder, tmp_path, monkeypatch):
     used = []
-    for rank in (0, 1):
-        brain = make_brain(tmp_path / str(rank), str(folder))
+    for seed, rank in ((3, 0), (3, 1), (4, 0)):
+        brain = make_brain(tmp_path / f"{seed}-{rank}", str(folder), seed=seed)
         brain.rank = rank
         listen = LoudnessBrain.compute_forward
 
@@ -99,7 +99,7 @@ def test_each_rank_epoch_and_batch_draws_dropout_of_its_own(rows, folder, tmp_pa
         with monkeypatch.context() as patch:
             patch.setattr(LoudnessBrain, "compute_forward", noting)
             brain.fit(brain.hparams.epoch_counter, *loaders(rows))
-    assert len(used) >= 8 and len(set(used)) == len(used)
+    assert len(used) >= 12 and len(set(used)) == len(used)
 
 
 @pytest.fixture(scope="module")
@@ -651,6 +651,25 @@ def test_a_training_without_an_update_is_refused(rows, folder, tmp_path):
     brain = make_brain(tmp_path / "run", folder, run_opts={"grad_accumulation_factor": 100})
     with pytest.raises(InputError, match=r"an epoch has \d+ batches, and .* takes .* 100, in 2 epochs: noth"):
         fit(brain, rows)
+
+
+def test_an_update_of_two_batches_is_a_step_along_the_mean_of_their_gradients(rows, folder, tmp_path, after_forward):
+    options = {"grad_accumulation_factor": 2, "max_grad_norm": 1e9}
+    sgd = {"head_optimizer": partial(torch.optim.SGD, lr=1.0), "mix_optimizer": partial(torch.optim.SGD, lr=0.0)}
+    brain = make_brain(tmp_path / "run", folder, epochs=1, run_opts=options, **sgd)
+    head = list(brain.modules.head.parameters())
+    before, gradients = [weight.detach().clone() for weight in head], []
+
+    def note(batch, stage, scores):
+        if stage == "TRAIN":
+            loss = torch.nn.functional.cross_entropy(scores, batch.loud.long())
+            gradients.append(torch.autograd.grad(loss, head, retain_graph=True))
+
+    after_forward(LoudnessBrain, note)
+    fit(brain, {name: rows[name] for name in list(rows)[:6]})
+    assert len(gradients) == 2 and brain.optimizer_step == 1
+    for weight, old, one, other in zip(head, before, *gradients, strict=True):
+        torch.testing.assert_close(old - weight.detach(), (one + other) / 2)
 
 
 def test_an_epoch_that_is_done_again_is_in_the_log_once(rows, folder, tmp_path):

@@ -1,5 +1,8 @@
 """Properties of the Transformer encoder of wav2vec 2.0."""
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 from speechbrain.lobes.models.transformer.Transformer import PositionalEncoding
@@ -7,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from speechbrain_bestrq import transformer
 from speechbrain_bestrq.transformer import ConvolutionalPositions, SinusoidalPositions, TransformerEncoder
 
 KINDS = pytest.mark.parametrize(
@@ -89,6 +93,28 @@ def test_layers_are_dropped_in_training_only():
     assert torch.equal(made(layer_drop=1.0)(x)[-1], made(layer_drop=0.0)(x)[-1])
 
 
+@KINDS
+def test_each_dropout_is_at_every_place_that_it_has(norm, positions, monkeypatch):
+    called, attended = Counter(), []
+    encoder = made(norm, positions, dropout=0.25, attention_dropout=0.5, activation_dropout=0.75).train()
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda module, *_, name=name: called.update([(name, module.p)]))
+    attend = transformer.attend
+    monkeypatch.setattr(
+        transformer, "attend", lambda *all, **named: attended.append(named["dropout_p"]) or attend(*all, **named)
+    )
+    encoder(torch.randn(1, 10, 16))
+    expected = {("dropout", 0.25): 1}
+    for layer in range(3):
+        for place, share in (("dropout", 0.25), ("feed_forward.2", 0.75), ("feed_forward.4", 0.25)):
+            expected[f"layers.{layer}.{place}", share] = 1
+    assert called == expected
+    assert attended == [0.5, 0.5, 0.5]
+    encoder.eval()(torch.randn(1, 10, 16))
+    assert attended[3:] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("kernel_size", [7, 8])
 def test_a_frames_convolutional_position_looks_as_far_ahead_as_the_kernel_says(kernel_size):
     positions = ConvolutionalPositions(8, kernel_size, groups=2)
@@ -106,6 +132,14 @@ def test_the_positional_convolution_has_its_weight_in_lengths_and_directions():
     names = dict(convolution.named_parameters())
     assert names["parametrizations.weight.original0"].shape == (1, 1, 8)
     assert torch.allclose(convolution.weight.norm(dim=(0, 1)), names["parametrizations.weight.original0"].flatten())
+
+
+def test_the_positional_convolution_begins_as_small_as_fairseqs():
+    """That of transformers does not: it draws the product of lengths and directions, which keep their own values."""
+    torch.manual_seed(0)
+    convolution = ConvolutionalPositions(256, 32, groups=4).convolution
+    assert float(convolution.weight.detach().std()) == pytest.approx(2 / math.sqrt(32 * 256), rel=0.05)
+    assert not convolution.bias.any()
 
 
 def test_sinusoidal_positions_are_speechbrains_and_their_table_grows():

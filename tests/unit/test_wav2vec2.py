@@ -325,6 +325,19 @@ def test_what_is_masked_cannot_reach_the_encoder(make_model, batch):
     assert not torch.equal(states[0], states[2])
 
 
+def test_dropout_is_in_what_the_encoder_and_the_quantizer_get_in_training_only(make_model, batch):
+    model = make_model(dropout=1.0)
+    wavs, wav_lens, masked, negatives, gumbel = batch
+    heard = []
+    model.speech_encoder.encoder.register_forward_pre_hook(lambda _, given: heard.append(given[0][~masked.mask]))
+    model.quantizer.register_forward_pre_hook(lambda _, given: heard.append(given[0]))
+    for training in (True, False):
+        model.train(training)(wavs, wav_lens, mask=masked, negatives=negatives, gumbel=gumbel)
+    assert [bool(one.any()) for one in heard] == [False, False, True, True]
+    quarter = make_model(dropout=0.25)
+    assert quarter.quantizer_dropout.p == quarter.speech_encoder.subsampling.dropout.p == 0.25
+
+
 @KINDS
 def test_an_utterances_predictions_and_distractors_do_not_hang_on_its_neighbours(
     extractor_norm, normalize_input, make_model, padded_with_junk
