@@ -207,7 +207,7 @@ class TaskBrain(sb.Brain):
         """
         if run_opts is not None:
             check_run_options(run_opts, OF_TASKS)
-        check_numbers(hparams)
+        check_numbers({**hparams.get(GOVERNING, {}), **hparams})
         if hparams.get(GOVERNING, {}).get("remove_vector_weight_decay"):
             raise InputError(
                 "--remove_vector_weight_decay does nothing to the optimisers of this recipe: leave it out."

@@ -45,7 +45,14 @@ def plain_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 #: Settings of tasks that are numbers above 0, and whole numbers of at least 1; and which of them may be null.
-_ABOVE_ZERO = ("max_batch_seconds", "max_eval_batch_seconds", "label_hours", "chunk_seconds", "valid_share")
+_ABOVE_ZERO = (
+    "max_batch_seconds",
+    "max_eval_batch_seconds",
+    "label_hours",
+    "chunk_seconds",
+    "valid_share",
+    "max_grad_norm",  # 0 would clip all there is
+)
 _COUNTS = ("number_of_epochs", "max_batch_size", "examples_per_class", "train_speakers")
 _OR_NULL = {"label_hours", "chunk_seconds", "max_batch_size", "examples_per_class", "train_speakers"}
 

@@ -534,13 +534,16 @@ def test_an_option_that_no_optimiser_heeds_is_refused(folder, tmp_path):
         ("max_batch_size", 0, "0: give a whole number, 1 at least, or null"),
         ("train_speakers", True, "True: give a whole number, 1 at least, or null"),
         ("encoder_rest", "half", "half: give a number."),
+        ("max_grad_norm", 0, "0: give a number above 0."),
+        (GOVERNING, {"max_grad_norm": 0}, "0: give a number above 0."),
     ],
 )
 def test_a_setting_that_is_no_number_is_named_before_any_work(folder, tmp_path, name, value, advice):
     hparams = {"test_only": False, "speech_encoder": TaskEncoder(folder), "label_hours": None, "max_batch_size": None}
     checkpointer = AtomicCheckpointer(checkpoints_dir=tmp_path)
     LoudnessBrain.check_run(checkpointer, hparams)
-    with pytest.raises(InputError, match=f"--{name} {advice}"):
+    shown = "max_grad_norm" if name == GOVERNING else name
+    with pytest.raises(InputError, match=f"--{shown} {advice}"):
         LoudnessBrain.check_run(checkpointer, {**hparams, name: value})
 
 
