@@ -18,6 +18,9 @@ from speechbrain_bestrq.workers import start_worker
 
 logger = logging.getLogger(__name__)
 
+#: Batches that each process which loads data prepares ahead.
+PREFETCH_FACTOR = 4
+
 #: Files that are tried in place of a batch that is all damaged: those next to it may be so too.
 MOST_OTHERS = 10
 
@@ -244,7 +247,7 @@ def make_loader(
     sampler: torch.utils.data.Sampler[BatchPlan],
     num_workers: int = 0,
     pin_memory: bool = False,
-    prefetch_factor: int = 4,
+    prefetch_factor: int = PREFETCH_FACTOR,
 ) -> torch.utils.data.DataLoader:
     """Make the loader of planned batches.
 

@@ -56,6 +56,31 @@ def check_run_options(run_opts: RunOptions, without_effect: Mapping[str, str]) -
         )
 
 
+def take_given_interval(hparams: MutableMapping[str, Any], run_opts: RunOptions) -> None:
+    """Let an interval of checkpoints on the command line, updates or minutes, take the place of the YAML's other one.
+
+    SpeechBrain refuses both together.
+
+    Arguments
+    ---------
+    hparams : mutable mapping
+        Of the YAML.
+    run_opts : RunOptions
+        Of the command line.
+
+    Example
+    -------
+    >>> hparams = {"ckpt_interval_steps": 0, "ckpt_interval_minutes": 15}
+    >>> take_given_interval(hparams, RunOptions.from_dictionary({"ckpt_interval_steps": 500}))
+    >>> hparams["ckpt_interval_minutes"]
+    0
+    """
+    intervals = ("ckpt_interval_steps", "ckpt_interval_minutes")
+    given = [name for name in intervals if name in run_opts.overridden_args]
+    if len(given) == 1:
+        hparams.update({name: 0 for name in intervals if name not in given})
+
+
 def check_counts(hparams: MutableMapping[str, Any]) -> None:
     """Refuse counts of updates and of micro-batches that are none, before any work; 2e5 becomes a whole number.
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,22 @@ def test_two_steps_at_toy_size_leave_logs_checkpoint_and_encoder(name, train, li
     assert "| updates | 2 |" in card
 
 
+def test_an_interval_of_checkpoints_on_the_command_line_takes_the_place_of_the_yamls(
+    train, librispeech, tmp_path, monkeypatch
+):
+    seen = {}
+    monkeypatch.setattr(train.PretrainingBrain, "fit", lambda brain, *_: seen.update(brain=brain))
+    for number, (name, option, expected) in enumerate(
+        (
+            ("bestrq", "--ckpt_interval_steps=7", (7, 0)),
+            ("bestrq", "--ckpt_interval_minutes=5", (0, 5)),
+            ("bestrq_small", "--ckpt_interval_minutes=5", (0, 5)),
+        )
+    ):
+        train.main(arguments(name, librispeech, tmp_path / str(number), option))
+        assert (seen["brain"].ckpt_interval_steps, seen["brain"].ckpt_interval_minutes) == expected
+
+
 def test_without_a_device_named_it_trains_on_the_one_there_is(train, librispeech, tmp_path):
     given = arguments("bestrq_small", librispeech, tmp_path)
     given.remove("--device=cpu")
@@ -194,6 +211,19 @@ def test_bad_input_is_one_clear_line_before_anything_is_written(case, train, lib
     assert not (output / "train_log.jsonl").exists()
     assert not (output / "hyperparams.yaml").exists()
     assert not list(output.rglob("CKPT*"))
+
+
+def test_too_little_shared_memory_is_said_before_a_worker_dies_of_it(train, librispeech, tmp_path, monkeypatch):
+    """8 s in 16 bits, four times for each of two workers, on two ranks: 4.096 MB."""
+    room = SimpleNamespace(f_bavail=999, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda folder: room)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    given = arguments("bestrq_small", librispeech, tmp_path / "run")
+    given.remove("--num_workers=0")
+    with pytest.raises(InputError, match="has 0.0041 GB of room, and batches .* take 0.0041 there: .*--shm-size"):
+        train.main([*given, "--num_workers=2"])
+    room.f_bavail = 1000
+    train.main([*given, "--num_workers=2"])
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

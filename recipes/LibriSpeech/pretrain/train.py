@@ -23,6 +23,7 @@ A run that was stopped goes on when the same command is given again. What govern
 """
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import is_gpu
 from speechbrain_bestrq.pcm_cache import cache_audio
 from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
-from speechbrain_bestrq.pretraining_data import WaveformDataset, make_loader
+from speechbrain_bestrq.pretraining_data import PREFETCH_FACTOR, WaveformDataset, make_loader
 from speechbrain_bestrq.recipe import command_line, given_keys, load_recipe, own_folder, run_recipe
-from speechbrain_bestrq.run_options import OF_PRETRAINING, check_counts, check_run_options
+from speechbrain_bestrq.run_options import OF_PRETRAINING, check_counts, check_run_options, take_given_interval
+from speechbrain_bestrq.workers import check_shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,10 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         more = {"cache": caches[0], "max_unreadable": hparams["max_unreadable"]}
         return WaveformDataset(train_table, model.masking, model.speech_encoder.num_frames, **place, **more)
 
-    loader = {"num_workers": hparams["num_workers"], "pin_memory": is_gpu(device)}
+    workers = hparams["num_workers"]
+    waiting = workers * PREFETCH_FACTOR * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    check_shared_memory(waiting * batch_samples * 2)  # bytes of a 16-bit sample
+    loader = {"num_workers": workers, "pin_memory": is_gpu(device)}
     train_loader = make_loader(training_waveforms(rank), train_sampler, **loader)
     # validation masks do not depend on the seed, nor on the number of ranks
     valid_waveforms = WaveformDataset(valid_table, model.masking, model.speech_encoder.num_frames, cache=caches[1])
@@ -148,6 +153,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     """Prepare and train, with the output folder to ourselves."""
     check_run_options(run_opts, OF_PRETRAINING)
     check_counts(hparams)
+    take_given_interval(hparams, run_opts)
     if hparams["corpus"] == "folder" and (splits := given_keys(overrides) & {"train_splits", "valid_splits"}):
         raise InputError(f"--{min(splits)} is of LibriSpeech: a folder has no such parts; leave it out.")
     manifests = run_on_main(prepare_corpus, args=[hparams])
