@@ -170,7 +170,7 @@ class BeamDecoder:
         An n-gram model of words in ARPA format, compressed by gzip or not; without one alpha and
         beta mean nothing.
     beam_size : int
-        Texts kept after each frame. 143, alpha and beta are those of the paper's "+LM".
+        Texts kept after each frame. 143, alpha and beta are those of MP3S (arXiv 2308.14456).
     alpha, beta : float
         See above: weight of the language model, bonus of a word.
     beam_prune_logp : float

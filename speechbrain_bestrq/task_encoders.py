@@ -206,7 +206,8 @@ class TaskEncoder(nn.Module):
         dict
             "source"; "method": "fbank", or the pre-training model, with "random" before it
             if its weights are; "parameters"; and, of a pre-trained encoder, what its folder says of
-            "corpus", "updates", "audio_hours" and "device_hours", None where it says nothing; of one that is trained
+            "corpus", "train_hours" of it, "updates", "audio_hours" heard and "device_hours", None where it says
+            nothing; of one that is trained
             "masked", whether parts of its features are.
         """
         facts: dict[str, Any] = {"source": self.source, "parameters": sum(p.numel() for p in self.parameters())}
@@ -217,5 +218,6 @@ class TaskEncoder(nn.Module):
         method = self._facts.get("model", type(self.encoder.model.encoder).__name__)
         if self.source.startswith(RANDOM_PREFIX):
             return facts | {"method": f"random {method}"}
-        told = {"corpus": "corpus", "updates": "step", "audio_hours": "audio_hours", "device_hours": "device_hours"}
+        told = {"corpus": "corpus", "updates": "step"}
+        told |= {name: name for name in ("train_hours", "audio_hours", "device_hours")}
         return facts | {"method": method} | {name: self._facts.get(key) for name, key in told.items()}

@@ -32,6 +32,8 @@ PLAN_FILE = "plan.json"
 NOT_RUN, WAITING, BEGUN, FAILED = MISSING = "not run", "not yet run", "begun, not done", "failed"
 #: What the paper pre-trained on.
 PRETRAINING_CORPUS = "LibriSpeech"
+#: Of its 960 hours of training speech at least so many are there once what is too short is left out.
+PRETRAINING_HOURS = 900
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Cell:
     corpora: set[str] = field(default_factory=set)
     """Of ours, by their true names."""
     comparable: bool = False
-    """Whether both encoders heard the paper's corpus, and both figures are of one."""
+    """Whether both encoders heard all of the paper's corpus, and both figures are of one."""
     seeds: int = 1
     """Planned."""
     runs: dict[int, str] = field(default_factory=dict)
@@ -380,10 +382,11 @@ def _fill(cell: Cell, seed: int, score: Mapping[str, float]) -> None:
 
 
 def _describe(cell: Cell, results: Mapping[str, Any], column: Column, seed: int, run: str) -> None:
-    heard = results.get("encoder", {}).get("corpus")
+    encoder = results.get("encoder", {})
+    heard_all = encoder.get("corpus") == PRETRAINING_CORPUS and (encoder.get("train_hours") or 0) >= PRETRAINING_HOURS
     all_labels = results.get("settings", {}).get(TASKS[column.task].few_option) is None
     # all of its runs have to compare: a folder's speech may be another by the next seed
-    comparable = results["corpus"] == column.corpus and heard == PRETRAINING_CORPUS and all_labels
+    comparable = results["corpus"] == column.corpus and heard_all and all_labels
     cell.comparable = comparable and (cell.comparable or not cell.runs)
     cell.corpora |= {results["corpus"]}
     cell.runs[seed] = run

@@ -109,7 +109,8 @@ def test_frames_are_repeated_for_tasks_that_need_more_of_them(folder):
 
 
 def test_the_description_says_what_the_encoder_was(folder, make_speech_encoder, tmp_path):
-    facts = {"model": "Wav2Vec2", "corpus": "Tones", "step": 9, "audio_hours": 2.0, "device_hours": 0.25}
+    facts = {"model": "Wav2Vec2", "corpus": "Tones", "train_hours": 1.5, "step": 9}
+    facts |= {"audio_hours": 2.0, "device_hours": 0.25}
     told = save_encoder(make_speech_encoder(), tmp_path / "told", "# Card", **facts)
     description = TaskEncoder(told).describe()
     parameters = sum(parameter.numel() for parameter in make_speech_encoder().parameters())
@@ -118,6 +119,7 @@ def test_the_description_says_what_the_encoder_was(folder, make_speech_encoder, 
         "method": "Wav2Vec2",
         "corpus": "Tones",
         "updates": 9,
+        "train_hours": 1.5,
         "audio_hours": 2.0,
         "device_hours": 0.25,
         "parameters": parameters,
