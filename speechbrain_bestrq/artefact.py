@@ -37,8 +37,6 @@ _KINDS = {
     "subsampling": (ConvSubsampling, SpeechBrainSubsampling, FeatureProjection),
     "encoder": (ConformerEncoder, TransformerEncoder),
 }
-#: The types of sections without one: folders written before there was a choice.
-_FIRST_KINDS = {"frontend": LogMel.__name__, "subsampling": ConvSubsampling.__name__}
 
 
 def encoder_config(speech_encoder: SpeechEncoder) -> dict[str, Any]:
@@ -109,8 +107,6 @@ def build_encoder(config: dict[str, Any]) -> SpeechEncoder:
 
 def _build_part(section: str, settings: dict[str, Any]) -> nn.Module:
     """Build the front end, the subsampling or the encoder from its section of a description."""
-    if section in _FIRST_KINDS:
-        settings = {"type": _FIRST_KINDS[section], **settings}
     name = settings.pop("type")
     kinds = {kind.__name__: kind for kind in _KINDS[section]}
     if name not in kinds:

@@ -238,14 +238,11 @@ class BestRQ(PretrainingModel):
 
     def signature(self) -> dict[str, Any]:
         """Describe, as plain JSON, what a checkpoint must agree with to be loaded."""
-        layers = len(self.speech_encoder.encoder.layers)
-        # named only where it is a choice: checkpoints from before there was one stay what they are
-        chosen = {} if set(self.codebook_states) == {layers} else {"codebook_states": self.codebook_states}
         return {
             "model": type(self).__name__,
             **encoder_config(self.speech_encoder),
             "quantizer": self.quantizer.settings(),
-            **chosen,
+            "codebook_states": self.codebook_states,
             OBJECTIVE: {"masking": self.masking.settings(), "noise_deviation": self.noise_deviation},
         }
 

@@ -238,8 +238,6 @@ class _Outputs:
 
     def _is_of_its_audio(self, file: int) -> bool:
         size, changed = self.identities[file].tolist()
-        if self.encoded.is_new:  # written before there was a list: what is not older than its audio counts
-            return (self.folder / self.names[file]).stat().st_mtime_ns >= changed
         return self.encoded.is_of(self.names[file], self.table.name(file), (size, changed))
 
     def open(self, file: int) -> HiddenStatesFile:
@@ -252,12 +250,6 @@ class _Outputs:
     def note(self, file: int) -> None:
         """An output is whole."""
         self.encoded.add(self.names[file], self.table.name(file), tuple(self.identities[file].tolist()))
-
-    def note_earlier(self) -> None:
-        """What was there before there was a list is of the audio that is there."""
-        if self.encoded.is_new:
-            for file in np.flatnonzero(~self.pending):
-                self.note(int(file))
 
     def check_space(self) -> int:
         """Refuse a disk without room for what is to come; return its bytes."""
@@ -429,7 +421,6 @@ def encode_folder(
             if (folder / SETTINGS_FILE).exists():  # once more: another call may have come between
                 _check_settings(folder, settings)
             _write_settings(folder, settings)
-            outputs.note_earlier()
             outputs.withdraw(root, files.left_out)
             lost = _encode_pending(speech_encoder, torch.tensor(numbers, device=target), files, outputs, batch_seconds)
     except OSError as error:

@@ -29,8 +29,7 @@ class EncodedAudio:
     def __init__(self, folder: Path):
         self.path = folder / AUDIO_FILE
         self._known: dict[str, int] = {}  # a hash each: there may be millions
-        self._torn, self.is_new = False, not self.path.exists()
-        """Whether there is a list yet."""
+        self._torn = False
         try:
             with open(self.path, encoding="utf-8", errors="replace") as lines:
                 for line in lines:

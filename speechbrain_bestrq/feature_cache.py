@@ -51,8 +51,8 @@ class FeatureCache:
         if index is None:
             index = _read_index(self.folder)
         self.file: str = index["file"]
-        self.seconds: float | None = index.get("seconds")
-        """What computing the states took, by whichever run did; None of caches from before it was kept."""
+        self.seconds: float = index["seconds"]
+        """What computing the states took, by whichever run did."""
         self._places: dict[str, list[int]] = index["places"]
         shape = (index["frames"], index["states"], index["channels"])
         self._values = np.memmap(self.folder / index["file"], np.float32, "r", shape=shape)

@@ -261,14 +261,11 @@ def _runs(table: AudioTable, block: range) -> Iterator[range]:
 
 def _digest(table: AudioTable) -> str:
     """Of all that the file depends on."""
-    digest = hashlib.sha256(json.dumps([1, table.sample_rate]).encode())
+    digest = hashlib.sha256(json.dumps([2, table.sample_rate]).encode())
     digest.update(table.lengths.tobytes())
-    if table.starts.any():  # files of whole recordings that were made before there were parts of them stay of use
-        digest.update(table.starts.tobytes())
+    digest.update(table.starts.tobytes())
     for index in range(len(table)):
         path = table.path(index)
         status = stat_audio(path)
-        if table.starts[index] and path.lower().endswith(".mp3"):
-            digest.update(b"primed")  # before, parts could begin with wrong samples
         digest.update(json.dumps([path, status.st_size, status.st_mtime_ns]).encode())
     return digest.hexdigest()[:16]

@@ -641,7 +641,7 @@ class PretrainingBrain(sb.Brain):
             "window_sums": self.window_sums,
             "histogram": self.shared_histogram,
             "device_seconds": self.device_hours * 3600,
-            f"best_{self._error_name}": self.best_error,
+            "best_error": self.best_error,
             "valid_set": self._valid_content(),
             "rate_scale": self.rate_scale,
             "rewinds": self.rewinds,
@@ -654,20 +654,12 @@ class PretrainingBrain(sb.Brain):
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.totals, self.window_sums = state["totals"], state["window_sums"]
-        if len(self.window_sums) != len(self.tally.names):
-            self.window_sums = self.tally.zeros()  # saved when less was logged: the next line tells of what comes now
         # histograms are added up over the ranks: the first holds what all had
         self.tally.histogram = state["histogram"] * (self.rank == 0)
         self.device_seconds_before = max(self.device_seconds_rewound, state["device_seconds"])
         here = self._valid_content()
-        self.best_error = state.get(f"best_{self._error_name}", math.inf)
-        if f"best_{self._error_name}" not in state:
-            logger.warning(
-                "The best validation so far was chosen by its loss, and from here on is by its %s: %s is written anew.",
-                self.model.chosen_by,
-                self.folder / "encoder",
-            )
-        if None not in (here, state.get("valid_set")) and state["valid_set"] != here:
+        self.best_error = state["best_error"]
+        if None not in (here, state["valid_set"]) and state["valid_set"] != here:
             logger.warning("The validation set is another than before: the best so far does not count any more.")
             self.best_error = math.inf
         # a run that went back here with a lower rate keeps it

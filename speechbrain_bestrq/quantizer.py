@@ -214,10 +214,8 @@ class RandomProjectionQuantizer(FrameQuantizer):
 
     def settings(self) -> dict[str, Any]:
         """What labels are a function of, beside the audio: plain values."""
-        names = ("codebook_dim", "codebook_size", "num_codebooks", "seed", "normalize", "whiten")
-        settings = {name: getattr(self, name) for name in names}
-        # named only where it is: checkpoints and encoders from before there was a choice stay what they are
-        return {**settings, "utterance_norm": True} if self.utterance_norm else settings
+        names = ("codebook_dim", "codebook_size", "num_codebooks", "seed", "normalize", "whiten", "utterance_norm")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def pointwise(self) -> bool:

@@ -12,7 +12,6 @@ from torch import nn
 
 from speechbrain_bestrq.batching import LadderBatchSampler
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.pretraining_model import OBJECTIVE
 from speechbrain_bestrq.safe_reading import read_json
 
 logger = logging.getLogger(__name__)
@@ -71,8 +70,6 @@ give another output_folder, or the settings it was trained with.
     """
     here, there = _flat(ours), _flat(json.loads(saved))
     names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-    # a checkpoint from before these were kept does not tell
-    names = [name for name in names if name in there or not name.startswith(f"{OBJECTIVE}.")]
     if names:
         differences = ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
         raise InputError(

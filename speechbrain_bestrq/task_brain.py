@@ -574,12 +574,10 @@ class TaskBrain(sb.Brain):
                 f"go on with as many, or give another --output_folder."
             )
         self.seconds, self.layer_weights = progress["seconds"], progress["layer_weights"]
-        self.encoder_updates = progress.get("encoder_updates", 0)
-        before = sum(self.seconds.values()) * progress["world_size"]  # of an older run
-        self.device_seconds = progress.get("device_seconds", before)
-        self._sums_before = progress.get("train_sums", [0.0] * 3)
+        self.encoder_updates, self.device_seconds = progress["encoder_updates"], progress["device_seconds"]
+        self._sums_before = progress["train_sums"]
         if not goes_on:
-            self.data = progress.get("data", dict.fromkeys(self.data))  # an older run does not tell
+            self.data = progress["data"]
 
     # ---------------------------------------------------------------- evaluation
 
@@ -636,10 +634,10 @@ class TaskBrain(sb.Brain):
         trained, tested = (
             json.loads(Path(one.paramfiles["progress"]).read_text(encoding="utf-8")) for one in (newest, best)
         )
-        if not self.encoder.freeze and tested.get("encoder_updates") == 0:
+        if not self.encoder.freeze and tested["encoder_updates"] == 0:
             logger.warning("the best checkpoint is of epoch %d: its encoder has not been trained.", best.meta["epoch"])
         here = machine(self.device)
-        there = trained.get("machine", here)
+        there = trained["machine"]
         return {
             **self.data,
             "encoder": {
@@ -651,7 +649,7 @@ class TaskBrain(sb.Brain):
             "settings": self.settings,
             "epochs": trained["epochs"],
             "updates": trained["updates"],
-            "encoder_updates": tested.get("encoder_updates", 0 if self.encoder.freeze else None),
+            "encoder_updates": tested["encoder_updates"],
             "best_epoch": best.meta["epoch"],
             "validation": {name: best.meta[name] for name in best.meta.keys() & {"loss", *self.test_metrics}},
             "trained_parameters": self.trained_parameters,
@@ -660,7 +658,7 @@ class TaskBrain(sb.Brain):
             "feature_seconds": feature_seconds,
             "device_hours": self.device_seconds / 3600,
             "world_size": trained["world_size"],
-            "command": trained.get("command", command_line()),
+            "command": trained["command"],
             **there,
             **({"test_command": command_line()} if self._trains_on is None else {}),
             **({} if here == there else {"tested_on": here}),

@@ -150,7 +150,6 @@ def prepare_slurp(
         "microphones": sorted(microphones),
         "texts": {key: [file_digest(source.path) for source in files] for key, files in sources.items()},
         "metadata": file_digest(metadata) if metadata.is_file() else None,
-        "takes": "together",  # in one part: manifests from before they were are made anew
     }
     manifests = {key: save / f"{key}.csv" for key in sources}
     outcomes = {}

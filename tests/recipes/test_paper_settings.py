@@ -419,6 +419,7 @@ def test_labels_and_masks_of_the_papers_bestrq_are_its_codes(tmp_path):
         "seed": 1000,
         "normalize": "time",
         "whiten": None,
+        "utterance_norm": False,
     }
 
 

@@ -234,22 +234,6 @@ def test_audio_of_another_date_or_ending_is_not_taken_for_what_was_encoded(encod
     assert encode_folder(encoder, audio, out)["encoded"] == 0
 
 
-def test_a_folder_without_a_list_goes_on_by_dates(encoder, audio, tmp_path, monkeypatch):
-    """As those do that were begun before there was one."""
-    out = tmp_path / "out"
-    encode_folder(encoder, audio, out)
-    (out / "encoded.jsonl").unlink()
-    late = (out / "1.npy").stat().st_mtime_ns + 10**9
-    os.utime(audio / "1.wav", ns=(late, late))
-    # what is written again takes the place of what is there
-    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(10, 10, 0))
-    assert encode_folder(encoder, audio, out)["encoded"] == 1
-    monkeypatch.undo()
-    early = late - 10**14
-    os.utime(audio / "2.wav", ns=(early, early))
-    assert encode_folder(encoder, audio, out)["encoded"] == 1  # from now on by the list
-
-
 def test_audio_that_is_taken_away_after_it_was_read_ends_nothing(encoder, audio, tmp_path, monkeypatch):
     write = HiddenStatesFile.write
 

@@ -521,25 +521,6 @@ def test_a_model_may_name_what_its_best_validation_has(toy, tmp_path, corpus, mo
         assert toy.train(folder, **{**settings, "updates": 7}).brain.best_error == result.brain.best_error
 
 
-def test_a_run_from_before_something_was_logged_or_chosen_by_goes_on(toy, tmp_path, corpus, caplog, monkeypatch):
-    settings = {**corpus, "valid_interval": 2, "checkpoint_every": 1, "model": {"method": "wav2vec2"}}
-    save_progress = pretraining.PretrainingBrain._save_progress
-
-    def save_as_before(brain, _brain, path):
-        save_progress(brain, _brain, path)
-        state = torch.load(path, weights_only=True)
-        state["window_sums"] = state["window_sums"][:-1]
-        state["best_valid_loss"] = state.pop("best_valid_error")
-        torch.save(state, path)
-
-    with monkeypatch.context() as before:
-        before.setattr(pretraining.PretrainingBrain, "_save_progress", save_as_before)
-        toy.train(tmp_path, **settings, updates=3)
-    assert toy.train(tmp_path, **settings, updates=6).brain.optimizer_step == 6
-    assert "was chosen by its loss, and from here on is by its information" in caplog.text
-    assert json.loads((tmp_path / "encoder" / "config.json").read_text())["training"]["step"] > 3
-
-
 def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path, monkeypatch):
     optimizers_step, norms = toy.ToyBrain.optimizers_step, []
 
@@ -757,7 +738,7 @@ def test_losses_of_another_validation_set_are_not_compared(toy, tmp_path, corpus
     settings = {**corpus, "valid_interval": 1, "checkpoint_every": 1, "peak": 3.0, "warmup": 9, "max_grad_norm": 0.0}
     toy.train(tmp_path / "run", **settings, updates=3)
     path = max((tmp_path / "run" / "save").glob("CKPT*"), key=lambda folder: folder.stat().st_mtime) / "progress.ckpt"
-    before = torch.load(path, weights_only=True)["best_valid_loss"]
+    before = torch.load(path, weights_only=True)["best_error"]
     other = toy.write_noise(tmp_path / "other", [1.3] * 3, seed=9)
     done = toy.train(tmp_path / "run", **{**settings, "valid_folder": other}, updates=6)
     assert "The validation set is another than before" in caplog.text

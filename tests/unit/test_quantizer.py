@@ -260,8 +260,7 @@ def test_with_utterance_norm_labels_know_nothing_of_gain_and_colour(normalizatio
     changed = quantizer(x * gain + colour, lengths)
     assert (labels == changed)[0].double().mean() > 0.99 and (labels == changed)[1, :31].double().mean() > 0.99
     plain = RandomProjectionQuantizer(DIM, **settings)
-    # or checkpoints from before there was a choice would be those of another model
-    assert "utterance_norm" not in plain.settings() and quantizer.settings()["utterance_norm"]
+    assert (plain.settings()["utterance_norm"], quantizer.settings()["utterance_norm"]) == (False, True)
     assert (plain(x) == plain(x + colour)).double().mean() < 0.5
     # as though each channel of the utterance alone were standardised
     own = x[1, :31]

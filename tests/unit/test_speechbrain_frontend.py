@@ -1,7 +1,5 @@
 """What an encoder with SpeechBrain's front end is made of, and how it is described. Its values: tests/oracle."""
 
-import json
-
 import pytest
 import torch
 
@@ -30,16 +28,6 @@ def test_a_round_trip_changes_no_bit(normalize, tmp_path):
     wavs, wav_lens = torch.randn(2, 8100), torch.tensor([1.0, 0.6])
     for expected, found in zip(encoder(wavs, wav_lens), loaded(wavs, wav_lens), strict=True):
         assert torch.equal(expected, found)
-
-
-def test_a_description_from_before_there_were_types_builds_what_it_described(make_speech_encoder):
-    config = json.loads(json.dumps(encoder_config(make_speech_encoder())))
-    for section in ("frontend", "subsampling"):
-        del config[section]["type"]
-    del config["encoder"]["activation"]
-    built = build_encoder(config)
-    assert type(built.frontend) is LogMel and type(built.subsampling) is ConvSubsampling
-    assert built.encoder.config["activation"] == "gelu"
 
 
 @pytest.mark.parametrize("section", ["frontend", "subsampling", "encoder"])
