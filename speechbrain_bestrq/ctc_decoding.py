@@ -21,6 +21,7 @@ from speechbrain_bestrq.error_rates import ErrorRates
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import valid_frames
 from speechbrain_bestrq.ngram import SENTENCE_END, NGramModel, import_kenlm, read_words
+from speechbrain_bestrq.ranks import rank_and_size
 from speechbrain_bestrq.text import WORD_START, Tokenizer
 
 #: Added to the log-probability of an unknown word, to the base of 10, and to the score of a beginning of a word with
@@ -337,9 +338,9 @@ def decode_on_all_ranks(decoder: BeamDecoder, utterances: Sequence[Tensor | NDAr
     list of str
         The best text of each utterance, on all ranks.
     """
-    if not torch.distributed.is_initialized():
+    rank, ranks = rank_and_size()
+    if ranks == 1:
         return decoder.decode(utterances)
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shares: list[list[str]] = [[] for _ in range(ranks)]
     torch.distributed.all_gather_object(shares, decoder.decode(utterances[rank::ranks]))
     return [shares[place % ranks][place // ranks] for place in range(len(utterances))]

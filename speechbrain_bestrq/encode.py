@@ -33,7 +33,7 @@ from speechbrain_bestrq.corpora._options import (
     normalize_extensions,
     resolve_folder,
 )
-from speechbrain_bestrq.corpora.manifest import file_digest
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.encoded_audio import EncodedAudio
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError

@@ -17,9 +17,9 @@ from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 from torch import Tensor
 
 from speechbrain_bestrq.audio import stat_audio
+from speechbrain_bestrq.digests import text_digest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
-from speechbrain_bestrq.resuming import text_digest
 from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
 from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.writing import replacing, write_text

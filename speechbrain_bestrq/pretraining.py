@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from speechbrain_bestrq.accounting import LateReader, StepClock, datasheet_flops
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
+from speechbrain_bestrq.digests import tensor_digest
 from speechbrain_bestrq.encoder_folders import EncoderFolders
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import device_name, package_versions, peak_memory_gb
@@ -25,15 +26,8 @@ from speechbrain_bestrq.model_card import write_card
 from speechbrain_bestrq.pretraining_data import PretrainingBatch
 from speechbrain_bestrq.pretraining_model import PretrainingModel, PretrainingOutput
 from speechbrain_bestrq.progress_log import ProgressLog
-from speechbrain_bestrq.resuming import (
-    check_optimizer,
-    check_ranks_agree,
-    check_resumable,
-    digest,
-    load_state,
-    save_state,
-    warn_of_changes,
-)
+from speechbrain_bestrq.ranks import check_ranks_agree, rank_and_size
+from speechbrain_bestrq.resuming import check_optimizer, check_resumable, load_state, save_state, warn_of_changes
 from speechbrain_bestrq.run_log import RUN_FILE, validation_error
 from speechbrain_bestrq.run_options import whole_number
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
@@ -94,8 +88,7 @@ class PretrainingBrain(sb.Brain):
             # a run option without a default arrives as text
             self.optimizer_step_limit = whole_number("optimizer_step_limit", self.optimizer_step_limit)
         self.model: PretrainingModel = self.modules["model"]
-        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.rank, self.world_size = rank_and_size()
         self.run_facts = {**run_facts, **self._machine_facts(), "chosen_by": self.model.chosen_by}
         self.folder = Path(self.hparams.output_folder)
         self.log = ProgressLog(self.folder)
@@ -224,7 +217,7 @@ class PretrainingBrain(sb.Brain):
         check_ranks_agree(
             model=self.model.signature(),
             # without those that are no part of a checkpoint
-            buffers=digest({name: one for name, one in self.model.state_dict().items() if name in buffers}),
+            buffers=tensor_digest({name: one for name, one in self.model.state_dict().items() if name in buffers}),
             training=self.sampler.state_dict(),
             validation=self.valid_set.batch_sampler.fingerprint(),
             precision=self.precision,
@@ -260,8 +253,6 @@ class PretrainingBrain(sb.Brain):
         if not self.compile:
             return
         allow_many_shapes()
-        # a layer is a graph of its own, beside whose gradients others are sent: DDP need not cut it up for that
-        torch._dynamo.config.optimize_ddp = False
         dynamic = bool(self.compile_using_dynamic_shape_tracing)
         for layer in self.model.speech_encoder.encoder.layers:
             layer.compile(mode=self.compile_mode, fullgraph=self.compile_using_fullgraph, dynamic=dynamic)
@@ -708,9 +699,11 @@ class PretrainingBrain(sb.Brain):
 
 
 def allow_many_shapes() -> None:
-    """Have PyTorch compile every shape of the ladder: by default it stops after eight."""
+    """Have PyTorch compile every shape of the ladder, where by default it stops after eight, each as one graph."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
+    # a layer is a graph of its own, beside whose gradients others are sent: DDP need not cut it up for that
+    torch._dynamo.config.optimize_ddp = False
 
 
 class _RewindError(Exception):

@@ -20,11 +20,12 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
 from speechbrain_bestrq.allocator import keep_freed_memory
+from speechbrain_bestrq.digests import text_digest
 from speechbrain_bestrq.errors import INTERRUPTED, LOST_RANK, START_AGAIN, USER_ERROR, InputError, explain_refusal
 from speechbrain_bestrq.locking import fellow_writer, sole_writer
 from speechbrain_bestrq.machine import check_gpus_usable
 from speechbrain_bestrq.precision import loading_for
-from speechbrain_bestrq.resuming import check_ranks_agree, text_digest
+from speechbrain_bestrq.ranks import check_ranks_agree
 from speechbrain_bestrq.stopping import StoppedError
 
 #: SpeechBrain's run options that decide what is trained, where the YAML has no key of that name.

@@ -1,6 +1,5 @@
-"""What a run checks before it goes on: that the checkpoint is its own, and that all ranks are of one mind."""
+"""What a pre-training checks before it goes on: that the checkpoint is its own."""
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 
 from speechbrain_bestrq.batching import LadderBatchSampler
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.ranks import flat
 from speechbrain_bestrq.safe_reading import read_json
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def check_signature(ours: dict[str, Any], saved: str, folder: Path) -> None:
     speechbrain_bestrq.errors.InputError: save/CKPT is of another model (encoder.d_model: 16 there, 8 here): \
 give another output_folder, or the settings it was trained with.
     """
-    here, there = _flat(ours), _flat(json.loads(saved))
+    here, there = flat(ours), flat(json.loads(saved))
     names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if names:
         differences = ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names)
@@ -167,91 +167,6 @@ def warn_of_changes(path: Path, facts: dict[str, Any]) -> None:
 def _plain(value: Any) -> Any:
     """A setting in a form that compares: the same pair may come as a list."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def check_ranks_agree(**facts: Any) -> None:
-    """Refuse to train on ranks that were given different things; a collective of all ranks.
-
-    DDP would go on without a word: with other data a rank trains on them, with another
-    model or other labels the sum of the gradients means nothing.
-
-    Arguments
-    ---------
-    **facts
-        What must be the same on all ranks: plain values, or dicts of them.
-
-    Raises
-    ------
-    InputError
-        On all ranks, naming what differs and where.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return
-    everyones: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyones, _flat(facts))
-    first = everyones[0]
-    for rank, theirs in enumerate(everyones):
-        names = sorted(name for name in first.keys() | theirs.keys() if first.get(name) != theirs.get(name))
-        if names:
-            differences = ", ".join(f"{name}: {theirs.get(name)} there, {first.get(name)} on rank 0" for name in names)
-            raise InputError(
-                f"rank {rank} was given other things than rank 0 ({differences}): start all ranks with the same files "
-                "and options."
-            )
-
-
-def digest(state: dict[str, torch.Tensor]) -> str:
-    """Digest tensors: equal for bit-identical ones only.
-
-    Arguments
-    ---------
-    state : dict
-        Of a module.
-
-    Returns
-    -------
-    str
-        16 hexadecimal digits.
-
-    Example
-    -------
-    >>> digest({"weight": torch.zeros(2)}) == digest({"weight": torch.zeros(2)}) != digest({"weight": torch.ones(2)})
-    True
-    """
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()[:16]
-
-
-def text_digest(text: str) -> str:
-    """Digest a text.
-
-    Arguments
-    ---------
-    text : str
-        Any.
-
-    Returns
-    -------
-    str
-        16 hexadecimal digits.
-
-    Example
-    -------
-    >>> len(text_digest("seed: 1"))
-    16
-    """
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save_state(recoverable: Any, path: Path) -> None:

@@ -10,6 +10,8 @@ from types import FrameType
 
 import torch
 
+from speechbrain_bestrq.ranks import rank_and_size
+
 #: What asks a run to stop: a scheduler's warning, a pre-emption, Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -60,7 +62,7 @@ class Requests:
         self._group = self._pending = None
 
     def __enter__(self) -> "Requests":
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if rank_and_size()[1] > 1:
             # requests travel between the hosts, whatever the devices do
             self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         if threading.current_thread() is threading.main_thread():

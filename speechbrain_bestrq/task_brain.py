@@ -17,16 +17,16 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from speechbrain_bestrq.accounting import LateReader
 from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
 from speechbrain_bestrq.encoder_schedule import EncoderSchedule, lowered
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import absolute_lengths
 from speechbrain_bestrq.precision import full_precision
+from speechbrain_bestrq.ranks import check_ranks_agree, rank_and_size
 from speechbrain_bestrq.recipe import GOVERNING, command_line
 from speechbrain_bestrq.results import machine
-from speechbrain_bestrq.resuming import check_ranks_agree
 from speechbrain_bestrq.run_options import OF_TASKS, check_run_options, whole_number
+from speechbrain_bestrq.running_loss import RunningLoss
 from speechbrain_bestrq.seeding import derive_seed
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.task_encoders import TaskEncoder
@@ -117,8 +117,7 @@ class TaskBrain(sb.Brain):
                 raise InputError(f"{part}_optimizer is missing from the YAML, but the {part} is to be trained: add it.")
         super().__init__(modules, None, hparams, run_opts, checkpointer)
         self.requests = Requests()  # heeds signals within fit only
-        self.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self.rank, self.world_size = rank_and_size()
         self.seconds = {"train": 0.0, "validation": 0.0}
         self.device_seconds = 0.0  # of both, of all devices; a run may go on on another number of them
         self.layer_weights: list[list[float]] = []
@@ -132,7 +131,7 @@ class TaskBrain(sb.Brain):
             self.optimizer_step_limit = whole_number("optimizer_step_limit", self.optimizer_step_limit)
         self._begun_with = self.encoder.identity()
         self._trains_on: str | None = None
-        self._sums_before = [0.0] * 3
+        self._sums_before: list[float] | None = None
         self.data: dict[str, Any] = {}
         """What the results say of the labelled speech that is trained on; of a test, of that which was."""
         if checkpointer is not None:
@@ -350,39 +349,10 @@ class TaskBrain(sb.Brain):
         if should_step:
             self.optimizers_step()
         self.on_fit_batch_end(batch, outputs, loss, should_step)
-        finite = loss.detach().isfinite()
-        self._train_sums += torch.stack([torch.where(finite, loss.detach(), 0.0), finite, ~finite]).double()
+        self._running_loss.add(loss.detach())
         if self.step % READ_EVERY == 0:
-            self._read_losses(wait=False)
-            self._reader.submit({}, self._loss_values())
-        return self._shown_loss
-
-    def _check_losses(self) -> None:
-        """Read the losses of all batches so far, before a checkpoint takes the place of another; all ranks do."""
-        counts = self._train_sums[1:].clone()
-        if self.world_size > 1:  # all give up, or none
-            torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
-        self._reader.submit({}, {**self._loss_values(), "finite": counts[0], "not_finite": counts[1]})
-        self._read_losses(wait=True)
-
-    def _loss_values(self) -> dict[str, Tensor]:
-        total, finite, others = self._train_sums.unbind()
-        return {"loss": total / finite, "not_finite": others.clone()}
-
-    def _read_losses(self, wait: bool) -> None:
-        """Read the mean losses that have arrived; give up if too many were not finite."""
-        for entry in self._reader.ready(wait):
-            self._shown_loss = torch.tensor(entry["loss"])
-            if entry["not_finite"] > self.nonfinite_patience:
-                raise InputError(
-                    f"the loss of {entry['not_finite']:.0f} batches of epoch {self.epoch} was not finite: lower the "
-                    "learning rates, or train in fp32, and begin anew."
-                )
-            if entry["not_finite"] and entry.get("finite") == 0:
-                raise InputError(
-                    f"the loss of no batch of epoch {self.epoch} was finite: lower the learning rates, or train in "
-                    "fp32, and begin anew."
-                )
+            self._running_loss.read_late()
+        return self._running_loss.mean
 
     def update_average(self, loss: Tensor, avg_loss: float) -> float:
         """Give the mean loss of the epoch as far as it has been read; of other stages, the mean of the batches."""
@@ -402,7 +372,7 @@ class TaskBrain(sb.Brain):
         self._stop_if_asked(saved=False)
         due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
         if due:
-            self._check_losses()
+            self._running_loss.read()
         return due
 
     def _stop_if_asked(self, saved: bool) -> None:
@@ -410,7 +380,7 @@ class TaskBrain(sb.Brain):
         if self.requests.agreed() != Request.STOP:
             return
         if not saved and self.checkpointer is not None:
-            self._check_losses()
+            self._running_loss.read()
             self.checkpointer.save_and_keep_only(meta={"epoch": self.epoch}, end_of_epoch=False, min_keys=[self.metric])
         raise StoppedError(
             f"by {self.requests.signal or 'a signal to another rank'} in epoch {self.epoch}, after update "
@@ -482,9 +452,8 @@ class TaskBrain(sb.Brain):
         self._started, self._stage = time.perf_counter(), stage
         if stage == sb.Stage.TRAIN:
             self.epoch, self.train_sampler.start = epoch, self.step  # an epoch that was begun goes on
-            # sum, batches with a finite loss, others
-            self._train_sums = torch.tensor(self._sums_before, dtype=torch.float64, device=self.device)
-            self._sums_before, self._reader, self._shown_loss = [0.0] * 3, LateReader(), torch.zeros(())
+            self._running_loss = RunningLoss(epoch, self.nonfinite_patience, self.device, self._sums_before)
+            self._sums_before = None
         self.start_metrics(stage)
 
     def start_metrics(self, stage: sb.Stage) -> None:
@@ -499,8 +468,8 @@ class TaskBrain(sb.Brain):
         elapsed = time.perf_counter() - self._started
         if stage == sb.Stage.TRAIN:
             self._book("train", elapsed)
-            self._check_losses()
-            self._train_loss = float(self._shown_loss)
+            self._running_loss.read()
+            self._train_loss = float(self._running_loss.mean)
             self._stage = sb.Stage.VALID  # a checkpoint from here on is of the epoch's end, validated or not
             return
         # one answer for all ranks: rates that part would let the weights part
@@ -542,7 +511,7 @@ class TaskBrain(sb.Brain):
                 "machine": machine(self.device),
                 "command": command_line(),
                 "step": self.step,
-                "train_sums": self._train_sums.tolist() if self._stage == sb.Stage.TRAIN else [0.0] * 3,
+                "train_sums": self._running_loss.state() if self._stage == sb.Stage.TRAIN else None,
                 "world_size": self.world_size,
                 "layer_weights": self.layer_weights,
                 "epochs": self.hparams.epoch_counter.current - (self._stage == sb.Stage.TRAIN),

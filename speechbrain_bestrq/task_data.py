@@ -15,6 +15,7 @@ from torch import Tensor
 from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import is_gpu
+from speechbrain_bestrq.ranks import rank_and_size
 from speechbrain_bestrq.seeding import derive_seed, derived_generator
 from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.workers import start_worker
@@ -289,9 +290,7 @@ def make_task_loaders(
         )
     if chunk_seconds is not None and chunk_seconds <= 0:
         raise InputError(f"chunk_seconds must be above 0, or null for whole utterances, not {chunk_seconds}.")
-    rank, world_size = 0, 1
-    if torch.distributed.is_initialized():
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world_size = rank_and_size()
     loaders = {}
     for name, rows in sets.items():
         training = name == "train"

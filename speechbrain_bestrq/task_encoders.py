@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_bestrq.artefact import CONFIG_FILE, encoder_config
+from speechbrain_bestrq.digests import tensor_digest, text_digest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.frontend import LogMel, absolute_lengths, normalize_utterances
 from speechbrain_bestrq.pretrained import RANDOM_PREFIX, PretrainedEncoder
-from speechbrain_bestrq.resuming import digest, text_digest
 from speechbrain_bestrq.safe_reading import read_json
 from speechbrain_bestrq.sources import find_encoder
 
@@ -196,7 +196,7 @@ class TaskEncoder(nn.Module):
             if isinstance(settings, dict)
         }
         architecture = json.dumps(parts, sort_keys=True)
-        return {"encoder": digest(self.state_dict()), "architecture": text_digest(architecture)}
+        return {"encoder": tensor_digest(self.state_dict()), "architecture": text_digest(architecture)}
 
     def describe(self) -> dict[str, Any]:
         """Say what this is, for the records.

@@ -18,10 +18,10 @@ from speechbrain_bestrq.corpora.manifest import (
     REQUIRED_COLUMNS,
     build_manifest,
     corpus_name,
-    file_digest,
     forget_summary,
     read_summary,
 )
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)

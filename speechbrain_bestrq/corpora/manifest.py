@@ -1,7 +1,6 @@
 """Manifests: CSV files in SpeechBrain's form, with a summary beside each that says what it was made of."""
 
 import csv
-import hashlib
 import json
 import logging
 import math
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.errors import InputError, name_file
 
 logger = logging.getLogger(__name__)
@@ -355,15 +355,6 @@ def _write_summary(path: Path, summary: dict[str, Any]) -> None:
     with _replacing(summary_path(path)) as file:
         json.dump(summary, file, indent=1)
         file.write("\n")
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """Take the fingerprint of a file's content."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def build_manifest(

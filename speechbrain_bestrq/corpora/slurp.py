@@ -20,7 +20,8 @@ from speechbrain_bestrq.corpora._options import (
     resolve_folder,
 )
 from speechbrain_bestrq.corpora._parts import Part, check_readable, combine, log_outcome, prepare_part
-from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, iterate_manifest
+from speechbrain_bestrq.corpora.manifest import corpus_name, iterate_manifest
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,8 @@ from speechbrain_bestrq.corpora._trials import (
     iterate_trials,
     speaker_of,
 )
-from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, iterate_manifest
+from speechbrain_bestrq.corpora.manifest import corpus_name, iterate_manifest
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from speechbrain_bestrq.corpora import (
 )
 from speechbrain_bestrq.corpora._trials import Trial
 from speechbrain_bestrq.corpora.iemocap import FOLDS
-from speechbrain_bestrq.corpora.manifest import corpus_name, file_digest, summary_path
+from speechbrain_bestrq.corpora.manifest import corpus_name, summary_path
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.evidence.alignment import ALIGNER_SETTINGS, cached_alignment
 from speechbrain_bestrq.evidence.hidden import encode_frames, encode_parts

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speechbrain_bestrq.artefact import CONFIG_FILE, WEIGHTS_FILE, encoders_at_steps
-from speechbrain_bestrq.corpora.manifest import file_digest
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction.stages import MOVED_ASIDE
 from speechbrain_bestrq.reproduction.tables import METHOD_NAMES, PLAN_FILE

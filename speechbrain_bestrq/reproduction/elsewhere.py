@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from speechbrain_bestrq.artefact import CONFIG_FILE, WEIGHTS_FILE, encoders_at_steps
-from speechbrain_bestrq.corpora.manifest import file_digest
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.errors import USER_ERROR, InputError
 from speechbrain_bestrq.reproduction.stages import read_record
 from speechbrain_bestrq.run_log import LOG_FILE, RUN_FILE, RunLog, read_run

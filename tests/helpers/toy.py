@@ -33,6 +33,7 @@ from speechbrain_bestrq.masking import SpanMasking
 from speechbrain_bestrq.pretraining import PretrainingBrain
 from speechbrain_bestrq.pretraining_data import PretrainingBatch, WaveformDataset, make_loader
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer
+from speechbrain_bestrq.ranks import rank_and_size
 from speechbrain_bestrq.recipe import load_recipe
 from speechbrain_bestrq.schedules import WarmupNoam
 from speechbrain_bestrq.transformer import TransformerEncoder
@@ -367,13 +368,6 @@ def fit_batches(output, model, batches, **settings):
     return brain
 
 
-def ranks_now():
-    """Rank and number of processes."""
-    if torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def train(
     output,
     train_folder,
@@ -387,7 +381,7 @@ def train(
     **settings,
 ):
     """Train as the recipe does; return the Brain and what it did."""
-    rank, world_size = ranks_now()
+    rank, world_size = rank_and_size()
     model = make_model(**(model or {}))
     table = make_table(train_folder)
     samples = round(max_batch_seconds * RATE)
@@ -434,7 +428,7 @@ def rank_train(signal_at=None, **settings):
     if signal_at is not None:
         ToyBrain.signal_at = signal_at
     result = train(**settings)
-    rank, _ = ranks_now()
+    rank, _ = rank_and_size()
     return {
         "state": result.model.state_dict(),
         "seen": result.seen,
@@ -476,7 +470,7 @@ def rank_train_on_a_full_disk(**settings):
 
 def rank_train_unseen(**settings):
     """As :func:`rank_train`; the second rank sees no checkpoint yet, as it may be in a shared folder."""
-    if ranks_now()[0]:
+    if rank_and_size()[0]:
         AtomicCheckpointer.find_checkpoint = lambda *_, **__: None
     return rank_train(**settings)
 
@@ -489,7 +483,7 @@ def rank_load_recipe(yaml, more):
 
 def rank_fit_waves(output, waves, model=None, nan_updates=(), **settings):
     """Train on this rank's own waveforms, a list of utterances for each update."""
-    rank, _ = ranks_now()
+    rank, _ = rank_and_size()
     network = make_model(**(model or {}))
     batches = [make_batch(network, one, rank=rank, number=number) for number, one in enumerate(waves)]
     brain = fit_batches(output, network, batches, **settings)

@@ -24,7 +24,7 @@ from speechbrain_bestrq.accounting import JsonLines
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer, SaveError
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.progress_log import ProgressLog
-from speechbrain_bestrq.resuming import check_ranks_agree
+from speechbrain_bestrq.ranks import check_ranks_agree
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 
 
@@ -575,6 +575,7 @@ def test_ranks_wait_as_long_for_one_that_writes_as_all_else_waits(monkeypatch):
     made = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "new_group", lambda **options: made.append(options))
     with Requests():
         assert made == [{"backend": "gloo", "timeout": timedelta(hours=2)}]

@@ -23,11 +23,11 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from speechbrain_bestrq import task_brain
 from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.checkpointing import AtomicCheckpointer
+from speechbrain_bestrq.digests import tensor_digest
 from speechbrain_bestrq.downstream import LayerMix
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import cache_features
 from speechbrain_bestrq.recipe import GOVERNING, build_hparams
-from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.stopping import StoppedError
 from speechbrain_bestrq.task_brain import TaskBrain
 from speechbrain_bestrq.task_data import TaskBatchSampler, make_dataset, make_task_loader
@@ -176,9 +176,9 @@ def copied(module):
 def test_a_frozen_encoder_stays_bit_identical_in_eval_mode_while_mix_and_head_learn(rows, folder, tmp_path):
     brain = make_brain(tmp_path / "run", folder)
     before = {name: copied(module) for name, module in brain.modules.items()}
-    before_fit = digest(brain.encoder.state_dict())
+    before_fit = tensor_digest(brain.encoder.state_dict())
     fit(brain, rows)
-    assert not changed(before["encoder"], brain.encoder) and digest(brain.encoder.state_dict()) == before_fit
+    assert not changed(before["encoder"], brain.encoder) and tensor_digest(brain.encoder.state_dict()) == before_fit
     assert brain.modes == {("TRAIN", False), ("VALID", False)}
     assert changed(before["mix"], brain.mix) == {"weights"}
     assert changed(before["head"], brain.modules.head) == {"weight", "bias"}
@@ -188,10 +188,10 @@ def test_a_frozen_encoder_stays_bit_identical_in_eval_mode_while_mix_and_head_le
 
 def test_a_fine_tuned_encoder_changes_and_is_in_the_checkpoint(rows, folder, tmp_path):
     brain = make_brain(tmp_path / "run", folder, freeze=False)
-    before, before_fit = copied(brain.encoder), digest(brain.encoder.state_dict())
+    before, before_fit = copied(brain.encoder), tensor_digest(brain.encoder.state_dict())
     fit(brain, rows)
     assert changed(before, brain.encoder) == {name for name, _ in brain.encoder.named_parameters()}
-    assert digest(brain.encoder.state_dict()) != before_fit
+    assert tensor_digest(brain.encoder.state_dict()) != before_fit
     assert ("TRAIN", True) in brain.modes
     assert all((path / "encoder.ckpt").exists() for path in (tmp_path / "run" / "save").iterdir())
 

@@ -11,13 +11,13 @@ import soundfile
 import torch
 
 from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.digests import tensor_digest
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, cache_features, open_cache
 from speechbrain_bestrq.feature_extractor import ConvFeatureExtractor, FeatureProjection
 from speechbrain_bestrq.metrics import Interval
 from speechbrain_bestrq.results import compare_runs, interval, read_results, write_errors, write_results
-from speechbrain_bestrq.resuming import digest
 from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.transformer import TransformerEncoder
 
@@ -72,9 +72,9 @@ def test_a_random_encoder_is_a_function_of_the_seed_and_no_trained_one(folder):
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        states.append(digest(TaskEncoder(f"random:{folder}").state_dict()))
+        states.append(tensor_digest(TaskEncoder(f"random:{folder}").state_dict()))
     assert states[0] == states[1] != states[2]
-    assert digest(TaskEncoder(folder).state_dict()) not in states
+    assert tensor_digest(TaskEncoder(folder).state_dict()) not in states
 
 
 def test_a_pre_trained_front_end_with_weights_rests_and_an_untrained_one_and_a_subsampling_do_not(folder, tmp_path):

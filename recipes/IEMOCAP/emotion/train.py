@@ -41,7 +41,8 @@ from speechbrain_bestrq.classification import (
 from speechbrain_bestrq.classification_scores import SCORES, Answers, over_folds
 from speechbrain_bestrq.corpora import fold_manifests, prepare_iemocap
 from speechbrain_bestrq.corpora.iemocap import FOLDS
-from speechbrain_bestrq.corpora.manifest import corpus_name, count_unreadable, file_digest, read_manifest, summary_path
+from speechbrain_bestrq.corpora.manifest import corpus_name, count_unreadable, read_manifest, summary_path
+from speechbrain_bestrq.digests import file_digest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.feature_cache import FeatureCache, open_cache
 from speechbrain_bestrq.locking import next_writer

@@ -38,9 +38,11 @@ from speechbrain_bestrq.corpora.manifest import corpus_name, read_manifest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import is_gpu
 from speechbrain_bestrq.pcm_cache import cache_audio
-from speechbrain_bestrq.pretraining import PretrainingBrain, check_resumable
+from speechbrain_bestrq.pretraining import PretrainingBrain
 from speechbrain_bestrq.pretraining_data import PREFETCH_FACTOR, WaveformDataset, make_loader
+from speechbrain_bestrq.ranks import rank_and_size
 from speechbrain_bestrq.recipe import command_line, given_keys, load_recipe, own_folder, run_recipe
+from speechbrain_bestrq.resuming import check_resumable
 from speechbrain_bestrq.run_options import OF_PRETRAINING, check_counts, check_run_options, take_given_interval
 from speechbrain_bestrq.workers import check_shared_memory
 
@@ -157,10 +159,8 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     if hparams["corpus"] == "folder" and (splits := given_keys(overrides) & {"train_splits", "valid_splits"}):
         raise InputError(f"--{min(splits)} is of LibriSpeech: a folder has no such parts; leave it out.")
     manifests = run_on_main(prepare_corpus, args=[hparams])
-    ranks = (0, 1)
-    if torch.distributed.is_initialized():
-        ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size())
-    train_loader, valid_loader, statistics_audio, facts = dataio_prepare(hparams, manifests, *ranks, run_opts["device"])
+    device = run_opts["device"]
+    train_loader, valid_loader, statistics_audio, facts = dataio_prepare(hparams, manifests, *rank_and_size(), device)
 
     check_resumable(hparams["checkpointer"], hparams["model"], train_loader.batch_sampler)
 
