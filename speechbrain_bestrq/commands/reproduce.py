@@ -194,8 +194,8 @@ DEMO = Command(
   sb-bestrq demo
   sb-bestrq demo --dry_run
 
-It is sb-bestrq reproduce --preset demo --output_folder demo: tables, curves and costs of the whole in a quarter of an
-hour or so, in demo/report.html. Called again, it goes on.""",
+It is sb-bestrq reproduce --preset demo --output_folder demo: tables, curves and costs of the whole, in 15 to 25 minutes
+on two cores, in demo/report.html. Called again, it goes on.""",
     _add_demo_arguments,
     _demo,
 )
