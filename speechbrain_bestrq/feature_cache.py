@@ -20,7 +20,7 @@ from speechbrain_bestrq.audio import stat_audio
 from speechbrain_bestrq.digests import text_digest
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.locking import next_writer
-from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
+from speechbrain_bestrq.task_data import Rows, encode_rows
 from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.writing import replacing, write_text
 
@@ -151,19 +151,13 @@ def _compute(
         folder,
     )
     places: dict[str, list[int]] = {}
-    dataset = make_dataset(rows, sample_rate)
-    sampler = TaskBatchSampler(list(seconds.values()), max_batch_seconds, training=False)
     training = encoder.training
     encoder.eval().to(device)
     position = 0
     try:
         with replacing(path) as beside, open(beside, "wb") as file, torch.no_grad():
-            for batch in make_task_loader(dataset, sampler, device=device):
-                wavs, wav_lens = batch.sig
-                hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
-                for name, states, length in zip(
-                    batch.id, hidden.float().permute(1, 2, 0, 3), lengths.tolist(), strict=True
-                ):
+            for names, hidden, lengths in encode_rows(encoder, rows, sample_rate, max_batch_seconds, device):
+                for name, states, length in zip(names, hidden.permute(1, 2, 0, 3), lengths.tolist(), strict=True):
                     states[:length].cpu().contiguous().numpy().tofile(file)
                     places[name] = [position, length]
                     position += length

@@ -33,6 +33,7 @@ from speechbrain_bestrq.run_options import whole_number
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.tally import Tally
 from speechbrain_bestrq.update_guard import UpdateGuard
+from speechbrain_bestrq.windows import samples_per_frame
 from speechbrain_bestrq.writing import write_text
 
 logger = logging.getLogger(__name__)
@@ -118,11 +119,13 @@ class PretrainingBrain(sb.Brain):
             checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
 
     def _machine_facts(self) -> dict[str, Any]:
+        sample_rate = self.model.speech_encoder.frontend.sample_rate
         return {
             "model": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "sample_rate": self.model.speech_encoder.frontend.sample_rate,
-            "frames_per_second": self._frames_per_second(),
+            "sample_rate": sample_rate,
+            # of the encoder, in the long run
+            "frames_per_second": sample_rate / samples_per_frame(self.model.speech_encoder),
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
             "precision": self.precision,
@@ -135,12 +138,6 @@ class PretrainingBrain(sb.Brain):
     def _valid_content(self) -> str | None:
         """Tell the audio of the validation from other, by its lengths; None before there is any."""
         return None if self.valid_set is None else self.valid_set.batch_sampler.content()
-
-    def _frames_per_second(self) -> float:
-        """Encoder frames in a second of speech, in the long run."""
-        minute = 60 * self.model.speech_encoder.frontend.sample_rate
-        frames = self.model.speech_encoder.num_frames
-        return (frames(2 * minute) - frames(minute)) / 60
 
     # ---------------------------------------------------------------- start
 

@@ -245,6 +245,49 @@ def make_task_loader(
     )
 
 
+def encode_rows(
+    encoder: TaskEncoder, rows: Rows, sample_rate: int, max_batch_seconds: float, device: torch.device | str
+) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """Give the hidden states of utterances, batch by batch.
+
+    Arguments
+    ---------
+    encoder : TaskEncoder
+        On the device, in the mode that it is to run in.
+    rows : mapping
+        Of a manifest.
+    sample_rate : int
+        Of the waveforms, Hz.
+    max_batch_seconds : float
+        Of a batch, padding included.
+    device : torch.device or str
+
+    Yields
+    ------
+    names : list of str
+        The longest utterances first.
+    hidden : Tensor
+        Shape (S, B, T, D), float32.
+    lengths : Tensor
+        Frames, int64, shape (B,).
+
+    Example
+    -------
+    >>> import soundfile
+    >>> path = getfixture("tmp_path") / "second.wav"
+    >>> soundfile.write(path, np.zeros(16000), 16000)
+    >>> rows = {"a": {"wav": str(path), "duration": 1.0}}
+    >>> names, hidden, lengths = next(encode_rows(TaskEncoder("fbank"), rows, 16000, 60.0, "cpu"))
+    >>> names, hidden.shape, lengths.tolist()
+    (['a'], torch.Size([1, 1, 25, 320]), [25])
+    """
+    sampler = TaskBatchSampler([float(row["duration"]) for row in rows.values()], max_batch_seconds, training=False)
+    for batch in make_task_loader(make_dataset(rows, sample_rate), sampler, device=device):
+        wavs, wav_lens = batch.sig
+        hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
+        yield batch.id, hidden.float(), lengths
+
+
 def make_task_loaders(
     hparams: Mapping[str, Any],
     sets: Mapping[str, Rows],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import ctc_loss
 
 from speechbrain_bestrq.heads import RecurrentCTC
-from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
+from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, encode_rows
 from speechbrain_bestrq.task_encoders import TaskEncoder
 from speechbrain_bestrq.text import CharacterTokenizer, frames_needed
 from speechbrain_bestrq.writing import replacing
@@ -67,21 +67,13 @@ class Aligner:
                 kept[name] = row
         return kept
 
-    def _loader(
-        self, rows: Rows, training: bool, seed: int = 0
-    ) -> tuple[torch.utils.data.DataLoader, TaskBatchSampler]:
-        seconds = [float(row["duration"]) for row in rows.values()]
-        sampler = TaskBatchSampler(seconds, BATCH_SECONDS, training=training, seed=seed)
-        return make_task_loader(make_dataset(rows, self.sample_rate), sampler), sampler
-
     @torch.inference_mode()
     def _features(self, rows: Rows) -> dict[str, Tensor]:
         """Of each utterance, mean 0 and variance 1 in each channel: computed once."""
         features = {}
-        for batch in self._loader(rows, training=False)[0]:
-            wavs, wav_lens = batch.sig
-            hidden, lengths = self.encoder(wavs.to(self.device), wav_lens.to(self.device))
-            for name, one, length in zip(batch.id, hidden[0], lengths.tolist(), strict=True):
+        batches = encode_rows(self.encoder, rows, self.sample_rate, BATCH_SECONDS, self.device)
+        for names, hidden, lengths in batches:
+            for name, one, length in zip(names, hidden[0], lengths.tolist(), strict=True):
                 own = one[:length]
                 features[name] = ((own - own.mean(0)) / (own.std(0, correction=0) + 1e-4)).cpu()
         return features
@@ -89,7 +81,8 @@ class Aligner:
     def _train(self, rows: Rows, seed: int) -> None:
         features, names = self._features(rows), list(rows)
         units = {name: self._units(row) for name, row in rows.items()}
-        sampler = self._loader(rows, training=True, seed=seed)[1]
+        seconds = [float(row["duration"]) for row in rows.values()]
+        sampler = TaskBatchSampler(seconds, BATCH_SECONDS, training=True, seed=seed)
         optimizer = torch.optim.Adam(self.head.parameters(), lr=LEARNING_RATE)
         total, done = EPOCHS * len(sampler), 0
         self.head.train()

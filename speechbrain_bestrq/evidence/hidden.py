@@ -1,30 +1,19 @@
 """Hidden states of a corpus, reduced while they are made: means over parts of utterances, and chosen frames."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from speechbrain_bestrq.frontend import valid_frames
-from speechbrain_bestrq.task_data import Rows, TaskBatchSampler, make_dataset, make_task_loader
+from speechbrain_bestrq.task_data import Rows, encode_rows
 from speechbrain_bestrq.task_encoders import TaskEncoder
 
 #: Seconds of audio, padding included, that are encoded at a time.
 BATCH_SECONDS = 60.0
 #: Parts of an utterance of which each has a mean, so that their order is not lost.
 PARTS = 4
-
-
-def _encode(
-    encoder: TaskEncoder, rows: Rows, sample_rate: int, device: torch.device
-) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """Names, hidden states (S, B, T, D) and lengths of batches, the longest utterances first."""
-    sampler = TaskBatchSampler([float(row["duration"]) for row in rows.values()], BATCH_SECONDS, training=False)
-    for batch in make_task_loader(make_dataset(rows, sample_rate), sampler, device=device):
-        wavs, wav_lens = batch.sig
-        hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
-        yield batch.id, hidden.float(), lengths
 
 
 def part_means(hidden: Tensor, lengths: Tensor, parts: int = PARTS) -> Tensor:
@@ -79,7 +68,7 @@ def encode_parts(encoder: TaskEncoder, rows: Rows, sample_rate: int, device: tor
         Of each utterance, a tensor of shape (S, PARTS, D) on the CPU.
     """
     found = {}
-    for names, hidden, lengths in _encode(encoder, rows, sample_rate, device):
+    for names, hidden, lengths in encode_rows(encoder, rows, sample_rate, BATCH_SECONDS, device):
         found.update(zip(names, part_means(hidden, lengths).cpu().unbind(1), strict=True))
     return found
 
@@ -129,7 +118,7 @@ def encode_frames(
     Frames
     """
     chosen, centred, classes, means, within = [], [], [], [], 0.0
-    for names, hidden, lengths in _encode(encoder, rows, sample_rate, device):
+    for names, hidden, lengths in encode_rows(encoder, rows, sample_rate, BATCH_SECONDS, device):
         mask = valid_frames(lengths, hidden.shape[2])[..., None]
         counts = lengths.clamp(min=1)[:, None, None]
         mean = (hidden * mask).sum(2, keepdim=True) / counts

@@ -149,7 +149,7 @@ def test_the_share_between_utterances_is_that_of_their_means_in_all_variance(mon
                 hidden[state, row, : lengths[name], 0] = 3.0 * "abc".index(name) + deviation * signs
                 hidden[state, row, : lengths[name], 1] = 7.0
         batches.append((list(names), hidden, torch.tensor([lengths[name] for name in names])))
-    monkeypatch.setattr("speechbrain_bestrq.evidence.hidden._encode", lambda *_: batches)
+    monkeypatch.setattr("speechbrain_bestrq.evidence.hidden.encode_rows", lambda *_: batches)
     times = {name: (torch.tensor([0.1]), torch.tensor([0])) for name in lengths}
     frames = encode_frames(None, {name: {"duration": "1.0"} for name in lengths}, times, 16000, CPU)
     assert frames.between == pytest.approx([6 / (6 + 4), 6 / (6 + 1)])
