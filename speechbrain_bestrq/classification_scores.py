@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.metrics import RESAMPLES, Classification, Interval, by_speaker, classify
+from speechbrain_bestrq.metrics import RESAMPLES, Classification, Interval, by_speaker, classify, draw_counts
 from speechbrain_bestrq.results import ERRORS_FILE, interval, write_errors
 from speechbrain_bestrq.writing import replacing
 
@@ -121,16 +121,15 @@ class Answers:
     def intervals(self) -> dict[str, Interval]:
         """Accuracy, unweighted accuracy and macro-F1 with their intervals."""
         scores, size = self.classification, len(self.classes)
-        generator = np.random.default_rng(0)
         cells = self._cells[:, 0] * size + self._cells[:, 1]
         if self.by_speaker:
             _, groups = np.unique([speaker for _, _, speaker in self._rows.values()], return_inverse=True)
             count = groups.max() + 1
             of_each = np.bincount(groups * size**2 + cells, minlength=count * size**2).reshape(count, size**2)
-            resampled = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) @ of_each
+            resampled = draw_counts(count, 0, RESAMPLES) @ of_each
         else:  # utterances drawn with replacement, counted
             counts = scores.confusion.ravel()
-            resampled = generator.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
+            resampled = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
         outcomes = _score(resampled.reshape(RESAMPLES, size, size))
         lows, highs = np.quantile(outcomes, [0.025, 0.975], axis=1)
         values = [getattr(scores, name) for name in SCORES]

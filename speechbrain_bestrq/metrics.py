@@ -61,8 +61,28 @@ def equal_error_rate(scores: ArrayLike, targets: ArrayLike) -> float:
     >>> equal_error_rate([0.9, 0.6, 0.7, 0.1], [1, 1, 0, 0])
     0.5
     """
-    missed, accepted = _error_rates(scores, targets)
-    after = int(np.argmax(accepted >= missed))  # the first threshold beyond the crossing; 0 accepts none, misses all
+    return crossing(*_error_rates(scores, targets))
+
+
+def crossing(missed: NDArray, accepted: NDArray) -> float:
+    """Find the rate at which as many targets are missed as impostors are accepted.
+
+    Arguments
+    ---------
+    missed, accepted : array, shape (T,)
+        Shares at falling thresholds: the first misses all and accepts none, the last the other way round.
+
+    Returns
+    -------
+    float
+        Between two thresholds, by the straight line.
+
+    Example
+    -------
+    >>> crossing(np.array([1.0, 0.5, 0.0]), np.array([0.0, 0.0, 1.0]))
+    0.3333333333333333
+    """
+    after = int(np.argmax(accepted >= missed))
     before = after - 1
     gap, change = missed[before] - accepted[before], accepted[after] - accepted[before] + missed[before] - missed[after]
     return float(accepted[before] + (accepted[after] - accepted[before]) * gap / change)
@@ -90,7 +110,29 @@ def minimum_detection_cost(scores: ArrayLike, targets: ArrayLike, prior: float =
     """
     if not 0 < prior < 1:
         raise ValueError(f"prior must be between 0 and 1, not {prior}.")
-    missed, accepted = _error_rates(scores, targets)
+    return least_cost(*_error_rates(scores, targets), prior)
+
+
+def least_cost(missed: NDArray, accepted: NDArray, prior: float) -> float:
+    """Find the least detection cost over all thresholds.
+
+    Arguments
+    ---------
+    missed, accepted : array, shape (T,)
+        Shares at each threshold.
+    prior : float
+        Probability of a target trial.
+
+    Returns
+    -------
+    float
+        As :func:`minimum_detection_cost` gives it.
+
+    Example
+    -------
+    >>> least_cost(np.array([1.0, 0.5, 0.0]), np.array([0.0, 0.0, 1.0]), 0.01)
+    0.5
+    """
     cost = prior * missed + (1 - prior) * accepted
     return float(cost.min() / min(prior, 1 - prior))
 
@@ -208,8 +250,25 @@ def by_speaker(speakers: Sequence[str]) -> bool:
     return all(speakers) and len(set(speakers)) >= LEAST_SPEAKERS
 
 
-def _resamples(groups: int, seed: int, resamples: int) -> NDArray:
-    """How often each group is drawn in each resample, shape (resamples, groups)."""
+def draw_counts(groups: int, seed: int, resamples: int) -> NDArray:
+    """Draw resamples of a bootstrap.
+
+    Arguments
+    ---------
+    groups : int
+        What is drawn from, with replacement, as often as there are.
+    seed, resamples : int
+
+    Returns
+    -------
+    array, shape (resamples, groups)
+        How often each was drawn.
+
+    Example
+    -------
+    >>> draw_counts(4, seed=0, resamples=2).sum(1).tolist()
+    [4, 4]
+    """
     return np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=resamples)
 
 
@@ -253,7 +312,7 @@ def bootstrap_rate(
     0.5
     """
     errors, totals = _sums(errors, groups), _sums(totals, groups)
-    drawn = _resamples(len(errors), seed, resamples)
+    drawn = draw_counts(len(errors), seed, resamples)
     rates = _rates(drawn @ errors, drawn @ totals)
     low, high = np.quantile(rates, [0.025, 0.975])
     return Interval(float(errors.sum() / totals.sum()), float(low), float(high))
@@ -292,7 +351,7 @@ def paired_bootstrap(
     """
     change = _sums(errors, groups) - _sums(other_errors, groups)
     totals = _sums(totals, groups)
-    drawn = _resamples(len(change), seed, resamples)
+    drawn = draw_counts(len(change), seed, resamples)
     differences = _rates(drawn @ change, drawn @ totals)
     low, high = np.quantile(differences, [0.025, 0.975])
     interval = Interval(float(change.sum() / totals.sum()), float(low), float(high))

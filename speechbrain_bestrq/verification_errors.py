@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from speechbrain_bestrq.corpora._trials import Trial, speaker_of
 from speechbrain_bestrq.errors import InputError
-from speechbrain_bestrq.metrics import RESAMPLES, Interval, by_speaker, equal_error_rate, minimum_detection_cost
+from speechbrain_bestrq.metrics import (
+    RESAMPLES,
+    Interval,
+    by_speaker,
+    crossing,
+    draw_counts,
+    equal_error_rate,
+    least_cost,
+    minimum_detection_cost,
+)
 from speechbrain_bestrq.verification import read_scores
 from speechbrain_bestrq.writing import replacing
 
@@ -84,18 +93,12 @@ class _Errors:
             weights = drawn[self._order]
         if not (weights * self._targets).any() or not (weights * ~self._targets).any():
             return None
-        missed, accepted = self._curve(weights)
-        after = int(np.argmax(accepted >= missed))
-        before = after - 1
-        gap = missed[before] - accepted[before]
-        change = accepted[after] - accepted[before] + missed[before] - missed[after]
-        eer = accepted[before] + (accepted[after] - accepted[before]) * gap / change
-        return float(eer), float((PRIOR * missed + (1 - PRIOR) * accepted).min() / PRIOR)
+        curve = self._curve(weights)
+        return crossing(*curve), least_cost(*curve, PRIOR)
 
     def draws(self, seed: int, resamples: int) -> NDArray:
         """How often each speaker, or trial, is drawn in each resample, shape (resamples, speakers or trials)."""
-        count = len(self.speakers if self.by_speaker else self.scores)
-        return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+        return draw_counts(len(self.speakers if self.by_speaker else self.scores), seed, resamples)
 
 
 def verification_rates(
