@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from speechbrain_bestrq.accounting import LateReader, StepClock, datasheet_flops
+from speechbrain_bestrq.accounting import datasheet_flops
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.codebook_check import log_codebook_use
 from speechbrain_bestrq.digests import tensor_digest
@@ -32,6 +32,7 @@ from speechbrain_bestrq.run_log import RUN_FILE, validation_error
 from speechbrain_bestrq.run_options import whole_number
 from speechbrain_bestrq.stopping import Request, Requests, StoppedError
 from speechbrain_bestrq.tally import Tally
+from speechbrain_bestrq.training_account import TrainingAccount
 from speechbrain_bestrq.update_guard import UpdateGuard
 from speechbrain_bestrq.windows import samples_per_frame
 from speechbrain_bestrq.writing import write_text
@@ -93,7 +94,6 @@ class PretrainingBrain(sb.Brain):
         self.run_facts = {**run_facts, **self._machine_facts(), "chosen_by": self.model.chosen_by}
         self.folder = Path(self.hparams.output_folder)
         self.log = ProgressLog(self.folder)
-        self.reader = LateReader()
         self.generator = torch.Generator(device=self.device)
         self.best_error, self.withheld, self.validation_due = math.inf, False, False
         self.valid_interval: int | None = getattr(self.hparams, "valid_interval", None)
@@ -105,16 +105,11 @@ class PretrainingBrain(sb.Brain):
         self.encoders = EncoderFolders(self.folder)
         self.requests = Requests()  # heeds signals within fit only
         self.guard = UpdateGuard(self.device, getattr(self.hparams, "spike_ratio", 0.0))
-        self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # audio-seconds, skipped updates
-        self.device_seconds_before = self.device_seconds_rewound = 0.0
-        self.started = time.perf_counter()
         # a micro-batch of this many masked frames weighs 1, so that summed losses keep their scale in fp16
         self.nominal_targets = 1000.0
         self.tally = Tally(self.model, self.device)  # of an update
-        self.window_sums = self.tally.zeros()  # since the last log line
-        self.gradient_norm, self.shown_loss = torch.zeros((), device=self.device), torch.zeros(())
-        self.clock = StepClock(self.device)
-        self._start_clock()
+        self.account = TrainingAccount(self.tally, self.world_size, self.device)
+        self.clock, self.shown_loss = self.account.clock, torch.zeros(())
         if checkpointer is not None:
             checkpointer.add_recoverable("progress", self, self._load_progress, self._save_progress)
 
@@ -238,7 +233,7 @@ class PretrainingBrain(sb.Brain):
         show_bar = not self.noprogressbar
         self.log.open(self.optimizer_step, self.optimizer_step_limit, show_bar, validation_comes=self.validation_due)
         ddp_barrier()
-        self.started = time.perf_counter()
+        self.account.begin()
 
     def init_optimizers(self) -> None:
         """Make the optimizer; refuse other settings than those that the run was trained with."""
@@ -326,9 +321,7 @@ class PretrainingBrain(sb.Brain):
             self.scaler._scale.clamp_(min=1.0)
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_step = update
-        self.window_sums += torch.where(good, sums, 0.0)
-        self.totals += torch.stack([sums[4], (~good).double()])
-        self.gradient_norm = norm
+        self.account.add_update(sums, good, norm)
         self.tally.begin_update()
 
     def on_fit_batch_end(
@@ -370,10 +363,9 @@ class PretrainingBrain(sb.Brain):
         self._delete_doubtful_checkpoints()
         self.rewinds += 1
         self.rate_scale /= 2
-        self.reader, self.withheld = LateReader(), False
+        self.withheld = False
         self.encoders.forget()  # they are of updates after that checkpoint, which come again
-        self.device_seconds_rewound = self.device_hours * 3600
-        self.tally.sums = self.tally.zeros()
+        self.account.go_back()
         logger.warning(
             "Going back to the last checkpoint, for the %d. time of at most %d, with %g of the learning rate.",
             self.rewinds,
@@ -411,7 +403,7 @@ class PretrainingBrain(sb.Brain):
         self._validate(self.sampler.epoch)
         self.step = step
         self.modules.train()
-        self._start_clock()
+        self.account.start_clock()
         self._heed_requests()  # what came in the validation
 
     def _validate(self, epoch: int) -> None:
@@ -425,23 +417,8 @@ class PretrainingBrain(sb.Brain):
 
     # ---------------------------------------------------------------- logging
 
-    def _start_clock(self) -> None:
-        """Start measuring speed, since the last log line or since a stage began."""
-        self.clock.start()
-        self.clocked_seconds = self.totals[0].clone()
-
-    @property
-    def device_hours(self) -> float:
-        """Hours that all devices have been held since the first update, whether they computed or waited.
-
-        Not what came before, nor updates that a kill undid.
-        """
-        return (self.device_seconds_before + (time.perf_counter() - self.started) * self.world_size) / 3600
-
     def _submit_log_line(self) -> None:
         """Start reading back what has happened since the last line; a collective of all ranks."""
-        seconds = self.clock.seconds
-        flops = self.clock.flops / seconds
         peak = datasheet_flops(self.run_facts["device"], self.precision)
         left = max((self.optimizer_step_limit or self.optimizer_step) - self.optimizer_step, 0)
         known = {
@@ -449,35 +426,16 @@ class PretrainingBrain(sb.Brain):
             "step": self.optimizer_step,
             "epoch": self.sampler.epoch,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "window_seconds": seconds,
-            "device_hours": self.device_hours,
-            "gflops_per_second": flops / 1e9,
-            "utilisation": None if peak is None else flops / peak,
             "peak_memory_gb": peak_memory_gb(self.device),
-            "data_wait_share": self.clock.wait / seconds,
-            "saving_seconds": self.clock.saving_seconds,
             "rewinds": self.rewinds,
-            "eta_hours": left * seconds / self.clock.updates / 3600,
         }
-        values = {
-            **self.tally.averages(self.window_sums, self.world_size),
-            "gradient_norm": self.gradient_norm,
-            "audio_seconds": self.totals[0] - self.clocked_seconds,
-            "audio_hours": self.totals[0] / 3600,
-            "skipped_updates": self.totals[1],
-            "skipped_row": self.guard.skipped_row,
-            "longest_skipped_row": self.guard.longest_row,
-        }
+        rows = {"skipped_row": self.guard.skipped_row, "longest_skipped_row": self.guard.longest_row}
         self.guard.start_row()
-        self.reader.submit(known, values)
-        self.window_sums, self.clock.saving_seconds = self.tally.zeros(), 0.0
-        self._start_clock()
+        self.account.submit(known, left, peak, rows)
 
     def _write_log_lines(self, wait: bool) -> None:
         """Write the lines whose values have arrived."""
-        for entry in self.reader.ready(wait):
-            entry["audio_seconds_per_second"] = entry.pop("audio_seconds") / entry.pop("window_seconds")
-            entry["skipped_updates"] = int(entry["skipped_updates"])
+        for entry in self.account.ready(wait):
             skipped, longest = int(entry.pop("skipped_row")), int(entry.pop("longest_skipped_row"))
             if entry["mask_ratio"] == 0 and skipped:  # all updates of this line were skipped: no loss
                 without = ("loss", *self.model.loss_terms, "accuracy", "gain", "mask_ratio")
@@ -506,7 +464,7 @@ class PretrainingBrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             self.sampler.set_epoch(epoch)
             self.step = self.sampler.position  # an epoch that was begun goes on
-            self._start_clock()
+            self.account.start_clock()
             if self.validation_due:  # it was broken off; at the end of an epoch it comes by itself
                 self.validation_due = False
                 if not self._validation_is_next:
@@ -542,9 +500,9 @@ class PretrainingBrain(sb.Brain):
             torch.distributed.all_reduce(self.validation.sums)
         averages = self.validation.averages(self.validation.sums, self.world_size)
         values = {name: float(value) for name, value in averages.items()}
-        audio_hours = float(self.totals[0]) / 3600
-        entry = {"event": "valid", "step": self.optimizer_step, "epoch": epoch, **values, "audio_hours": audio_hours}
-        entry |= {"device_hours": self.device_hours, "seconds": time.perf_counter() - self.stage_started}
+        entry = {"event": "valid", "step": self.optimizer_step, "epoch": epoch, **values}
+        entry |= {"audio_hours": self.account.audio_hours, "device_hours": self.account.device_hours}
+        entry |= {"seconds": time.perf_counter() - self.stage_started}
         self.log.write(entry)
         # before the checkpoint, which says that it is written
         error = validation_error(values, self.model.chosen_by)
@@ -625,10 +583,8 @@ class PretrainingBrain(sb.Brain):
         """Save the counters that SpeechBrain does not know of, when all that came before is in the log."""
         self.log.flush()
         state = {
-            "totals": self.totals,
-            "window_sums": self.window_sums,
+            **self.account.state(),
             "histogram": self.shared_histogram,
-            "device_seconds": self.device_hours * 3600,
             "best_error": self.best_error,
             "valid_set": self._valid_content(),
             "rate_scale": self.rate_scale,
@@ -641,10 +597,9 @@ class PretrainingBrain(sb.Brain):
 
     def _load_progress(self, _brain: Any, path: Path, end_of_epoch: bool) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
-        self.totals, self.window_sums = state["totals"], state["window_sums"]
+        self.account.load(state)
         # histograms are added up over the ranks: the first holds what all had
         self.tally.histogram = state["histogram"] * (self.rank == 0)
-        self.device_seconds_before = max(self.device_seconds_rewound, state["device_seconds"])
         here = self._valid_content()
         self.best_error = state["best_error"]
         if None not in (here, state["valid_set"]) and state["valid_set"] != here:
@@ -669,8 +624,8 @@ class PretrainingBrain(sb.Brain):
         facts = {
             **self.run_facts,
             "step": self.optimizer_step,
-            "audio_hours": float(self.totals[0]) / 3600,
-            "device_hours": self.device_hours,
+            "audio_hours": self.account.audio_hours,
+            "device_hours": self.account.device_hours,
             "validation": entry,
         }
         with self.clock.saving():

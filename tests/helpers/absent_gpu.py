@@ -90,7 +90,10 @@ def first_step_there(brain_class):
             patch.setattr(brain, "training_ctx", torch.autocast("cuda", torch.bfloat16))
             brain.device = CUDA
             move_module(brain.modules)
-            for held in (brain, *(getattr(brain, part, None) for part in ("tally", "guard", "_running_loss"))):
+            for held in (
+                brain,
+                *(getattr(brain, part, None) for part in ("tally", "guard", "account", "_running_loss")),
+            ):
                 for name, value in list(vars(held).items()) if held else []:
                     if isinstance(value, torch.Tensor):
                         setattr(held, name, move(value))

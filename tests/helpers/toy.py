@@ -490,6 +490,6 @@ def rank_fit_waves(output, waves, model=None, nan_updates=(), **settings):
     return {
         "state": network.state_dict(),
         "optimizer": brain.optimizer.state_dict(),
-        "skipped": int(brain.totals[1]),
+        "skipped": int(brain.account.totals[1]),
         "masks": [batch.masked.mask for batch in batches],
     }

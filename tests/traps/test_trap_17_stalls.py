@@ -47,7 +47,7 @@ def test_a_step_with_a_log_line_only_starts_to_read_back(toy, tmp_path, monkeypa
 
     Mutations: in pretraining.py, PretrainingBrain.on_fit_batch_end, ``_write_log_lines(wait=False)`` ->
     ``_write_log_lines(wait=True)``; in pretraining.py, PretrainingBrain._submit_log_line, ``"learning_rate":`` ->
-    ``"norm": self.gradient_norm.tolist(), "learning_rate":``.
+    ``"norm": self.account.gradient_norm.tolist(), "learning_rate":``.
     """
     model = toy.make_model()
     monkeypatch.setattr("torchaudio.functional.melscale_fbanks", None)

@@ -332,7 +332,7 @@ def test_what_a_run_has_learned_of_itself_outlives_it(toy, tmp_path, corpus):
     first = toy.train(tmp_path, **settings, stop_after=4).brain
     first.guard.usual_norm, first.rewinds, first.rate_scale = torch.tensor(3.5), 2, 0.25
     first.guard.skipped_row, first.log.best_perplexity, first.best_error = torch.tensor(7), 12.5, 0.75
-    hours = first.device_hours
+    hours = first.account.device_hours
     first.checkpointer.save_checkpoint(meta={"step": 4, "signature": json.dumps(first.model.signature())})
     again = toy.make_brain(tmp_path, toy.make_model(), updates=6)
     again.sampler = first.sampler
@@ -341,7 +341,7 @@ def test_what_a_run_has_learned_of_itself_outlives_it(toy, tmp_path, corpus):
     again.checkpointer.recover_if_possible()
     assert (float(again.guard.usual_norm), again.rewinds, again.rate_scale) == (3.5, 2, 0.25)
     assert (int(again.guard.skipped_row), again.log.best_perplexity, again.best_error) == (7, 12.5, 0.75)
-    assert again.device_hours >= hours and torch.equal(again.totals, first.totals)
+    assert again.account.device_hours >= hours and torch.equal(again.account.totals, first.account.totals)
 
 
 def test_the_scale_of_fp16_has_a_lower_end(toy, tmp_path):
@@ -353,7 +353,7 @@ def test_the_scale_of_fp16_has_a_lower_end(toy, tmp_path):
     brain.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     brain.fit(brain.counter, toy.ready_loader(batches), toy.ready_loader([]))
-    assert brain.scaler.get_scale() == 1.0 and int(brain.totals[1]) == 8
+    assert brain.scaler.get_scale() == 1.0 and int(brain.account.totals[1]) == 8
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -528,7 +528,7 @@ def test_the_usual_norm_begins_with_the_first_update_that_is_made(toy, tmp_path,
         if self.optimizer_step == 0:
             next(iter(self.model.parameters())).grad.fill_(float("nan"))
         optimizers_step(self)
-        norms.append((float(self.gradient_norm), float(self.guard.usual_norm)))
+        norms.append((float(self.account.gradient_norm), float(self.guard.usual_norm)))
 
     monkeypatch.setattr(toy.ToyBrain, "optimizers_step", spoilt)
     model = toy.make_model()
@@ -586,11 +586,11 @@ def test_a_log_line_has_the_hours_of_all_devices_and_the_utilisation_of_one(toy,
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)  # the others are not there
     model = toy.make_model()
     brain = toy.fit_batches(tmp_path, model, [toy.make_batch(model, waves(0.5))], log_interval=2)
-    brain.world_size, brain.precision, brain.run_facts["device"] = 4, "bf16", "NVIDIA H200"
+    brain.account.world_size, brain.precision, brain.run_facts["device"] = 4, "bf16", "NVIDIA H200"
     now[0] += 4.0
     brain.clock.flops, brain.clock.updates = 989e12, 1
     brain._submit_log_line()
-    (line,) = brain.reader.ready()
+    (line,) = brain.account.reader.ready()
     assert line["utilisation"] == pytest.approx(0.25)
     assert line["device_hours"] == pytest.approx(4 * 4 / 3600)
 

@@ -516,7 +516,7 @@ def test_updates_skipped_in_a_row_are_counted_across_log_lines(toy, tmp_path, co
         with pytest.raises(InputError, match="6 updates in a row, of those up to 12"):
             toy.train(tmp_path, **settings)
     else:
-        assert int(toy.train(tmp_path, **settings).brain.totals[1]) == 6
+        assert int(toy.train(tmp_path, **settings).brain.account.totals[1]) == 6
 
 
 def test_a_spike_is_skipped_and_counted(toy, tmp_path):
@@ -545,7 +545,7 @@ def test_a_spike_is_skipped_and_counted(toy, tmp_path):
     finally:
         toy.ToyBrain = original
         patch.undo()
-    assert int(brain.totals[1]) == 1 and brain.untouched
+    assert int(brain.account.totals[1]) == 1 and brain.untouched
 
 
 @pytest.mark.parametrize("ratio", [20.0, 5.0])
