@@ -12,7 +12,7 @@ import argparse
 from torch import Tensor
 
 from speechbrain_bestrq.audio import AudioTable
-from speechbrain_bestrq.codebook_check import choose_audio, count_codes, use_statistics
+from speechbrain_bestrq.codebook_use import choose_audio, count_codes, use_statistics
 from speechbrain_bestrq.corpora import read_manifest
 from speechbrain_bestrq.frontend import LogMel
 from speechbrain_bestrq.quantizer import RandomProjectionQuantizer

@@ -158,12 +158,8 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     folder = Path(folder)
     beside = folder.with_name(f"{folder.name}.writing")
     replaced = folder.with_name(f"{folder.name}.replaced")
-    if _others(folder) and not (folder / CONFIG_FILE).exists():
-        raise InputError(f"{folder} is there and is no encoder: give another name, or move it away.")
-    for leftover in (beside, replaced):
-        if others := _others(leftover):
-            raise InputError(f"{leftover} is in the way, and holds {others[0]}: move it away.")
-        shutil.rmtree(leftover, ignore_errors=True)
+    check_place(folder)
+    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         _write_files(speech_encoder, beside, card, facts)
@@ -171,22 +167,47 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     except Exception:
         shutil.rmtree(beside, ignore_errors=True)  # what a full disk took of it would keep the disk full
         raise
+    if replaced.exists():  # of one that was killed here
+        _hand_over(replaced, beside)
+        shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     beside.rename(folder)
-    for name in _others(replaced):  # somebody's own, notes on it or the like
-        (replaced / name).rename(folder / name)
+    _hand_over(replaced, folder)
     # a checkpoint that says that the encoder is written must not outlive it in a power cut
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 
-def _others(folder: Path) -> list[str]:
-    """Names of what a folder holds and no encoder folder has; a file in its place counts as one."""
-    if folder.is_file():
-        return [folder.name]
-    return sorted(path.name for path in folder.iterdir() if path.name not in _FILES) if folder.is_dir() else []
+def check_place(folder: str | os.PathLike) -> None:
+    """Refuse to put an encoder where something else is.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where it is to be.
+
+    Raises
+    ------
+    InputError
+        If there is a file, or a folder that holds something and is no encoder.
+
+    Example
+    -------
+    >>> check_place(getfixture("tmp_path"))
+    """
+    folder = Path(folder)
+    holds = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if folder.is_file() or (holds and not (folder / CONFIG_FILE).exists()):
+        raise InputError(f"{folder} is there and is no encoder: give another name, or move it away.")
+
+
+def _hand_over(source: Path, target: Path) -> None:
+    """Move what lies in an encoder folder and is not of it: somebody's notes, or a repository's."""
+    for path in source.iterdir() if source.is_dir() else ():
+        if path.name not in _FILES and not (target / path.name).exists():
+            path.rename(target / path.name)
 
 
 def _write_files(speech_encoder: SpeechEncoder, folder: Path, card: str, facts: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from speechbrain_bestrq.codebook_check import MOST_OF_ONE_CODE, CodebookUse
+from speechbrain_bestrq.codebook_use import MOST_OF_ONE_CODE, CodebookUse
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.writing import replacing
 

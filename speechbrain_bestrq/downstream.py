@@ -118,7 +118,7 @@ class WeightedEncoder(nn.Module):
     ---------
     hub : str or Path
         The encoder's source; the name is that of ``WeightedSSLModel``.
-    save_path, freeze, freeze_feature_extractor, apply_spec_augment, freeze_layers, output_rate
+    save_path, freeze, freeze_feature_extractor, apply_spec_augment, freeze_layers, output_rate, layer_drop
         See :class:`speechbrain_bestrq.pretrained.PretrainedEncoder`.
     layernorm, utterance_norm : bool
         See :class:`LayerMix`.
@@ -164,6 +164,7 @@ class WeightedEncoder(nn.Module):
         freeze_layers: int = 0,
         output_rate: int | None = None,
         utterance_norm: bool = False,
+        layer_drop: float | None = None,
     ):
         super().__init__()
         self.encoder = PretrainedEncoder(
@@ -175,6 +176,7 @@ class WeightedEncoder(nn.Module):
             output_all_hiddens=True,
             freeze_layers=freeze_layers,
             output_rate=output_rate,
+            layer_drop=layer_drop,
         )
         self.mix = LayerMix(self.encoder.num_layers + 1, layernorm, utterance_norm)
         self.num_layers, self.output_dim = self.mix.num_layers, self.encoder.output_dim

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from speechbrain.utils.distributed import ddp_broadcast
 from torch import nn
 
-from speechbrain_bestrq.artefact import save_encoder
+from speechbrain_bestrq.artefact import check_place, save_encoder
 from speechbrain_bestrq.checkpointing import SaveError
 from speechbrain_bestrq.encoder import SpeechEncoder
 from speechbrain_bestrq.tables import TableModule
@@ -38,6 +38,22 @@ class EncoderFolders:
     def __init__(self, folder: Path):
         self.folder = folder
         self._owed: dict[str, Callable[[], Path]] = {}
+
+    def check_places(self, names: Iterable[str]) -> None:
+        """Refuse to train for days towards a folder whose place something else has.
+
+        Arguments
+        ---------
+        names : iterable of str
+            Of the folders that will be written.
+
+        Raises
+        ------
+        InputError
+            Naming one.
+        """
+        for name in names:
+            check_place(self.folder / name)
 
     @property
     def owed(self) -> list[str]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from speechbrain_bestrq.accounting import datasheet_flops
 from speechbrain_bestrq.checkpointing import SaveError
-from speechbrain_bestrq.codebook_check import log_codebook_use
+from speechbrain_bestrq.codebook_use import log_codebook_use
 from speechbrain_bestrq.digests import tensor_digest
 from speechbrain_bestrq.encoder_folders import EncoderFolders
 from speechbrain_bestrq.errors import InputError
@@ -220,6 +220,7 @@ class PretrainingBrain(sb.Brain):
     def on_fit_start(self) -> None:
         """Refuse a foreign checkpoint, else load the newest; open the logs."""
         check_resumable(self.checkpointer, self.model, self.sampler)
+        self.encoders.check_places(["encoder", *(f"encoder@{step}" for step in self.hparams.encoder_at_steps)])
         super().on_fit_start()
         check_ranks_agree(resumed_after_update=self.optimizer_step)
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):

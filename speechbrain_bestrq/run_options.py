@@ -56,7 +56,7 @@ def check_run_options(run_opts: RunOptions, without_effect: Mapping[str, str]) -
         )
 
 
-def take_given_interval(hparams: MutableMapping[str, Any], run_opts: RunOptions) -> None:
+def take_given_interval(hparams: MutableMapping[str, Any], run_opts: RunOptions, overrides: str) -> str:
     """Let an interval of checkpoints on the command line, updates or minutes, take the place of the YAML's other one.
 
     SpeechBrain refuses both together.
@@ -67,18 +67,27 @@ def take_given_interval(hparams: MutableMapping[str, Any], run_opts: RunOptions)
         Of the YAML.
     run_opts : RunOptions
         Of the command line.
+    overrides : str
+        Of the YAML, as the run's copy of it is written with.
+
+    Returns
+    -------
+    str
+        The overrides, with the other interval's 0 where it had to be.
 
     Example
     -------
     >>> hparams = {"ckpt_interval_steps": 0, "ckpt_interval_minutes": 15}
-    >>> take_given_interval(hparams, RunOptions.from_dictionary({"ckpt_interval_steps": 500}))
+    >>> take_given_interval(hparams, RunOptions.from_dictionary({"ckpt_interval_steps": 500}), "")
+    '\\nckpt_interval_minutes: 0'
     >>> hparams["ckpt_interval_minutes"]
     0
     """
     intervals = ("ckpt_interval_steps", "ckpt_interval_minutes")
-    given = [name for name in intervals if name in run_opts.overridden_args]
-    if len(given) == 1:
-        hparams.update({name: 0 for name in intervals if name not in given})
+    given = [name for name in intervals if name in run_opts.overridden_args and run_opts[name] > 0]
+    others = [name for name in intervals if len(given) == 1 and name not in given and hparams.get(name)]
+    hparams.update(dict.fromkeys(others, 0))
+    return overrides + "".join(f"\n{name}: 0" for name in others)
 
 
 def check_counts(hparams: MutableMapping[str, Any]) -> None:

@@ -629,7 +629,7 @@ class TaskBrain(sb.Brain):
             "world_size": trained["world_size"],
             "command": trained["command"],
             **there,
-            **({"test_command": command_line()} if self._trains_on is None else {}),
+            **({} if command_line() == trained["command"] else {"test_command": command_line()}),
             **({} if here == there else {"tested_on": here}),
         }
 

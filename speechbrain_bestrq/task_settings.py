@@ -78,7 +78,7 @@ def check_numbers(hparams: Mapping[str, Any]) -> None:
     """
     for names, kind, fits in (
         (_ABOVE_ZERO, "a number above 0", lambda value: value > 0),
-        (_COUNTS, "a whole number, 1 at least", lambda value: value >= 1 and value == int(value)),
+        (_COUNTS, "a whole number, 1 at least", lambda value: value >= 1 and float(value).is_integer()),
         (("encoder_rest", "encoder_warmup"), "a number", lambda value: True),
     ):
         for name in names:

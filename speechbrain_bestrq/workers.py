@@ -1,10 +1,12 @@
 """What processes that load data need, and do first."""
 
+import logging
 import os
 
 from speechbrain_bestrq.allocator import give_back_freed_memory
-from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.stopping import leave_stopping_to_parent
+
+logger = logging.getLogger(__name__)
 
 
 def start_worker(worker: int = 0) -> None:
@@ -19,24 +21,19 @@ def start_worker(worker: int = 0) -> None:
     give_back_freed_memory()
 
 
-def check_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
-    """Refuse loading processes that this machine has no room to hand batches over from: they would die by SIGBUS.
+def warn_of_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
+    """Warn where loading processes may have no room to hand batches over in: they would die by SIGBUS.
 
     Arguments
     ---------
     needed : int
         Bytes of the batches that wait at a time, of all ranks on this machine.
     folder : str
-        Where Linux keeps shared memory; where there is none, nothing is refused.
-
-    Raises
-    ------
-    InputError
-        If there is less room.
+        Where Linux keeps shared memory; where there is none, nothing is said.
 
     Example
     -------
-    >>> check_shared_memory(0)
+    >>> warn_of_shared_memory(0)
     """
     try:
         room = os.statvfs(folder)
@@ -44,7 +41,10 @@ def check_shared_memory(needed: int, folder: str = "/dev/shm") -> None:
         return
     free = room.f_bavail * room.f_frsize
     if free < needed:
-        raise InputError(
-            f"{folder} has {free / 1e9:.2g} GB of room, and batches that wait to be trained on take {needed / 1e9:.2g} "
-            "there: give a container more (docker's --shm-size or --ipc=host), or a lower --num_workers."
+        logger.warning(
+            "%s has %.2g GB of room, and batches that wait to be trained on may take %.2g there: if a worker dies by "
+            "SIGBUS, give the container more (docker's --shm-size or --ipc=host), or a lower --num_workers.",
+            folder,
+            free / 1e9,
+            needed / 1e9,
         )

@@ -21,7 +21,8 @@ def _add_check_codebook_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_codebook(arguments: argparse.Namespace) -> int:
-    from speechbrain_bestrq.codebook_check import FAILED, check_codebook, check_text
+    from speechbrain_bestrq.codebook_check import check_codebook, check_text
+    from speechbrain_bestrq.codebook_use import FAILED
 
     options = {key: value for key, value in vars(arguments).items() if key not in ("subcommand", "hparams", "json")}
     result = check_codebook(arguments.hparams, **options)

@@ -113,7 +113,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     state.check_begun()
     done = {stage.name for stage in stages if state.is_done(stage.name)}
     left = [stage for stage in stages if stage.name not in done]
-    check_inputs(left)
+    check_inputs(left, run_here=not arguments.dry_run)
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

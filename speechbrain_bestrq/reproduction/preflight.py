@@ -11,6 +11,7 @@ from speechbrain_bestrq.corpora.librispeech import check_splits
 from speechbrain_bestrq.corpora.slurp import find_texts
 from speechbrain_bestrq.corpora.voxceleb import find_lists
 from speechbrain_bestrq.ctc_decoding import import_kenlm
+from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.ngram import read_words
 from speechbrain_bestrq.reproduction.plan import PRETRAINING, RECIPES, TASKS, yaml_value
 from speechbrain_bestrq.reproduction.stages import LANGUAGE_MODEL, Stage
@@ -18,7 +19,7 @@ from speechbrain_bestrq.reproduction.stages import LANGUAGE_MODEL, Stage
 _SPLITS = ("train_splits", "valid_splits", "test_splits")
 
 
-def check_inputs(stages: Sequence[Stage]) -> None:
+def check_inputs(stages: Sequence[Stage], run_here: bool = True) -> None:
     """Refuse corpora that lack a part which a stage will read, and a language model that none can be.
 
     No audio is looked at: an hour of files takes longer than this may.
@@ -28,6 +29,8 @@ def check_inputs(stages: Sequence[Stage]) -> None:
     stages : sequence of Stage
         Those that are still to be run, of :func:`speechbrain_bestrq.reproduction.plan.make_plan`. A corpus that one of
         them makes is left alone.
+    run_here : bool
+        Whether what a language model takes has to be installed.
 
     Raises
     ------
@@ -48,7 +51,8 @@ def check_inputs(stages: Sequence[Stage]) -> None:
         model = asked.options.get(LANGUAGE_MODEL.removeprefix("--"))
         if model is not None and model not in seen:
             seen.add(model)
-            import_kenlm()
+            if run_here:
+                import_kenlm()
             read_words(model)
 
 
@@ -56,6 +60,9 @@ class _Asked:
     """What a stage asks of a corpus."""
 
     def __init__(self, hparams: Path, words: Sequence[str]):
+        if not hparams.is_file():
+            known = ", ".join(sorted(path.stem for path in hparams.parent.glob("*.yaml")))
+            raise InputError(f"the preset names a YAML {hparams.stem}, which the recipe has not: give one of {known}.")
         self.hparams = hparams
         pairs = zip(words, words[1:], strict=False)
         self.options = {word[2:]: value for word, value in pairs if word.startswith("--")}

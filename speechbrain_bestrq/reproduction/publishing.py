@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from speechbrain_bestrq.corpora._options import absolute_path
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.reproduction.plan import CODEBOOK_PICTURE, CORPORA, TASKS
 from speechbrain_bestrq.reproduction.report import task_of, write_reproduction
@@ -112,7 +113,7 @@ def folder_names(words: Sequence[str], folder: Path) -> dict[str, str]:
             name = "EXTRA" if option == "extra_folders" else option.upper()
             name += str(count) if count > 1 else ""
             if Path(word).is_absolute():
-                names |= {word: name, str(Path(word).resolve()): name}
+                names |= {word: name, str(absolute_path(word)): name, str(Path(word).resolve()): name}
     return names
 
 

@@ -213,18 +213,17 @@ class StageState:
             aside = self._move_aside(name)
             told = f"{name}: begins anew; what another command, or one with other inputs, made is in {aside.name}"
             record = {}
+        if "made" in record and not self.missing(name):
+            return told  # it is tested with another language model; what there is counts until that is done
         folder.mkdir(parents=True, exist_ok=True)
         begun = {
             "mark": self.marks[name],
             "needed": self._needed(name),
             "commit": commit(),
             "devices": self.stages[name].devices,
-            "language_model": _language_model(self.stages[name].command),
         }
         if record and "made" not in record:  # taken up again
             begun["spent"] = record.get("spent")
-        elif record and not self.missing(name):  # tested with another language model
-            begun["spent"] = record["seconds"]
         self._write(name, begun)
         return told
 
@@ -240,12 +239,15 @@ class StageState:
 
     def set_done(self, name: str, seconds: float) -> None:
         """Remember that a stage is done, after so many seconds this time."""
+        record = self._record(name)
+        before = record["seconds"] if "made" in record else self.spent(name) or 0.0
         known = {
             "made": uuid.uuid4().hex,
-            "seconds": (self.spent(name) or 0.0) + seconds,
+            "seconds": before + seconds,
             "command": list(self.stages[name].command),
+            "language_model": _language_model(self.stages[name].command),
         }
-        self._write(name, {**self._record(name), **known})
+        self._write(name, {**record, **known})
 
     def set_failed(self, name: str, why: str) -> None:
         """Remember that a stage has failed, for the report; it is begun anew the next time."""

@@ -14,7 +14,6 @@ import speechbrain as sb
 import torch
 from speechbrain.augment.time_domain import DropFreq, SpeedPerturb
 
-from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.augmentation import DropChunks
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.ngram import train_ngram
@@ -49,13 +48,6 @@ def librispeech(tmp_path_factory):
             lines.append(f"{name} {' '.join(words)}\n")
         (chapter / f"{speaker}-1.trans.txt").write_text("".join(lines))
     return folder
-
-
-@pytest.fixture
-def encoder(make_speech_encoder, tmp_path):
-    """An encoder folder."""
-    facts = {"model": "BestRQ", "corpus": "Noise", "step": 7, "audio_hours": 1.5, "device_hours": 0.5}
-    return save_encoder(make_speech_encoder(normalize="global", dropout=0.1), tmp_path / "encoder", "# Card", **facts)
 
 
 @pytest.fixture

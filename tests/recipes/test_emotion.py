@@ -10,7 +10,6 @@ import pytest
 import soundfile
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 
-from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.corpora.iemocap import SESSIONS, SPEAKERS
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
@@ -36,13 +35,6 @@ def iemocap(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus") / "IEMOCAP"
     make_synthetic(folder, "iemocap", hours=0.05)
     return folder
-
-
-@pytest.fixture
-def encoder(make_speech_encoder, tmp_path):
-    """An encoder folder."""
-    facts = {"model": "BestRQ", "corpus": "Noise", "step": 7, "audio_hours": 1.5, "device_hours": 0.5}
-    return save_encoder(make_speech_encoder(normalize="global", dropout=0.1), tmp_path / "encoder", "# Card", **facts)
 
 
 def arguments(name, iemocap, encoder, output, *more):

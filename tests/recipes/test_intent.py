@@ -12,7 +12,6 @@ import pytest
 import soundfile
 from sklearn.metrics import accuracy_score, f1_score
 
-from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.results import read_results
@@ -34,13 +33,6 @@ def slurp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus") / "SLURP"
     make_synthetic(folder, "slurp", hours=0.005, speakers=12)
     return folder
-
-
-@pytest.fixture
-def encoder(make_speech_encoder, tmp_path):
-    """An encoder folder."""
-    facts = {"model": "BestRQ", "corpus": "Noise", "step": 7, "audio_hours": 1.5, "device_hours": 0.5}
-    return save_encoder(make_speech_encoder(normalize="global", dropout=0.1), tmp_path / "encoder", "# Card", **facts)
 
 
 def arguments(name, slurp, encoder, output, *more):

@@ -13,7 +13,6 @@ from scipy.interpolate import interp1d
 from scipy.optimize import brentq
 from sklearn.metrics import roc_curve
 
-from speechbrain_bestrq.artefact import save_encoder
 from speechbrain_bestrq.corpora.manifest import read_manifest
 from speechbrain_bestrq.corpora.synthetic import make_synthetic
 from speechbrain_bestrq.digests import tensor_digest
@@ -39,13 +38,6 @@ def voxceleb(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus") / "VoxCeleb1"
     make_synthetic(folder, "voxceleb", hours=0.01, speakers=6)
     return folder
-
-
-@pytest.fixture
-def encoder(make_speech_encoder, tmp_path):
-    """An encoder folder."""
-    facts = {"model": "BestRQ", "corpus": "Noise", "step": 7, "audio_hours": 1.5, "device_hours": 0.5}
-    return save_encoder(make_speech_encoder(normalize="global", dropout=0.1), tmp_path / "encoder", "# Card", **facts)
 
 
 @pytest.fixture(scope="module")

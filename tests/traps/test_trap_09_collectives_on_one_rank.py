@@ -22,7 +22,7 @@ def calls_of_a_rank(toy, monkeypatch, output, rank):
         patch.setattr(toy.ToyBrain, "_wrap_distributed", lambda brain: None)
         model = toy.make_model()
         brain = toy.make_brain(output / f"rank{rank}", model, updates=2, epochs=1, checkpoints=False)
-        brain.rank, brain.world_size = rank, 2
+        brain.rank, brain.world_size, brain.account.world_size = rank, 2, 2
         samplers = [
             kind(table.lengths, 80000, rank=rank, world_size=2)
             for kind in (toy.LadderBatchSampler, toy.PaddedBatchSampler)

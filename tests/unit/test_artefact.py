@@ -84,9 +84,7 @@ def test_what_is_no_encoder_is_not_written_over(saved, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("more")
-    (tmp_path / "other.replaced").mkdir()
-    (tmp_path / "other.replaced" / "data.csv").write_text("1")
-    for name, why in (("mine", "mine is there and is no encoder"), ("file", "file is there"), ("other", "data.csv")):
+    for name, why in (("mine", "mine is there and is no encoder"), ("file", "file is there")):
         before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
         with pytest.raises(InputError, match=why):
             save_encoder(speech_encoder, tmp_path / name, "# Card")
@@ -95,6 +93,10 @@ def test_what_is_no_encoder_is_not_written_over(saved, tmp_path):
     save_encoder(speech_encoder, folder, "# Newer")
     assert (folder / "README.md").read_text() == "# Newer"
     assert (folder / "notes.txt").read_text() == "good with whispered speech"
+    folder.rename(folder.with_name("encoder.replaced"))  # as a kill may leave it
+    save_encoder(speech_encoder, folder, "# Newest")
+    assert (folder / "notes.txt").read_text() == "good with whispered speech"
+    assert sorted(path.name for path in folder.parent.iterdir() if path.is_dir()) == ["encoder", "mine"]
 
 
 def test_a_kill_while_saving_leaves_the_older_folder_whole(saved, make_speech_encoder, monkeypatch):

@@ -10,10 +10,10 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_bestrq import codebook_plot
+from speechbrain_bestrq import codebook_check
 from speechbrain_bestrq.audio import AudioTable
 from speechbrain_bestrq.cli import main
-from speechbrain_bestrq.codebook_check import (
+from speechbrain_bestrq.codebook_use import (
     CodebookUse,
     choose_audio,
     count_codes,
@@ -289,9 +289,9 @@ def test_the_command_passes_on_varied_audio_and_writes_into_its_folder_alone(cor
 
 def test_the_picture_bears_the_true_name_of_the_corpus_and_no_path(corpus, manifest, tmp_path, monkeypatch):
     titles = []
-    draw = codebook_plot.draw_codebook_use
+    draw = codebook_check.draw_codebook_use
     monkeypatch.setattr(
-        codebook_plot, "draw_codebook_use", lambda use, path, title: titles.append(title) or draw(use, path, title)
+        codebook_check, "draw_codebook_use", lambda use, path, title: titles.append(title) or draw(use, path, title)
     )
     named = tmp_path / "named" / "LibriSpeech"
     shutil.copytree(corpus, named)

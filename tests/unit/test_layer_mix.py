@@ -87,7 +87,8 @@ def test_another_number_of_states_is_refused(hidden):
 
 def test_a_weighted_encoder_has_the_attributes_of_speechbrains(make_speech_encoder, tmp_path):
     folder = save_encoder(make_speech_encoder(), tmp_path / "encoder", "# Card")
-    encoder = WeightedEncoder(hub=str(folder), save_path=str(tmp_path), layernorm=True, freeze=True)
+    encoder = WeightedEncoder(hub=str(folder), save_path=str(tmp_path), layernorm=True, freeze=True, layer_drop=0.5)
+    assert encoder.encoder.model.encoder.layer_drop == 0.5
     assert (encoder.num_layers, encoder.output_dim, encoder.freeze) == (3, 16, True)
     assert encoder.weights.shape == (3,) and encoder.weights.requires_grad and not encoder.weights.any()
     assert [name for name, parameter in encoder.named_parameters() if parameter.requires_grad] == ["mix.weights"]

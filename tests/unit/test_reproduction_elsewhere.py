@@ -206,6 +206,8 @@ def test_a_dry_run_tells_what_heads_cost_by_the_speed_of_the_encoder(tmp_path, t
     monkeypatch.setattr(cost, "warm_up_head", lambda path, options, states, frames: 1200.0)
     monkeypatch.setattr(reproduce, "_estimate_apart", lambda stages, done, devices, tell: cost.estimate(stages, done))
     toy.write_noise(tmp_path / "slurp", [3.6e3])
+    for part in ("train", "devel", "test"):
+        (tmp_path / "slurp" / f"{part}.jsonl").touch()
     words = [f"bestrq={write_run(tmp_path / f'run{seed}', seed)}" for seed in (1, 2, 3)]
     words = ["--slurp", str(tmp_path / "slurp"), "--output_folder", str(tmp_path / "out"), "--pretrained", *words]
     assert cli.main(["reproduce", "--preset", "fine_tuned", "--dry_run", *words]) == 0

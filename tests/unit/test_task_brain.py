@@ -532,6 +532,7 @@ def test_an_option_that_no_optimiser_heeds_is_refused(folder, tmp_path):
         ("chunk_seconds", -3, "-3: give a number above 0, or null"),
         ("number_of_epochs", 1.5, "1.5: give a whole number, 1 at least."),
         ("max_batch_size", 0, "0: give a whole number, 1 at least, or null"),
+        ("max_batch_size", float("inf"), "inf: give a whole number, 1 at least, or null"),
         ("train_speakers", True, "True: give a whole number, 1 at least, or null"),
         ("encoder_rest", "half", "half: give a number."),
         ("max_grad_norm", 0, "0: give a number above 0."),

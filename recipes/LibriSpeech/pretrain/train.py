@@ -44,7 +44,7 @@ from speechbrain_bestrq.ranks import rank_and_size
 from speechbrain_bestrq.recipe import command_line, given_keys, load_recipe, own_folder, run_recipe
 from speechbrain_bestrq.resuming import check_resumable
 from speechbrain_bestrq.run_options import OF_PRETRAINING, check_counts, check_run_options, take_given_interval
-from speechbrain_bestrq.workers import check_shared_memory
+from speechbrain_bestrq.workers import warn_of_shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +79,11 @@ def dataio_prepare(hparams: dict, manifests: dict[str, Path], rank: int, world_s
         more = {"cache": caches[0], "max_unreadable": hparams["max_unreadable"]}
         return WaveformDataset(train_table, model.masking, model.speech_encoder.num_frames, **place, **more)
 
-    workers = hparams["num_workers"]
-    waiting = workers * PREFETCH_FACTOR * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_shared_memory(waiting * batch_samples * 2)  # bytes of a 16-bit sample
-    loader = {"num_workers": workers, "pin_memory": is_gpu(device)}
+    loader = {"num_workers": hparams["num_workers"], "pin_memory": is_gpu(device)}
+    # what is pinned waits elsewhere
+    waiting = loader["num_workers"] * (1 if loader["pin_memory"] else PREFETCH_FACTOR)
+    sample_bytes = 4 if caches[0] is None else 2
+    warn_of_shared_memory(waiting * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * batch_samples * sample_bytes)
     train_loader = make_loader(training_waveforms(rank), train_sampler, **loader)
     # validation masks do not depend on the seed, nor on the number of ranks
     valid_waveforms = WaveformDataset(valid_table, model.masking, model.speech_encoder.num_frames, cache=caches[1])
@@ -155,7 +156,7 @@ def run(hparams_file: str, run_opts: Any, overrides: str, hparams: dict[str, Any
     """Prepare and train, with the output folder to ourselves."""
     check_run_options(run_opts, OF_PRETRAINING)
     check_counts(hparams)
-    take_given_interval(hparams, run_opts)
+    overrides = take_given_interval(hparams, run_opts, overrides)
     if hparams["corpus"] == "folder" and (splits := given_keys(overrides) & {"train_splits", "valid_splits"}):
         raise InputError(f"--{min(splits)} is of LibriSpeech: a folder has no such parts; leave it out.")
     manifests = run_on_main(prepare_corpus, args=[hparams])
