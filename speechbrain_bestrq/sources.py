@@ -14,7 +14,7 @@ from speechbrain_bestrq.run_log import RUN_FILE
 INPUT_FILES = ["preprocessor_config.json", "processor_config.json"]
 #: In a run's output folder, the encoder of its best validation.
 RUN_SUBFOLDER = "encoder"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 
 
 def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None = None) -> Path:
@@ -24,7 +24,7 @@ def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None 
     ---------
     source : str or Path
         An encoder folder; the output folder of a pre-training run; or a hub id
-        "user/name". A folder of that name goes before the hub.
+        "user/name", or "user/name@revision" (a branch, tag or commit). A folder of that name goes before the hub.
     save_path : str or Path, optional
         Where downloads are kept; the hub's own cache if left out.
 
@@ -58,11 +58,13 @@ def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None 
         return path
     if path.exists():
         raise InputError(f"{source} is a file: give the encoder folder, with {CONFIG_FILE} and {WEIGHTS_FILE} in it.")
-    if not _HUB_ID.fullmatch(os.fspath(source)):
+    named = _HUB_ID.fullmatch(os.fspath(source))
+    if not named:
         raise InputError(f"{source} is no folder: give an encoder folder, a run's output folder or a hub id.")
     try:
         snapshot = huggingface_hub.snapshot_download(
-            os.fspath(source),
+            named[1],
+            revision=named[2],
             cache_dir=os.fspath(save_path) if save_path else None,
             allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *INPUT_FILES],
         )

@@ -76,10 +76,13 @@ def test_a_hub_id_is_downloaded_into_the_save_path(folder, tmp_path, monkeypatch
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    encoder = PretrainedEncoder("user/name", save_path=tmp_path / "cache")
+    PretrainedEncoder("user/name")
+    assert asked["revision"] is None
+    encoder = PretrainedEncoder("user/name@v1.0", save_path=tmp_path / "cache")
     assert encoder.output_dim == 16
     assert asked == {
         "repo_id": "user/name",
+        "revision": "v1.0",
         "cache_dir": str(tmp_path / "cache"),
         "allow_patterns": [
             "config.json",
