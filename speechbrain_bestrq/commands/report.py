@@ -16,10 +16,13 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         type=Path,
         nargs="+",
-        help="output folder of a pre-training run, or of a reproduction; with --evidence several",
+        help="output folder of a pre-training run, or of a reproduction; with --evidence or --publish several",
     )
     parser.add_argument(
-        "--publish", metavar="FOLDER", type=Path, help="of a reproduction: a copy without audio, weights and paths"
+        "--publish",
+        metavar="FOLDER",
+        type=Path,
+        help="of a reproduction, or of several by other seeds together: a copy without audio, weights and paths",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     evidence = parser.add_argument_group("what the hidden states are good for")
@@ -50,19 +53,23 @@ def _report(arguments: argparse.Namespace) -> None:
     probing = (*_CORPORA, "hours", "untrained", "output_folder")
     if given := [option for option in probing if getattr(arguments, option) is not None]:
         raise InputError(f"--{given[0]} is for probing encoders: add --evidence, or leave it out.")
-    if len(arguments.run_folders) > 1:
-        raise InputError("several folders are reported on one by one: give one, or --evidence to compare them.")
-    (run_folder,) = arguments.run_folders
-    if (run_folder / PLAN_FILE).is_file():
+    if len(arguments.run_folders) > 1 and arguments.publish is None:
+        raise InputError(
+            "several folders are reported on one by one: give one, --evidence to compare encoders, or --publish to "
+            "join reproductions of other seeds."
+        )
+    run_folder = arguments.run_folders[0]
+    if all((folder / PLAN_FILE).is_file() for folder in arguments.run_folders):
         if arguments.publish is not None:
-            copied = [str(path) for path in publish(run_folder, arguments.publish)]
+            copied = [str(path) for path in publish(arguments.run_folders, arguments.publish)]
             print(json.dumps(copied, indent=2) if arguments.json else f"{len(copied)} files in {arguments.publish}")
             return
         files = {name: str(path) for name, path in write_reproduction(run_folder).items()}
         print(json.dumps(files, indent=2) if arguments.json else "\n".join(files.values()))
         return
     if arguments.publish is not None:
-        raise InputError(f"{run_folder} is no reproduction: --publish is for those of sb-bestrq reproduce.")
+        other = next(folder for folder in arguments.run_folders if not (folder / PLAN_FILE).is_file())
+        raise InputError(f"{other} is no reproduction: --publish is for those of sb-bestrq reproduce.")
     summary = write_report(run_folder)
     if arguments.json:
         print(json.dumps(summary, indent=2, allow_nan=False))
@@ -109,6 +116,7 @@ COMMAND = Command(
   sb-bestrq report results/bestrq/1000 --json > summary.json
   sb-bestrq report --evidence results/bestrq/1000 results/wav2vec2/1000 --librispeech data/LibriSpeech
   sb-bestrq report reproduction/small --publish docs/results/small
+  sb-bestrq report here/small there/small --publish docs/results/small_of_six_seeds
 
 Writes RUN/report/curves.png and RUN/report/summary.md, also while the run goes on; of a reproduction
 RUN/report.md, RUN/report.html and the tables as CSV. With --evidence, linear probes on each hidden state of each

@@ -5,12 +5,14 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from speechbrain_bestrq.corpora._options import absolute_path
 from speechbrain_bestrq.errors import InputError
+from speechbrain_bestrq.reproduction.pairs import Pairs
 from speechbrain_bestrq.reproduction.plan import CODEBOOK_PICTURE, CORPORA, TASKS
 from speechbrain_bestrq.reproduction.report import task_of, write_reproduction
 from speechbrain_bestrq.reproduction.stages import STAGE_FILE
@@ -22,7 +24,7 @@ from speechbrain_bestrq.writing import write_text
 _PATH = re.compile(r"(?<![\w.)\]~-])(?:/[\w.@+~-]+)+/?")
 
 
-def publish(folder: str | os.PathLike, target: str | os.PathLike) -> list[Path]:
+def publish(folders: str | os.PathLike | Sequence[str | os.PathLike], target: str | os.PathLike) -> list[Path]:
     """Copy what the report of a reproduction is made of, and write the report of the copy.
 
     Copied are the plan, and of each finished stage its record, its ``results.json`` or its
@@ -31,10 +33,13 @@ def publish(folder: str | os.PathLike, target: str | os.PathLike) -> list[Path]:
     become "LIBRISPEECH", "VOXCELEB"..., that of the reproduction ".", and of any other absolute path the last
     name is left.
 
+    Several reproductions of a preset by other seeds, from one machine or more, become one of all seeds. Where the
+    errors of utterances are not at hand for all of them, as in what was published before, the report says so.
+
     Arguments
     ---------
-    folder : str or Path
-        Of the reproduction.
+    folders : str, Path or sequence of them
+        Of the reproduction, or of several.
     target : str or Path
         A new folder, or an empty one.
 
@@ -46,29 +51,65 @@ def publish(folder: str | os.PathLike, target: str | os.PathLike) -> list[Path]:
     Raises
     ------
     InputError
-        If the first is none of a reproduction, or the second holds something or lies in the first.
+        If a folder is none of a reproduction, several are not of one preset by other seeds, or the target holds
+        something or lies in one of them.
     """
-    folder, target = Path(folder).resolve(), Path(target).resolve()
-    plan = read_plan(folder)
+    given = [folders] if isinstance(folders, str | os.PathLike) else folders
+    sources, target = [Path(folder).resolve() for folder in given], Path(target).resolve()
+    plans = [read_plan(folder) for folder in sources]
+    plan = _join(sources, plans)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists already: give a new folder, or empty this one.")
-    if target == folder or folder in target.parents:
+    if any(target == folder or folder in target.parents for folder in sources):
         raise InputError(f"{target} lies in the reproduction itself: give a folder elsewhere.")
-    names = folder_names(shlex.split(plan["command"]), folder)
-    copied = []
-    for path in [folder / PLAN_FILE, *_files(folder, plan["marks"])]:
-        copy = target / path.relative_to(folder)
-        if path.suffix == ".png":
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-        else:
-            write_text(copy, without_paths(path.read_text(encoding="utf-8"), names))
-        copied.append(copy)
-    runs = Runs(folder, plan)
-    all_tables(runs)  # compares the errors of utterances, which are not copied
-    runs.pairs.write(target)
+    names = [folder_names(shlex.split(one["command"]), folder) for one, folder in zip(plans, sources, strict=True)]
+    commands = [without_paths(one["command"], own) for one, own in zip(plans, names, strict=True)]
+    write_text(target / PLAN_FILE, json.dumps({**plan, "command": "\n".join(commands)}, indent=2) + "\n")
+    copied = [target / PLAN_FILE]
+    for folder, one, own in zip(sources, plans, names, strict=True):
+        for path in _files(folder, one["marks"]):
+            copy = target / path.relative_to(folder)
+            if path.suffix == ".png":
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+            else:
+                write_text(copy, without_paths(path.read_text(encoding="utf-8"), own))
+            copied.append(copy)
+    _write_pairs(sources, plans, plan, target)
     write_reproduction(target)
     return copied
+
+
+def _join(folders: Sequence[Path], plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One plan of all seeds."""
+    first, *others = plans
+    joined = {**first, "preset": dict(first["preset"]), "marks": dict(first["marks"])}
+    for folder, plan in zip(folders[1:], others, strict=True):
+        if {**plan["preset"], "seeds": None} != {**first["preset"], "seeds": None}:
+            raise InputError(f"{folders[0]} and {folder} are of presets that differ in more than seeds: publish each.")
+        if both := joined["marks"].keys() & plan["marks"].keys():
+            raise InputError(f"{folders[0]} and {folder} both have {min(both)}: publish each, or give other seeds.")
+        joined["preset"]["seeds"] = [*joined["preset"]["seeds"], *plan["preset"]["seeds"]]
+        joined["marks"] |= plan["marks"]
+        joined["corpora"] = [corpus for corpus in joined["corpora"] if corpus in plan["corpora"]]
+    return joined
+
+
+def _write_pairs(
+    folders: Sequence[Path], plans: Sequence[Mapping[str, Any]], joined: Mapping[str, Any], target: Path
+) -> None:
+    """Compare the errors of utterances, which are not copied, where they are."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder, plan in zip(folders, plans, strict=True):
+            for stage in plan["marks"]:
+                if (folder / stage).is_dir():
+                    (Path(scratch) / stage).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(scratch) / stage).symlink_to(folder / stage)
+        runs = Runs(Path(scratch), joined)
+        for folder in folders:
+            runs.pairs.known |= Pairs(folder).known
+        all_tables(runs)
+        runs.pairs.write(target)
 
 
 def _files(folder: Path, stages: Mapping[str, Any]) -> list[Path]:

@@ -810,6 +810,43 @@ def test_a_published_copy_has_the_figures_and_no_folder_of_the_machine(reproduct
         publish(reproduction, reproduction / "new")
 
 
+def test_reproductions_of_other_seeds_become_one(tmp_path, capsys):
+    """Three seeds here and two elsewhere, of which the errors of each utterance are at hand here alone."""
+    given = {**read_preset("three_seeds"), "few_labels": None}
+    for name, seeds in (("here", [1, 2, 3]), ("there", [7, 8])):
+        folder, preset = tmp_path / name, {**given, "seeds": seeds}
+        marks = marks_of(preset, folder, ["librispeech", "slurp"])
+        write_plan(folder, "three_seeds", preset, ["librispeech", "slurp"], f"reproduce {name}", marks)
+        for seed in seeds:
+            for encoder, accuracy in (("random", 0.2), ("bestrq-7200", 0.4)):
+                run = f"intent-frozen/{encoder}/{seed}"
+                write_probe(folder, run, {"test": {"accuracy": score(accuracy + 0.01 * seed)}}, "Commands")
+                if name == "here":
+                    rows = [
+                        {"ID": f"{n}", "group": f"{n}", "error_errors": int(n < 100 * accuracy), "error_total": 1}
+                        for n in range(100)
+                    ]
+                    write_errors(folder / run, "test", rows, list(rows[0]))
+    both = [str(tmp_path / name) for name in ("here", "there")]
+    assert cli.main(["report", *both]) == 2
+    assert "--publish to join" in capsys.readouterr().err
+    assert cli.main(["report", *both, "--publish", str(tmp_path / "shown")]) == 0
+    text = (tmp_path / "shown" / "report.md").read_text()
+    assert "seeds of the tasks: 1, 2, 3, 7, 8." in text and "    reproduce here\n    reproduce there" in text
+    row = rows_of(tmp_path / "shown" / "report.md")["BEST-RQ, 7,200 updates"]["intent accuracy (Commands)"]
+    # 41, 42, 43, 47 and 48
+    assert row.startswith("[44.20 ± 3.11](intent-frozen/bestrq-7200/1/results.json)") and "seed 8: 48.00" in row
+    assert re.search(r"BEST-RQ, 7,200 updates, ahead of untrained \| \+20.00 ± [\d.]+\*", text)
+    assert (tmp_path / "shown" / "intent-frozen" / "random" / "8" / "results.json").is_file()
+    with pytest.raises(InputError, match="both have .*/1: publish each, or give other seeds"):
+        publish([both[0], both[0]], tmp_path / "twice")
+    plan = read_plan(tmp_path / "there")
+    plan["preset"]["updates"] = [9]
+    (tmp_path / "there" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match="of presets that differ in more than seeds"):
+        publish(both, tmp_path / "other")
+
+
 def test_only_a_reproduction_is_published(toy, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     assert cli.main(["report", str(tmp_path / "run"), "--publish", str(tmp_path / "new")]) == 2
