@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from speechbrain_bestrq.allocator import give_back_now_and_then
 from speechbrain_bestrq.artefact import WEIGHTS_FILE, encoder_config, load_encoder
 from speechbrain_bestrq.audio import AudioTable, read_segment
 from speechbrain_bestrq.corpora._audio_files import AudioTree, probe_files
@@ -460,7 +461,9 @@ def _encode_pending(
     under_way: dict[int, HiddenStatesFile] = {}
     lost: set[int] = set()
     try:
-        for batch, reads in _read_ahead(plan_batches(windows, round(batch_seconds * rate)), table):
+        batches = _read_ahead(plan_batches(windows, round(batch_seconds * rate)), table)
+        for number, (batch, reads) in enumerate(batches, start=1):
+            give_back_now_and_then(number)
             readable = []
             for window, read in zip(batch, reads, strict=True):
                 try:

@@ -16,6 +16,7 @@ import torch
 from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 from torch import Tensor
 
+from speechbrain_bestrq.allocator import give_back_freed_memory
 from speechbrain_bestrq.audio import stat_audio
 from speechbrain_bestrq.digests import text_digest
 from speechbrain_bestrq.errors import InputError
@@ -117,6 +118,7 @@ def cache_features(
                 name = f"states-{hashlib.sha256(content.encode()).hexdigest()[:16]}.f32"
                 started = time.perf_counter()
                 index = _compute(folder / name, encoder, rows, sample_rate, max_batch_seconds, torch.device(device))
+                give_back_freed_memory()  # an encoder takes much more of it than the head that is trained now
                 index |= {"identity": identity, "audio": audio, "file": name, "seconds": time.perf_counter() - started}
                 write_text(folder / _INDEX, json.dumps(index))
                 for other in folder.iterdir():

@@ -17,6 +17,7 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from speechbrain_bestrq.allocator import give_back_now_and_then
 from speechbrain_bestrq.downstream import LayerMix, draw_layer_weights
 from speechbrain_bestrq.encoder_schedule import EncoderSchedule, lowered
 from speechbrain_bestrq.errors import InputError
@@ -122,7 +123,7 @@ class TaskBrain(sb.Brain):
         self.device_seconds = 0.0  # of both, of all devices; a run may go on on another number of them
         self.layer_weights: list[list[float]] = []
         self.encoder_schedule = _encoder_schedule(hparams)
-        self.encoder_updates = 0  # those that trained the encoder
+        self.encoder_updates = self._batches = 0  # those that trained the encoder; heard by this process
         self.epoch, self._last_epoch, self._epoch_updates, self._updates_limit = 1, 1, 1, None
         self.trained_parameters = sum(weight.numel() for weights in self.parts.values() for weight in weights)
         self.settings, self.composed_settings = self.settings_of(hparams), self.composed_settings_of(hparams)
@@ -250,6 +251,9 @@ class TaskBrain(sb.Brain):
         host_lengths : Tensor
             The same on the host, for what would wait for them there.
         """
+        if self.device_type == "cpu":
+            self._batches += 1
+            give_back_now_and_then(self._batches)
         is_cached = hasattr(batch, "hidden")
         host_relative = (batch.hidden if is_cached else batch.sig).lengths.cpu()
         batch = batch.to(self.device, non_blocking=True)

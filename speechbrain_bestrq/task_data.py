@@ -12,6 +12,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from torch import Tensor
 
+from speechbrain_bestrq.allocator import give_back_now_and_then
 from speechbrain_bestrq.audio import read_segment
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.machine import is_gpu
@@ -282,7 +283,8 @@ def encode_rows(
     (['a'], torch.Size([1, 1, 25, 320]), [25])
     """
     sampler = TaskBatchSampler([float(row["duration"]) for row in rows.values()], max_batch_seconds, training=False)
-    for batch in make_task_loader(make_dataset(rows, sample_rate), sampler, device=device):
+    for number, batch in enumerate(make_task_loader(make_dataset(rows, sample_rate), sampler, device=device), start=1):
+        give_back_now_and_then(number)
         wavs, wav_lens = batch.sig
         hidden, lengths = encoder(wavs.to(device), wav_lens.to(device))
         yield batch.id, hidden.float(), lengths

@@ -78,6 +78,30 @@ LOADERS = {
 }
 
 
+GROW = """
+import sys, torch
+from speechbrain_bestrq.allocator import give_back_now_and_then, keep_freed_memory
+
+keep_freed_memory()
+now_and_then = sys.argv[1] == "True"
+kept = []  # small, between the large
+for batch in range(1, 101):
+    frames = 100_000 + 7_919 * batch % 60_000
+    large = [torch.zeros(frames, width) for width in (16, 48, 24)]
+    kept += [torch.zeros(2000), large.pop().sum()]
+    del large
+    if now_and_then:
+        give_back_now_and_then(batch)
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")))
+"""
+
+
+def test_what_batches_of_unlike_shapes_leave_is_given_back_now_and_then():
+    """Else it is cut into pieces that fit nothing any more, and grows."""
+    held = [int(subprocess.check_output([sys.executable, "-c", GROW, str(one)], text=True)) for one in (True, False)]
+    assert held[0] < 0.8 * held[1]
+
+
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
 def test_a_process_that_loads_data_does_not_keep_a_copy_of_what_the_parent_gave_back(loader):
     code = f"""

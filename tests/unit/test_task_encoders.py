@@ -180,6 +180,15 @@ def test_a_cache_is_made_again_when_the_weights_or_the_audio_change_and_only_the
     assert made(encoder, rows)
 
 
+def test_what_the_encoder_took_to_make_a_cache_is_given_back_to_the_system(folder, rows, tmp_path, monkeypatch):
+    """On a CPU it is kept for the next tensors, and a head has no use for gigabytes."""
+    given = []
+    monkeypatch.setattr("speechbrain_bestrq.feature_cache.give_back_freed_memory", lambda: given.append(True))
+    for _ in range(2):
+        cache_features(tmp_path / "cache", TaskEncoder(folder), rows)
+    assert given == [True]
+
+
 def test_a_cache_that_is_open_stays_what_it_was(folder, rows, tmp_path):
     encoder = TaskEncoder(folder)
     opened = cache_features(tmp_path / "cache", encoder, rows)
