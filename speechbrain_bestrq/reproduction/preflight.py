@@ -10,7 +10,6 @@ from speechbrain_bestrq.corpora.iemocap import check_sessions
 from speechbrain_bestrq.corpora.librispeech import check_splits
 from speechbrain_bestrq.corpora.slurp import find_texts
 from speechbrain_bestrq.corpora.voxceleb import find_lists
-from speechbrain_bestrq.ctc_decoding import import_kenlm
 from speechbrain_bestrq.errors import InputError
 from speechbrain_bestrq.ngram import read_words
 from speechbrain_bestrq.reproduction.plan import PRETRAINING, RECIPES, TASKS, yaml_value
@@ -52,8 +51,14 @@ def check_inputs(stages: Sequence[Stage], run_here: bool = True) -> None:
         if model is not None and model not in seen:
             seen.add(model)
             if run_here:
-                import_kenlm()
+                _import_kenlm()
             read_words(model)
+
+
+def _import_kenlm() -> None:
+    from speechbrain_bestrq.ctc_decoding import import_kenlm  # with all of PyTorch, which nothing else here needs
+
+    import_kenlm()
 
 
 class _Asked:
