@@ -686,6 +686,6 @@ def test_bad_input_is_one_line(run, capsys, words, message):
 
 def test_several_folders_without_evidence_are_refused(run, capsys):
     assert cli.main(["report", str(run), str(run)]) == 2
-    assert "give one, or --evidence" in capsys.readouterr().err
+    assert "give one, --evidence to compare" in capsys.readouterr().err
     assert cli.main(["report", str(run), "--slurp", "."]) == 2
     assert "--slurp is for probing encoders: add --evidence, or leave it out" in capsys.readouterr().err
