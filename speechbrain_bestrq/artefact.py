@@ -155,10 +155,20 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     >>> hidden.shape
     torch.Size([2, 1, 25, 16])
     """
-    folder = Path(folder)
+    given = Path(folder)
+    folder = given.resolve()  # what a link names is replaced, and not the link
     beside = folder.with_name(f"{folder.name}.writing")
     replaced = folder.with_name(f"{folder.name}.replaced")
     check_place(folder)
+    if replaced.exists():  # of one that was killed between the last steps
+        _refuse_foreign(replaced)
+        if folder.exists():
+            _hand_over(replaced, folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(folder)
+    if beside.exists():
+        _refuse_foreign(beside)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -167,9 +177,6 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     except Exception:
         shutil.rmtree(beside, ignore_errors=True)  # what a full disk took of it would keep the disk full
         raise
-    if replaced.exists():  # of one that was killed here
-        _hand_over(replaced, beside)
-        shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     beside.rename(folder)
@@ -177,7 +184,7 @@ def save_encoder(speech_encoder: SpeechEncoder, folder: str | os.PathLike, card:
     # a checkpoint that says that the encoder is written must not outlive it in a power cut
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    return folder
+    return given
 
 
 def check_place(folder: str | os.PathLike) -> None:
@@ -201,6 +208,13 @@ def check_place(folder: str | os.PathLike) -> None:
     holds = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if folder.is_file() or (holds and not (folder / CONFIG_FILE).exists()):
         raise InputError(f"{folder} is there and is no encoder: give another name, or move it away.")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Leave alone what has the name of a folder of ours on the way, and is none."""
+    ours = folder.is_dir() and any(path.name in _FILES for path in folder.iterdir())
+    if not ours and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OSError(errno.EEXIST, "is in the way: move it away", str(folder))
 
 
 def _hand_over(source: Path, target: Path) -> None:

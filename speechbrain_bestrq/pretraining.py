@@ -220,8 +220,9 @@ class PretrainingBrain(sb.Brain):
     def on_fit_start(self) -> None:
         """Refuse a foreign checkpoint, else load the newest; open the logs."""
         check_resumable(self.checkpointer, self.model, self.sampler)
-        self.encoders.check_places(["encoder", *(f"encoder@{step}" for step in self.hparams.encoder_at_steps)])
         super().on_fit_start()
+        to_come = [step for step in self.hparams.encoder_at_steps if step > self.optimizer_step]
+        self.encoders.check_places(["encoder", *(f"encoder@{step}" for step in to_come)])
         check_ranks_agree(resumed_after_update=self.optimizer_step)
         if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             raise InputError("optimizer: give it fused: True; only fused optimizers skip an update on the device.")

@@ -59,7 +59,8 @@ def find_encoder(source: str | os.PathLike, save_path: str | os.PathLike | None 
     if path.exists():
         raise InputError(f"{source} is a file: give the encoder folder, with {CONFIG_FILE} and {WEIGHTS_FILE} in it.")
     named = _HUB_ID.fullmatch(os.fspath(source))
-    if not named:
+    of_a_run = re.fullmatch(rf".*/{RUN_SUBFOLDER}@\d+", os.fspath(source))  # and mistyped: no hub is asked for it
+    if not named or of_a_run:
         raise InputError(f"{source} is no folder: give an encoder folder, a run's output folder or a hub id.")
     try:
         snapshot = huggingface_hub.snapshot_download(

@@ -57,14 +57,14 @@ def publish(folders: str | os.PathLike | Sequence[str | os.PathLike], target: st
     given = [folders] if isinstance(folders, str | os.PathLike) else folders
     sources, target = [Path(folder).resolve() for folder in given], Path(target).resolve()
     plans = [read_plan(folder) for folder in sources]
+    names = [folder_names(shlex.split(one["command"]), folder) for one, folder in zip(plans, sources, strict=True)]
+    plans = [json.loads(without_paths(json.dumps(one), own)) for one, own in zip(plans, names, strict=True)]
     plan = _join(sources, plans)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} exists already: give a new folder, or empty this one.")
     if any(target == folder or folder in target.parents for folder in sources):
         raise InputError(f"{target} lies in the reproduction itself: give a folder elsewhere.")
-    names = [folder_names(shlex.split(one["command"]), folder) for one, folder in zip(plans, sources, strict=True)]
-    commands = [without_paths(one["command"], own) for one, own in zip(plans, names, strict=True)]
-    write_text(target / PLAN_FILE, json.dumps({**plan, "command": "\n".join(commands)}, indent=2) + "\n")
+    write_text(target / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
     copied = [target / PLAN_FILE]
     for folder, one, own in zip(sources, plans, names, strict=True):
         for path in _files(folder, one["marks"]):
@@ -87,8 +87,14 @@ def _join(folders: Sequence[Path], plans: Sequence[Mapping[str, Any]]) -> dict[s
     for folder, plan in zip(folders[1:], others, strict=True):
         if {**plan["preset"], "seeds": None} != {**first["preset"], "seeds": None}:
             raise InputError(f"{folders[0]} and {folder} are of presets that differ in more than seeds: publish each.")
+        if both := set(joined["preset"]["seeds"]) & set(plan["preset"]["seeds"]):
+            raise InputError(f"{folders[0]} and {folder} both have seed {min(both)}: publish each.")
         if both := joined["marks"].keys() & plan["marks"].keys():
-            raise InputError(f"{folders[0]} and {folder} both have {min(both)}: publish each, or give other seeds.")
+            raise InputError(
+                f"{folders[0]} and {folder} both have {min(both)}, for all seeds: publish each. Only what is "
+                "pre-trained for each seed (pretrain_each_seed) can be joined."
+            )
+        joined["command"] += f"\n{plan['command']}"
         joined["preset"]["seeds"] = [*joined["preset"]["seeds"], *plan["preset"]["seeds"]]
         joined["marks"] |= plan["marks"]
         joined["corpora"] = [corpus for corpus in joined["corpora"] if corpus in plan["corpora"]]

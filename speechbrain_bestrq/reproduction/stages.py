@@ -214,7 +214,10 @@ class StageState:
             told = f"{name}: begins anew; what another command, or one with other inputs, made is in {aside.name}"
             record = {}
         if "made" in record and not self.missing(name):
-            return told  # it is tested with another language model; what there is counts until that is done
+            # it is tested with another language model; what there is counts until that is done
+            testing = {"tested_with": _language_model(self.stages[name].command)}
+            self._write(name, {key: value for key, value in record.items() if key != "failed"} | testing)
+            return told
         folder.mkdir(parents=True, exist_ok=True)
         begun = {
             "mark": self.marks[name],
@@ -239,13 +242,14 @@ class StageState:
 
     def set_done(self, name: str, seconds: float) -> None:
         """Remember that a stage is done, after so many seconds this time."""
-        record = self._record(name)
-        before = record["seconds"] if "made" in record else self.spent(name) or 0.0
+        record, spent = self._record(name), self.spent(name)
+        record.pop("failed", None)
         known = {
             "made": uuid.uuid4().hex,
-            "seconds": before + seconds,
+            "seconds": (record["seconds"] if "made" in record else 0.0) + (spent or 0.0) + seconds,
+            "spent": None if spent is None else 0.0,
             "command": list(self.stages[name].command),
-            "language_model": _language_model(self.stages[name].command),
+            "language_model": record.pop("tested_with", _language_model(self.stages[name].command)),
         }
         self._write(name, {**record, **known})
 

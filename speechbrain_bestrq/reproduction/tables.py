@@ -259,7 +259,8 @@ class Runs:
     def failures(self) -> list[str]:
         """Of the stages that failed last time, why; what was done before, by another command, did not."""
         records = (self.record(run) for run in self.plan["marks"])
-        return [record["failed"] for record in records if "failed" in record and "made" not in record]
+        failed = (one for one in records if "failed" in one and ("made" not in one or "tested_with" in one))
+        return [record["failed"] for record in failed]
 
     def results(self, run: str, task: str) -> dict[str, Any] | None:
         """What a run came to, None if it is not done."""

@@ -115,7 +115,7 @@ def test_what_is_neither_here_nor_on_the_hub_is_named(monkeypatch, error):
     refuse("results/bestrk", "results/bestrk is neither a folder here nor", "check the path or the id")
 
 
-@pytest.mark.parametrize("source", ["/no/where", "nowhere", "a/b/c", "../x/y", ""])
+@pytest.mark.parametrize("source", ["/no/where", "nowhere", "a/b/c", "../x/y", "1000/encoder@2000", ""])
 def test_what_can_be_no_hub_id_is_not_asked_for(monkeypatch, source, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     monkeypatch.chdir(tmp_path)
