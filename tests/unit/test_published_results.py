@@ -17,7 +17,8 @@ FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{PLAN_FILE}"))
 
 
 def test_all_are_there():
-    published = "fine_tuned fine_tuned_tasks one_kind same_updates small small_few three_long_seeds three_seeds_few"
+    published = "fine_tuned fine_tuned_tasks fourth_long_seed one_kind same_updates small small_few three_long_seeds "
+    published += "three_seeds_few"
     assert [folder.name for folder in FOLDERS] == published.split()
 
 
