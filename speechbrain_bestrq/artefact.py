@@ -212,8 +212,8 @@ def check_place(folder: str | os.PathLike) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """Leave alone what has the name of a folder of ours on the way, and is none."""
-    ours = folder.is_dir() and any(path.name in _FILES for path in folder.iterdir())
-    if not ours and not (folder.is_dir() and not any(folder.iterdir())):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if names and not names & _FILES:
         raise OSError(errno.EEXIST, "is in the way: move it away", str(folder))
 
 

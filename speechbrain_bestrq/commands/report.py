@@ -59,7 +59,8 @@ def _report(arguments: argparse.Namespace) -> None:
             "join reproductions of other seeds."
         )
     run_folder = arguments.run_folders[0]
-    if all((folder / PLAN_FILE).is_file() for folder in arguments.run_folders):
+    others = [folder for folder in arguments.run_folders if not (folder / PLAN_FILE).is_file()]
+    if not others:
         if arguments.publish is not None:
             copied = [str(path) for path in publish(arguments.run_folders, arguments.publish)]
             print(json.dumps(copied, indent=2) if arguments.json else f"{len(copied)} files in {arguments.publish}")
@@ -68,8 +69,7 @@ def _report(arguments: argparse.Namespace) -> None:
         print(json.dumps(files, indent=2) if arguments.json else "\n".join(files.values()))
         return
     if arguments.publish is not None:
-        other = next(folder for folder in arguments.run_folders if not (folder / PLAN_FILE).is_file())
-        raise InputError(f"{other} is no reproduction: --publish is for those of sb-bestrq reproduce.")
+        raise InputError(f"{others[0]} is no reproduction: --publish is for those of sb-bestrq reproduce.")
     summary = write_report(run_folder)
     if arguments.json:
         print(json.dumps(summary, indent=2, allow_nan=False))

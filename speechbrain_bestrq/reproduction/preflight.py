@@ -72,7 +72,7 @@ class _Asked:
         pairs = zip(words, words[1:], strict=False)
         self.options = {word[2:]: value for word, value in pairs if word.startswith("--")}
         self.root = Path(self.options["data_folder"])
-        given = {name: str(self.value(name)) for name in (*_SPLITS, "trials")}
+        given = {name: str(self.value(name)) for name in (*_SPLITS, "corpus", "trials", "synthetic")}
         self.identity = (self.root, self.hparams.parts[-3], *given.items())
 
     def value(self, name: str) -> Any:
